@@ -1,0 +1,606 @@
+"""Pictures on disk: unpaired folders, the built-in set, the public sets, your own pictures, and the loader.
+
+    python datasets.py --dataset_name horse2zebra                                  # fetch a public set
+    python datasets.py --dataset_name solid2striped                                # draw the built-in set
+    python datasets.py --from_A photos/horses --from_B photos/zebras --dataset_name mine
+
+A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
+``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves then serve unpaired.
+
+Randomness: what happens to a training sample (crop, flip, unpaired partner) is a pure function of
+(seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
+in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
+5 test shares), because numpy pads short keys with zeros and equal keys would give equal streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.utils import download_url
+from tqdm import tqdm
+
+from utils import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
+SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
+RESIZE = ("squash", "short_side")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """A picture file, or one half of a file that holds A and B side by side."""
+
+    path: Path
+    half: str | None = None  # "left", "right"
+
+    def open(self, channels: int = 3) -> Image.Image:
+        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; OSError when the file is damaged."""
+        with Image.open(self.path) as file:
+            image = to_mode(ImageOps.exif_transpose(file), MODES[channels])
+        if self.half is not None:
+            middle = image.width // 2
+            image = image.crop(
+                (0, 0, middle, image.height)
+                if self.half == "left"
+                else (image.width - middle, 0, image.width, image.height)
+            )
+        return image
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Any of Pillow's modes to "L" or "RGB": 16 bits are scaled to 8, transparency is laid on white."""
+    if image.mode.startswith("I"):  # I;16, I;16B and I: Pillow's own conversion clips everything above 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def find_pictures(folder: Path) -> list[Picture]:
+    """All pictures below a folder in the order of their paths; other and hidden files are passed over."""
+    return [
+        Picture(path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def find_side(root: Path, split: str, side: str) -> list[Picture]:
+    """The pictures of one domain (``side`` "A" or "B") of one split ("train" or "test"); [] where there are none.
+
+    A folder ``<split><side>`` comes first; failing that, the left (A) or right (B) halves of ``<split>``
+    (pix2pix's ``val`` stands in for a missing ``test``).
+    """
+    folder = root / f"{split}{side}"
+    if folder.is_dir():
+        return find_pictures(folder)
+    half = {"A": "left", "B": "right"}[side]
+    for name in (split, "val") if split == "test" else (split,):
+        if (root / name).is_dir():
+            return [Picture(p.path, half) for p in find_pictures(root / name)]
+    return []
+
+
+def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
+    """Decode every picture once; the files that cannot be decoded, each with the reason."""
+
+    def reason(picture: Picture) -> str | None:
+        try:
+            picture.open()
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            return str(error) or type(error).__name__
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = tqdm(pool.map(reason, pictures), "checking pictures", len(pictures), leave=False, delay=1)
+        return {p.path: r for p, r in zip(pictures, reasons, strict=True) if r is not None}
+
+
+def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
+    """Bicubic resize to (height, width).
+
+    "squash" changes the aspect, as the official code does; "short_side" keeps it and covers the size, so that
+    one side may come out longer.
+    """
+    height, width = size
+    if how == "short_side":
+        scale = max(height / image.height, width / image.width)
+        height, width = max(height, round(scale * image.height)), max(width, round(scale * image.width))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """8-bit picture to a uint8 tensor of shape (channels, H, W)."""
+    array = np.asarray(image)
+    return torch.from_numpy(np.array(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1).contiguous()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return images.float().div(127.5).sub(1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Unpaired data
+# ----------------------------------------------------------------------------------------------------------
+
+
+class UnpairedDataset(Dataset):
+    """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
+
+    Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3,
+    ``how`` to resize (see ``resize``) and a ``seed``. Raises InputError when a side is missing or empty.
+
+    ``dataset[epoch, index]`` is {"A": uint8 (channels, height, width), "B": likewise}, resized to 1.12 × the
+    size, randomly cropped and flipped.
+    """
+
+    def __init__(self, root: Path, size: tuple[int, int], channels: int = 3, how: str = "squash", seed: int = 0):
+        self.root, self.size, self.channels, self.how, self.seed = root, size, channels, how, seed
+        self.sides = {side: find_side(root, "train", side) for side in "AB"}
+        for side, pictures in self.sides.items():
+            if not pictures:
+                raise InputError(missing(root, side))
+
+    def check(self) -> None:
+        """Decode every picture, the test pictures too; InputError names those that cannot be read."""
+        tests = [p for side in "AB" for p in find_side(self.root, "test", side)]
+        refuse_unreadable(unreadable([*self.sides["A"], *self.sides["B"], *tests]))
+
+    def __len__(self) -> int:
+        return max(map(len, self.sides.values()))
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        rng = np.random.default_rng((1, self.seed, epoch, index))
+        A, B = self.sides["A"], self.sides["B"]
+        pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
+        return {side: self.augment(picture, rng) for side, picture in pair.items()}
+
+    def augment(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+        height, width = self.size
+        image = resize(picture.open(self.channels), (int(SCALE * height), int(SCALE * width)), self.how)
+        top, left = int(rng.integers(image.height - height + 1)), int(rng.integers(image.width - width + 1))
+        image = image.crop((left, top, left + width, top + height))
+        return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+
+
+def fixed_batch(root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash") -> dict[str, Tensor]:
+    """The first ``n`` test pictures of both sides (training pictures where there are no test folders).
+
+    Neither cropped at random nor flipped: {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer
+    than ``n`` where a side has fewer.
+    """
+    sides = {side: (find_side(root, "test", side) or find_side(root, "train", side))[:n] for side in "AB"}
+    n = min(map(len, sides.values()))
+    return {
+        side: torch.stack(
+            [to_tensor(ImageOps.fit(resize(p.open(channels), size, how), size[::-1])) for p in pictures[:n]]
+        )
+        for side, pictures in sides.items()
+    }
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index), shuffled by (seed, epoch), every rank its own share.
+
+    Set ``epoch``, and ``start`` (samples of this rank to leave out, for resuming amid an epoch), before
+    iterating. Rank r of n takes every n-th index, so n ranks at batch b see in each step what one process
+    sees at batch n·b.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((2, self.seed, self.epoch)).permutation(self.length)
+        mine = order[: len(self) * self.world_size][self.rank :: self.world_size]
+        return iter([(self.epoch, int(i)) for i in mine[self.start :]])
+
+    def __len__(self) -> int:
+        return self.length // self.world_size
+
+
+def ignore_signals(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process saves, then ends the workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def make_loader(
+    dataset: Dataset, sampler: Sampler, batch_size: int, n_cpu: int, pin_memory: bool = False
+) -> DataLoader:
+    """Whole batches only. The loader draws from a generator of its own, so it leaves torch's random state alone."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=n_cpu,
+        pin_memory=pin_memory,
+        drop_last=True,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),
+        persistent_workers=n_cpu > 0,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Errors that say what to do
+# ----------------------------------------------------------------------------------------------------------
+
+
+def missing(root: Path, side: str) -> str:
+    folder = root / f"train{side}"
+    found = (
+        "no such folder"
+        if not root.is_dir()
+        else "no such folder"
+        if not folder.is_dir()
+        else f"no pictures ({', '.join(EXTENSIONS)}) in it"
+    )
+    lines = [
+        f"{root if not root.is_dir() else folder}: {found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional)."
+    ]
+    if root.name in PUBLIC_SETS:
+        lines += [
+            f"  To fetch it:           python datasets.py --dataset_name {root.name}"
+            + ("" if root.parent == Path("data") else f" --data_dir {root.parent}")
+        ]
+    lines += [
+        f"  Your own pictures:     python datasets.py --from_A FOLDER --from_B FOLDER --dataset_name {root.name}",
+        "  To try without data:   make demo",
+    ]
+    return "\n".join(lines)
+
+
+def refuse_unreadable(reasons: dict[Path, str], most: int = 10) -> None:
+    if reasons:
+        lines = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:most]]
+        more = [f"  … and {len(reasons) - most} more"] if len(reasons) > most else []
+        raise InputError("\n".join([f"{len(reasons)} picture(s) cannot be read; mend or remove them:", *lines, *more]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The built-in set
+# ----------------------------------------------------------------------------------------------------------
+
+BUILT_IN = "solid2striped"
+BROWN, BLACK, WHITE = np.array([150.0, 95.0, 50.0]), np.array([25.0, 25.0, 25.0]), np.array([235.0, 235.0, 235.0])
+
+
+def draw_scene(rng: np.random.Generator, size: int = 128) -> dict[str, Image.Image]:
+    """One scene of the built-in set in both textures: {"A": brown, "B": striped, "mask": 0/255 grey}.
+
+    One or two shaded ellipses on a soft random background. The stripes are upright and in step with the
+    ellipse's centre, so the brown scene determines the striped one.
+    """
+    coarse = Image.fromarray(rng.integers(90, 230, (4, 4, 3), dtype=np.uint8))
+    background = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=float)
+    y, x = np.mgrid[:size, :size] + 0.5
+    scenes = {"A": background.copy(), "B": background.copy()}
+    covered = np.zeros((size, size))
+    for _ in range(rng.integers(1, 3)):
+        a, b = rng.uniform(0.17, 0.3, 2) * size
+        cx, cy = rng.uniform(0.25, 0.75, 2) * size
+        angle = rng.uniform(0, np.pi)
+        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / a
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / b
+        radius = np.hypot(u, v)
+        cover = np.clip((1 - radius) * min(a, b) + 0.5, 0, 1)[..., None]  # about one pixel of soft edge
+        # Lit from above left, as a sphere of the same outline would be.
+        depth = np.sqrt(np.clip(1 - radius**2, 0, 1))
+        light = (0.7 + 0.3 * depth - 0.15 * ((x - cx) / a + (y - cy) / b) / 2)[..., None].clip(0.4, 1.1)
+        stripe = np.clip(0.5 + 2 * np.cos(2 * np.pi * (x - cx) / (size / 8)), 0, 1)[..., None]
+        for side, texture in (("A", BROWN), ("B", BLACK + (WHITE - BLACK) * stripe)):
+            scenes[side] += cover * (light * texture - scenes[side])
+        covered = np.maximum(covered, cover[..., 0])
+    pictures = {side: Image.fromarray(scene.round().clip(0, 255).astype(np.uint8)) for side, scene in scenes.items()}
+    return pictures | {"mask": Image.fromarray(np.where(covered > 0.5, 255, 0).astype(np.uint8))}
+
+
+def draw_built_in(root: Path, n_train: int = 500, n_test: int = 50) -> None:
+    """Write the built-in set to ``root``, the same files each time; nothing is done where it stands already.
+
+    Beside ``testA`` stand ``testA_mask`` (255 on the objects) and ``testA_truth`` (the true translation),
+    likewise for B.
+    """
+    if root.exists():
+        return
+    with whole_or_absent(root) as folder:
+        for s, split in enumerate(("train", "test")):
+            for d, (side, other) in enumerate((("A", "B"), ("B", "A"))):
+                views = {side: f"{split}{side}"}
+                if split == "test":
+                    views |= {"mask": f"test{side}_mask", other: f"test{side}_truth"}
+                for name in views.values():
+                    (folder / name).mkdir()
+                for i in range(n_train if split == "train" else n_test):
+                    scene = draw_scene(np.random.default_rng((4, s, d, i)))
+                    for view, name in views.items():
+                        scene[view].save(folder / name / f"{i:03d}.png")
+
+
+class whole_or_absent:
+    """A folder that appears under its name only when the block has ended well; what is left of an earlier try goes."""
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.partial = target.parent / f".{target.name}.partial.{os.getpid()}"
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        for left in self.target.parent.glob(f".{self.target.name}.partial.*"):
+            if not process_lives(int(left.suffix[1:])):
+                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir()
+        return self.partial
+
+    def __exit__(self, kind, value, trace) -> None:
+        try:
+            if kind is None and not self.target.exists():  # else another process was faster
+                os.rename(self.partial, self.target)
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Public sets
+# ----------------------------------------------------------------------------------------------------------
+
+
+class PublicSet(NamedTuple):
+    """An archive on the CycleGAN authors' server and what it should hold; None and {} where that is not known."""
+
+    archive: str
+    sha256: str | None
+    counts: dict[str, int]
+
+
+MIRROR = "http://efrosgans.eecs.berkeley.edu"
+# Checksums: TensorFlow Datasets, url_checksums/cycle_gan.txt. Counts: the papers and reports of complete copies.
+PUBLIC_SETS = {
+    "apple2orange": PublicSet(
+        "cyclegan/datasets/apple2orange.zip",
+        "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
+        {"trainA": 995, "trainB": 1019, "testA": 266, "testB": 248},
+    ),
+    "horse2zebra": PublicSet(
+        "cyclegan/datasets/horse2zebra.zip",
+        "a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1",
+        {"trainA": 1067, "trainB": 1334, "testA": 120, "testB": 140},
+    ),
+    "monet2photo": PublicSet(
+        "cyclegan/datasets/monet2photo.zip",
+        "88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04",
+        {"trainA": 1072, "trainB": 6287, "testA": 121, "testB": 751},
+    ),
+    "summer2winter_yosemite": PublicSet(
+        "cyclegan/datasets/summer2winter_yosemite.zip",
+        "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
+        {"trainA": 1231, "trainB": 962, "testA": 309, "testB": 238},
+    ),
+    "cezanne2photo": PublicSet(
+        "cyclegan/datasets/cezanne2photo.zip",
+        "3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff",
+        {},
+    ),
+    "ukiyoe2photo": PublicSet(
+        "cyclegan/datasets/ukiyoe2photo.zip",
+        "02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08",
+        {},
+    ),
+    "vangogh2photo": PublicSet(
+        "cyclegan/datasets/vangogh2photo.zip",
+        "362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff",
+        {},
+    ),
+    "iphone2dslr_flower": PublicSet(
+        "cyclegan/datasets/iphone2dslr_flower.zip",
+        "8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113",
+        {},
+    ),
+    "facades": PublicSet("pix2pix/datasets/facades.tar.gz", None, {"train": 400, "val": 100, "test": 106}),
+    "maps": PublicSet("pix2pix/datasets/maps.tar.gz", None, {"train": 1096, "val": 1098}),
+}
+
+
+def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0) -> None:
+    """Download and unpack a public set to ``data_dir/name``; the folder is whole afterwards, or absent.
+
+    An interrupted download starts anew. ``timeout`` is in seconds without any answer. Raises InputError with
+    the address and the reason when the server, the archive or its checksum is not as expected.
+    """
+    if name not in PUBLIC_SETS:
+        raise InputError(f"--dataset_name {name}: not a public set, expected one of {', '.join(PUBLIC_SETS)}")
+    archive, sha256, counts = PUBLIC_SETS[name]
+    target, url = data_dir / name, f"{mirror.rstrip('/')}/{archive}"
+    if target.exists():
+        report_counts(target, counts)
+        print(f"{target} stands already; remove it to fetch it again.")
+        return
+    with whole_or_absent(target) as partial:
+        file = partial / Path(archive).name
+        print(f"fetching {url}")
+        default = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(timeout)  # torchvision's helper sets none and would wait for ever
+        try:
+            download_url(url, str(partial), filename=file.name)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{url}: could not be fetched ({error}). The README lists other places.") from error
+        finally:
+            socket.setdefaulttimeout(default)
+        if sha256 is not None:
+            with open(file, "rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != sha256:
+                raise InputError(
+                    f"{url}: the archive is not the expected one or is cut short (sha256 {found}, expected {sha256})"
+                )
+        unpack(file, partial / "unpacked")
+        folder = partial / "unpacked" / name
+        if not folder.is_dir():
+            inside = ", ".join(sorted(p.name for p in (partial / "unpacked").iterdir())) or "nothing"
+            raise InputError(f"{url}: expected a folder {name} in the archive, found {inside}")
+        report_counts(folder, counts, shown=target)
+        folder.rename(target)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Extract a .zip or .tar.gz; InputError when it is damaged or a member would land outside ``folder``."""
+    folder.mkdir()
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                for member in file.namelist():
+                    if not (folder / member).resolve().is_relative_to(folder.resolve()):
+                        raise InputError(f"{archive.name}: {member} would land outside its folder")
+                file.extractall(folder)
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(folder, filter="data")  # refuses links and paths that lead outside
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+        raise InputError(f"{archive.name}: cannot be unpacked ({error})") from error
+
+
+def report_counts(folder: Path, counts: dict[str, int], shown: Path | None = None) -> None:
+    for name in sorted(counts or (p.name for p in folder.iterdir() if p.is_dir())):
+        found = len(find_pictures(folder / name)) if (folder / name).is_dir() else 0
+        expected = (
+            "" if name not in counts else ", as expected" if counts[name] == found else f", EXPECTED {counts[name]}"
+        )
+        print(f"  {(shown or folder) / name}: {found} pictures{expected}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Your own pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+def import_pictures(
+    from_A: Path, from_B: Path, target: Path, test_share: float = 0.1, seed: int = 0, copy: bool = False
+) -> None:
+    """Make a data set of two folders of pictures: links (or copies), a seeded test share split off.
+
+    Unreadable files are left out, as are all but the first of files with equal bytes (which could otherwise
+    stand in train and test at once); both are reported by name. At least one picture a side stays in train.
+    """
+    if target.exists():
+        raise InputError(f"{target} stands already; choose another --dataset_name or remove it")
+    if not 0 <= test_share < 1:
+        raise InputError(f"--test_share {test_share}: expected a share from 0 to below 1")
+    sides: dict[str, list[Path]] = {}
+    for side, source in (("A", from_A), ("B", from_B)):
+        pictures = find_pictures(source) if source.is_dir() else []
+        if not pictures:
+            found = "no such folder" if not source.is_dir() else "no pictures in it"
+            raise InputError(f"--from_{side} {source}: {found}, expected a folder of {', '.join(EXTENSIONS)}")
+        bad = unreadable(pictures)
+        for path, reason in bad.items():
+            print(f"left out, unreadable: {path} ({reason})")
+        first: dict[bytes, Path] = {}
+        for picture in pictures:
+            if picture.path not in bad:
+                digest = hashlib.sha256(picture.path.read_bytes()).digest()
+                if digest in first:
+                    print(f"left out, duplicate:  {picture.path} (the same bytes as {first[digest]})")
+                else:
+                    first[digest] = picture.path
+        if not first:
+            raise InputError(f"--from_{side} {source}: none of its {len(pictures)} pictures can be read")
+        sides[side] = list(first.values())
+    with whole_or_absent(target) as folder:
+        for d, (side, paths) in enumerate(sides.items()):
+            n_test = min(round(test_share * len(paths)), len(paths) - 1)
+            test = set(np.random.default_rng((5, seed, d)).permutation(len(paths))[:n_test].tolist())
+            for split in ("train", "test"):
+                (folder / f"{split}{side}").mkdir()
+            for i, path in enumerate(paths):
+                place = folder / ("test" if i in test else "train") / f"{i:05d}_{path.name}"
+                place = place.parent.with_name(place.parent.name + side) / place.name
+                if copy:
+                    shutil.copyfile(path, place)
+                else:
+                    place.symlink_to(path.resolve())
+    report_counts(target, {})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Fetch a public data set, draw the built-in one, or make one of your own pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--dataset_name",
+        required=True,
+        help=f"{BUILT_IN} (drawn), {', '.join(PUBLIC_SETS)} (fetched), or a new name with --from_A and --from_B",
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    parser.add_argument("--from_A", type=Path, help="folder of your pictures of domain A")
+    parser.add_argument("--from_B", type=Path, help="folder of your pictures of domain B")
+    parser.add_argument(
+        "--test_share", type=float, default=0.1, help="share of your pictures that goes to testA and testB"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of that split")
+    parser.add_argument("--copy", action="store_true", help="copy your pictures instead of linking them")
+    parser.add_argument("--mirror", default=MIRROR, help="server to fetch from, with the same paths below it")
+    options = parser.parse_args(argv)
+    name, root = options.dataset_name, options.data_dir / options.dataset_name
+    try:
+        if Path(name).name != name:
+            raise InputError(f"--dataset_name {name}: expected a plain name, without folders")
+        if (options.from_A is None) != (options.from_B is None):
+            raise InputError("--from_A and --from_B: expected both or neither")
+        if options.from_A is not None:
+            import_pictures(options.from_A, options.from_B, root, options.test_share, options.seed, options.copy)
+        elif name == BUILT_IN:
+            draw_built_in(root)
+            report_counts(root, {})
+        else:
+            fetch(name, options.data_dir, options.mirror)
+    except InputError as error:
+        sys.exit(f"datasets.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

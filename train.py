@@ -1,0 +1,510 @@
+"""Train a system on one device.
+
+    python train.py --dataset_name horse2zebra
+    python train.py --dataset_name horse2zebra --resume
+
+``train`` is the procedure, its loop the algorithm; ``train_dist.py`` runs the same on many processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import utils
+from datasets import (
+    BUILT_IN,
+    MODES,
+    RESIZE,
+    EpochSampler,
+    UnpairedDataset,
+    draw_built_in,
+    fixed_batch,
+    make_loader,
+    normalise,
+)
+from models import load_generator, pack_generator
+from systems import SYSTEMS, Batch, System
+from utils import SAVED_MODELS, InputError, say
+
+# ----------------------------------------------------------------------------------------------------------
+#  Options
+# ----------------------------------------------------------------------------------------------------------
+
+# Help for the options that a system's builder declares; a default stands there (see systems.py).
+SYSTEM_HELP = {
+    "channels": "colour channels of the pictures: 3 RGB, 1 grey",
+    "ngf": "channels of the generators' first convolution",
+    "ndf": "channels of the discriminators' first convolution",
+    "n_residual_blocks": "residual blocks of each generator",
+    "n_layers_D": "stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34",
+    "n_masks": "attention masks, the background's included",
+    "attention_kernel": "last kernel of the attention head: 1 as the official code, 7 as the paper",
+    "lambda_cyc": "weight of each direction's cycle loss",
+    "lambda_id": "weight of each direction's identity loss (AttentionGAN: 0.5 in the paper, 5 in the official code)",
+    "pool_size": "generated pictures each replay buffer keeps; 0 turns it off",
+}
+# What a resumed run may change without ceasing to be the same run.
+FREE_ON_RESUME = ("n_epochs", "n_cpu", "data_dir", "device", "checkpoint_interval", "checkpoint_minutes")
+# What says how to start and is no property of the run.
+HOW_TO_START = ("resume", "overwrite", "init_from")
+
+EPILOG = """\
+The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
+rate falling to zero from epoch 100. The official AttentionGAN script trains instead with
+  --batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5
+"""
+
+
+def system_options(system: str) -> dict[str, Any]:
+    """The options of a system and their defaults, as its builder declares them."""
+    parameters = inspect.signature(SYSTEMS[system]).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "seed"}
+
+
+def make_parser(system: str) -> argparse.ArgumentParser:
+    """All options with the defaults of ``system``; the flag names are those of PyTorch-GAN where it has them."""
+    parser = argparse.ArgumentParser(
+        description=f"Train {system}.", epilog=EPILOG, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", default="horse2zebra", help=f"folder below --data_dir; {BUILT_IN} is drawn on first use")
+    add("--data_dir", default="data", help="folder that holds the data sets")
+    add("--img_height", type=int, default=256, help="height of the training pictures, pixels")
+    add("--img_width", type=int, default=256, help="width of the training pictures, pixels")
+    add(
+        "--resize",
+        choices=RESIZE,
+        default="squash",
+        help="before the crop, resize both sides to 1.12 x the size as the official code (squash), or keep the aspect",
+    )
+    add("--n_cpu", type=int, default=2, help="processes that load pictures; 0 loads in the main process")
+    add = parser.add_argument_group("system").add_argument
+    add("--system", choices=sorted(SYSTEMS), default="attentiongan", help="what to train; its defaults are shown here")
+    for name, default in system_options(system).items():
+        add(f"--{name}", type=type(default), default=default, help=SYSTEM_HELP[name])
+    add = parser.add_argument_group("training").add_argument
+    add("--n_epochs", type=int, default=200, help="epochs in all")
+    add(
+        "--decay_epoch",
+        type=int,
+        help="epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant (default: half of --n_epochs)",
+    )
+    add("--batch_size", type=int, default=1, help="samples per step and process")
+    add("--lr", type=float, default=2e-4, help="Adam: learning rate")
+    add("--b1", type=float, default=0.5, help="Adam: decay of the first moment")
+    add("--b2", type=float, default=0.999, help="Adam: decay of the second moment")
+    add("--seed", type=int, default=0, help="seed of weights, shuffling, crops, flips and replay buffers")
+    add("--init_from", help="start from the generators of a run, of shipped weights, or of a folder")
+    add = parser.add_argument_group("run").add_argument
+    add("--name", help="name of the run (default: <dataset_name>_<system>)")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run of this name exactly where its checkpoint stands; options not given are the run's own",
+    )
+    add("--overwrite", action="store_true", help="delete the run of this name and start anew")
+    add(
+        "--checkpoint_interval", type=int, default=1, help="epochs between checkpoints; 0: by time and at the end alone"
+    )
+    add("--checkpoint_minutes", type=float, default=15, help="minutes between checkpoints amid an epoch; 0: none")
+    add(
+        "--sample_interval", type=int, default=1000, help="steps between picture sheets; 0: at the end of the run alone"
+    )
+    add("--log_interval", type=int, default=50, help="steps between lines of log.jsonl")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bf16"),
+        default="auto",
+        help="auto: bf16 where the hardware multiplies it natively",
+    )
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the epilog's lines as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or "(default" in (action.help or "")
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def parse_options(
+    argv: Sequence[str] | None = None, extend: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """Options from the command line; with --resume, those not given are the run's own.
+
+    ``extend`` adds a launcher's flags. All values are plain (numbers, strings, booleans, None). Raises
+    InputError for values that do not fit together; argparse itself exits on what it cannot read.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--system", default="attentiongan")
+    first.add_argument("--dataset_name", default="horse2zebra")
+    first.add_argument("--name")
+    first.add_argument("--resume", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    name = known.name or f"{known.dataset_name}_{known.system}"
+    own = utils.Checkpoints(SAVED_MODELS / name).load()["options"] if known.resume else {}
+
+    system = own.get("system", known.system)
+    parser = make_parser(system if system in SYSTEMS else "attentiongan")  # else argparse refuses --system itself
+    extend(parser)
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: no option of {system}, see --help")
+    given = {key: value for key, value in vars(namespace).items() if value is not unset}
+
+    for key in own.keys() & given.keys():
+        if given[key] != own[key]:
+            if key not in FREE_ON_RESUME:
+                raise InputError(
+                    f"--resume: --{key} {given[key]} differs from the run's {own[key]}; "
+                    f"only {', '.join('--' + k for k in FREE_ON_RESUME)} may change"
+                )
+            say(f"--{key} was {own[key]}, is now {given[key]}")
+    options = argparse.Namespace(**{**defaults, **own, **given, "name": name})
+    if options.decay_epoch is None:
+        options.decay_epoch = max(1, options.n_epochs // 2)
+    check_options(options, at_least_epochs=own.get("n_epochs", 1))
+    return options
+
+
+def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None:
+    """Raise InputError for values that cannot be meant, alone or together."""
+    least = {"n_epochs": at_least_epochs, "decay_epoch": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "n_cpu": 0}
+    least |= {"sample_interval": 0, "checkpoint_interval": 0, "checkpoint_minutes": 0, "lr": 0, "pool_size": 0}
+    least |= {"ngf": 1, "ndf": 1, "n_masks": 2, "n_residual_blocks": 0, "n_layers_D": 1}
+    for key, bound in least.items():
+        if getattr(options, key, bound) < bound:
+            raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
+    if options.decay_epoch > options.n_epochs:
+        raise InputError(
+            f"--decay_epoch {options.decay_epoch} lies beyond --n_epochs {options.n_epochs}; "
+            "equal to it, the learning rate stays constant"
+        )
+    if options.channels not in MODES:
+        raise InputError(f"--channels {options.channels}: expected one of {list(MODES)}")
+    if getattr(options, "attention_kernel", 1) not in (1, 7):
+        raise InputError(f"--attention_kernel {options.attention_kernel}: expected 1 (official code) or 7 (paper)")
+    if Path(options.name).name != options.name:
+        raise InputError(f"--name {options.name}: expected a plain name, without folders")
+    with torch.device("meta"):
+        system = build_system(options)
+    for key in ("img_height", "img_width"):
+        size = getattr(options, key)
+        if size % system.size_multiple or size < system.min_size:
+            raise InputError(
+                f"--{key} {size}: expected a multiple of {system.size_multiple}, at least {system.min_size}"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Building
+# ----------------------------------------------------------------------------------------------------------
+
+
+def build_system(options: argparse.Namespace) -> System:
+    """The system that the options describe; the replay buffers of every rank draw from a stream of their own."""
+    settings = {key: getattr(options, key) for key in system_options(options.system)}
+    return SYSTEMS[options.system](**settings, seed=(options.seed, utils.rank()))
+
+
+def build_dataset(options: argparse.Namespace) -> UnpairedDataset:
+    root = Path(options.data_dir) / options.dataset_name
+    return UnpairedDataset(
+        root, (options.img_height, options.img_width), options.channels, options.resize, options.seed
+    )
+
+
+def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
+    return [p for name in networks for p in system.get_submodule(name).parameters()]
+
+
+def load_generators(system: System, where: str) -> None:
+    """Give the generators the weights found at ``where`` (see ``utils.find_generator``)."""
+    for direction, name in system.generators.items():
+        path = utils.find_generator(where, direction)
+        try:
+            source, _ = load_generator(path)
+        except ValueError as error:
+            raise InputError(f"--init_from: {error}") from error
+        network = system.get_submodule(name)
+        if type(source) is not type(network) or source.settings != network.settings:
+            raise InputError(
+                f"--init_from: {path} holds {type(source).__name__} {source.settings}, "
+                f"expected {type(network).__name__} {network.settings}"
+            )
+        network.load_state_dict(source.state_dict())
+        say(f"{name} starts from {path}")
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """All that one process does before any training: check the pictures, draw the built-in set, clear the run's name.
+
+    Raises InputError.
+    """
+    root = Path(options.data_dir) / options.dataset_name
+    if options.dataset_name == BUILT_IN:
+        draw_built_in(root)
+    build_dataset(options).check()
+    run, images = SAVED_MODELS / options.name, utils.IMAGES / options.name
+    if options.overwrite and not options.resume:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(images, ignore_errors=True)
+    elif not options.resume and (run.exists() or images.exists()):
+        raise InputError(
+            f"a run named {options.name} stands already in {run} or {images}; go on with it (--resume), "
+            "name this one otherwise (--name), or delete that one (--overwrite)"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The state of a run
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """What a run's checkpoint holds: networks, optimizers, position, and each rank's own (pools, random states)."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        system: System,
+        optimizers: dict[str, torch.optim.Optimizer],
+        steps_per_epoch: int,
+        device: torch.device,
+    ):
+        self.options, self.system, self.optimizers, self.device = options, system, optimizers, device
+        self.steps_per_epoch = steps_per_epoch
+        self.networks = [name for turn in system.turns for name in turn.networks]
+        self.checkpoints = utils.Checkpoints(SAVED_MODELS / options.name)
+        self.saved_at = time.monotonic()
+
+    def save(self, record: utils.Record) -> None:
+        """Write the checkpoint and the generators' small files. Every rank calls this; rank 0 writes."""
+        own: dict[str, Any] = {
+            "children": {n: m.state_dict() for n, m in self.system.named_children() if n not in self.networks},
+            "record": record.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            own["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        ranks = utils.gather(own)
+        self.saved_at = time.monotonic()
+        if ranks is None:
+            return
+        skip = (
+            *HOW_TO_START,
+            *vars(self.options).keys() - vars(make_parser(self.options.system).parse_args([])).keys(),
+        )
+        options = {key: value for key, value in vars(self.options).items() if key not in skip}
+        self.checkpoints.save(
+            {
+                "options": options,
+                "step": record.step,
+                "steps_per_epoch": self.steps_per_epoch,
+                "networks": {name: self.system.get_submodule(name).state_dict() for name in self.networks},
+                "optimizers": {player: optimizer.state_dict() for player, optimizer in self.optimizers.items()},
+                "ranks": ranks,
+            }
+        )
+        for direction, name in self.system.generators.items():
+            packed = pack_generator(self.system.get_submodule(name))
+            about = {"direction": direction, "options": options, "step": record.step}
+            utils.save_atomically({**packed, **about}, SAVED_MODELS / self.options.name / f"{direction}.pt")
+
+    def load(self) -> dict[str, Any]:
+        """Restore everything but the record; returns the checkpoint. Raises InputError where it does not fit."""
+        state = self.checkpoints.load()
+        for what, found in (("processes", utils.world_size()), ("steps per epoch", self.steps_per_epoch)):
+            expected = len(state["ranks"]) if what == "processes" else state["steps_per_epoch"]
+            if found != expected:
+                raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
+        for name, weights in state["networks"].items():
+            self.system.get_submodule(name).load_state_dict(weights)
+        for player, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][player])
+        own = state["ranks"][utils.rank()]
+        for name, child in own["children"].items():
+            self.system.get_submodule(name).load_state_dict(child)
+        torch.set_rng_state(own["random"])
+        if "random_cuda" in own and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["random_cuda"], self.device)
+        return state
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint amid an epoch, by rank 0's clock."""
+        minutes = self.options.checkpoint_minutes
+        return utils.rank() == 0 and minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Training
+# ----------------------------------------------------------------------------------------------------------
+
+
+def play(
+    system: System, optimizers: dict[str, torch.optim.Optimizer], autocast: Callable[[], Any], batch: Batch
+) -> dict[str, Tensor]:
+    """One step of the game: the generators run once, then each player makes its move. Returns what to log."""
+    with autocast():
+        fakes = system(batch)
+    shown = system.measures(batch, fakes)
+    for turn in system.turns:
+        with autocast():
+            losses = turn.losses(batch, fakes)
+        update(optimizers[turn.player], losses)
+        shown = {**losses, **shown}
+    system.settle()
+    return shown
+
+
+def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:
+    """Change this player's networks alone: no gradient is worked out for the others'."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    torch.stack(list(losses.values())).sum().backward(inputs=parameters)
+    optimizer.step()
+
+
+def learning_rate(options: argparse.Namespace, epoch: int) -> float:
+    """The rate of an epoch, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
+
+    The rule of the official code, which would reach zero in the epoch after the last.
+    """
+    left = 1 - max(0, epoch + 1 - options.decay_epoch) / (options.n_epochs - options.decay_epoch + 1)
+    return options.lr * left
+
+
+def train(options: argparse.Namespace, distribute: Callable[[System], System] = lambda system: system) -> int:
+    """Train to the end, or until a signal, and save. ``prepare`` comes before.
+
+    ``distribute`` returns the system with its networks wrapped for many processes. Returns 0, or the number of
+    the signal that ended the run early. Raises InputError.
+    """
+    device = utils.pick_device(options.device)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(options.seed)
+    system = build_system(options).to(device)
+    if device.type == "cuda":
+        system.to(memory_format=torch.channels_last)
+    if options.init_from and not options.resume:
+        load_generators(system, options.init_from)
+    autocast = utils.make_autocast(device, options.precision)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        turn.player: torch.optim.Adam(
+            trained_parameters(system, turn.networks), options.lr, (options.b1, options.b2), fused=True
+        )
+        for turn in system.turns
+    }
+
+    dataset = build_dataset(options)
+    sampler = EpochSampler(len(dataset), options.seed, utils.rank(), utils.world_size())
+    loader = make_loader(dataset, sampler, options.batch_size, options.n_cpu, pin_memory=device.type == "cuda")
+    if len(loader) == 0:
+        raise InputError(
+            f"{len(dataset)} samples in {options.data_dir}/{options.dataset_name} do not fill one batch of "
+            f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
+        )
+    samples = fixed_batch(dataset.root, 4, dataset.size, options.channels, options.resize)
+    samples = next(utils.to_device([samples], device, normalise))
+
+    run = Run(options, system, optimizers, len(loader), device)
+    state = run.load() if options.resume else {"step": 0}
+    total = options.n_epochs * len(loader)
+    record = utils.Record(options.name, vars(options), total, options.log_interval, state["step"])
+    if options.resume:
+        record.load_state_dict(state["ranks"][utils.rank()]["record"], device)
+    first, done = divmod(state["step"], len(loader))
+    effective = options.batch_size * utils.world_size()
+    say(
+        f"{'resuming' if options.resume else 'training'} {options.name}: {options.system} on {options.dataset_name}, "
+        f"{options.img_height} x {options.img_width}, step {state['step']} of {total}, batch {options.batch_size} x "
+        f"{utils.world_size()} process(es) = {effective}, {device.type}, "
+        f"{'bf16' if autocast.keywords['enabled'] else 'float32'}"
+    )
+
+    players = distribute(system)
+    with utils.StopSignals() as stop:
+        for epoch in range(first, options.n_epochs):
+            players.begin(epoch)
+            lr = learning_rate(options, epoch)
+            for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
+                group["lr"] = lr
+            sampler.epoch, sampler.start = epoch, done * options.batch_size
+            for batch in utils.to_device(loader, device, normalise):
+                record.note(play(players, optimizers, autocast, batch), sum(map(len, batch.values())), epoch, lr)
+                if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
+                    with autocast():
+                        record.sheet(system.sheet(samples))
+                stopped, save = utils.any_rank([stop.signal is not None, run.due()])
+                if stopped or save:
+                    run.save(record)
+                if stopped:
+                    break
+            if stopped:
+                break
+            done = 0
+            record.page()
+            if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
+                run.save(record)
+    record.page()
+    record.close()
+    if record.step == total:
+        say(f"done: see {record.folder}/index.html; weights in {SAVED_MODELS / options.name}")
+        return 0
+    say(f"stopped after step {record.step} of {total}, saved; the same command with --resume goes on")
+    return stop.signal or signal.SIGTERM
+
+
+def time_for(count: int, interval: int, last: int) -> bool:
+    """Every ``interval`` (never for 0), and at the last."""
+    return count == last or (interval > 0 and count % interval == 0)
+
+
+@contextmanager
+def clear_errors(options: argparse.Namespace) -> Iterator[None]:
+    """Turn running out of memory into an InputError that says what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise InputError(
+            f"out of memory with --batch_size {options.batch_size}, --img_height {options.img_height} and "
+            f"--img_width {options.img_width}: lower these, or --ngf; saved checkpoints stand"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        options = parse_options(argv)
+        prepare(options)
+        with clear_errors(options):
+            ended_by = train(options)
+    except (InputError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted at once; the last checkpoint stands", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 128 + ended_by if ended_by else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

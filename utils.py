@@ -1,0 +1,495 @@
+"""The machine: device and precision, ranks, signals, checkpoints, and the record of a run.
+
+Nothing here knows a network or a data set.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+SAVED_MODELS = Path("saved_models")  # checkpoints and weights, below the working directory
+IMAGES = Path("images")  # sheets, curves and pages
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what was found and what was expected."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Device and precision
+# ----------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called ``name``; "auto" takes CUDA, then MPS, then the CPU. InputError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 natively; elsewhere it is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return False
+
+
+def make_autocast(device: torch.device, precision: str = "auto") -> Callable[[], torch.autocast]:
+    """A maker of autocast contexts: bf16 if ``precision`` is "bf16", or "auto" and the hardware has it.
+
+    Weights are cast once per context, so open one per forward or turn and none across an optimizer step.
+    """
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Ranks: every function is right in a single process too
+# ----------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a CPU tensor over all ranks, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values = values / world_size()
+    return values
+
+
+def any_rank(flags: Iterable[bool]) -> list[bool]:
+    """For each flag whether it is set on any rank: how ranks agree to stop or save together."""
+    agreed = torch.tensor([int(f) for f in flags])
+    if world_size() > 1:
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return [bool(f) for f in agreed]
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Every rank's value in the order of ranks, on rank 0; None on the others."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def say(message: str) -> None:
+    """Print on rank 0, above the progress bar if there is one."""
+    if rank() == 0:
+        tqdm.write(message)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Signals
+# ----------------------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """Turns Ctrl-C, SIGTERM and a closed terminal (SIGHUP) into a wish to stop, ``signal``, for the block.
+
+    A second Ctrl-C interrupts at once. A signal that was ignored before (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        if number == getattr(signal, "SIGHUP", None):
+            # The terminal is gone: writing to it would fail, and with it the save that is to come.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                if stream.isatty():
+                    os.dup2(nowhere, stream.fileno())
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """torch.save to a temporary file, flushed to the disk, then renamed: ``path`` is old or new, never half.
+
+    Raises OSError (a full disk, say) and leaves what stood at ``path`` as it was.
+    """
+    partial_path = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial_path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_path, path)
+    except RuntimeError as error:  # torch's writer turns a failed write into a RuntimeError
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """The full state of one run on disk: the newest, and the one before it in case the newest is damaged."""
+
+    FORMAT = 1
+
+    def __init__(self, folder: Path):
+        self.newest = folder / "checkpoint.pt"
+        self.previous = folder / "checkpoint_previous.pt"
+
+    def exist(self) -> bool:
+        return self.newest.exists() or self.previous.exists()
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        fresh = self.newest.with_name("checkpoint_fresh.pt")
+        save_atomically({"format": self.FORMAT, **state}, fresh)
+        if self.newest.exists():
+            os.replace(self.newest, self.previous)
+        os.replace(fresh, self.newest)
+
+    def load(self) -> dict[str, Any]:
+        """The newest readable state, tensors mapped from the file; says so when it is not the newest.
+
+        Raises InputError when there is none, or one of another format.
+        """
+        troubles = []
+        for path in (self.newest, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                found = state["format"]
+            except Exception as error:  # a damaged file makes the unpickler raise what it likes
+                troubles.append(f"{path}: damaged ({str(error).splitlines()[0]})")
+                continue
+            if found != self.FORMAT:
+                raise InputError(f"{path}: checkpoint format {found}, this code reads format {self.FORMAT}")
+            for trouble in troubles:
+                say(f"warning: {trouble}; going back to {path}, step {state['step']}")
+            return state
+        raise InputError("; ".join(troubles) or f"{self.newest}: no such checkpoint, nothing to resume")
+
+
+def find_generator(where: str | Path, direction: str) -> Path:
+    """The generator file for "AtoB" or "BtoA" that ``where`` stands for.
+
+    ``where`` is a file, a folder, the name of a run (``saved_models/<name>``) or of shipped weights
+    (``saved_models/pretrained/<name>``). A folder holds ``AtoB.pt`` and ``BtoA.pt``, as ``train.py`` writes
+    them, or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``. InputError where nothing fits.
+    """
+    official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}[direction]
+    places = [Path(where), SAVED_MODELS / where, SAVED_MODELS / "pretrained" / where]
+    for place in places:
+        if place.is_file():
+            return place
+        for name in (f"{direction}.pt", official):
+            if (place / name).is_file():
+                return place / name
+    looked = ", ".join(dict.fromkeys(str(p) for p in places))
+    raise InputError(
+        f"{where}: no generator for {direction} found. Looked for a file, or {direction}.pt or {official} in {looked}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The record of a run: bar, log, curves, sheets, page
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """Shows and keeps how a run goes. All ranks keep one; only rank 0's writes.
+
+    ``log.jsonl`` in the run's folder of ``saved_models`` gets a line every ``interval`` steps: the means since
+    the last line, over steps and ranks. The run's folder of ``images`` gets sheets, ``curves.png`` and
+    ``index.html``. Values stay on the device until they are shown, so that a step waits for nothing.
+    """
+
+    CURVE_POINTS = 1000  # the curves' history is thinned to this, so that drawing them costs the same for ever
+    SHEETS_SHOWN = 200  # likewise the page's slider
+
+    def __init__(self, name: str, settings: Mapping[str, Any], total_steps: int, interval: int, start: int = 0):
+        self.name, self.settings, self.total_steps, self.interval = name, settings, total_steps, interval
+        self.log_path = SAVED_MODELS / name / "log.jsonl"
+        self.folder = IMAGES / name
+        self.step = start
+        self.names: list[str] = []
+        self.lengths: list[int] = []
+        self.sums: Tensor | None = None
+        self.count = 0
+        self.history: list[dict[str, Any]] = []
+        self.stride = 1  # the history holds every stride-th line
+        self.lines = 0
+        self.images_since = 0
+        self.since = time.perf_counter()
+        if rank() == 0:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._cut_log(start)
+        quiet = rank() != 0
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start,
+            disable=quiet,
+            dynamic_ncols=terminal,
+            mininterval=0.5 if terminal else 30,
+            smoothing=0.05,
+            unit="step",
+        )
+        self._shown = time.perf_counter()
+
+    # -- what must survive a restart ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = None if self.sums is None else self.sums.cpu()
+        return {"names": self.names, "lengths": self.lengths, "sums": sums, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.names, self.lengths, self.count = list(state["names"]), list(state["lengths"]), state["count"]
+        self.sums = None if state["sums"] is None else state["sums"].to(device)
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the lines that a stopped run wrote past its checkpoint; read the others for the curves."""
+        kept = []
+        if self.log_path.exists():
+            for line in self.log_path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the half line of a killed run
+                    break
+                if entry["step"] > step:
+                    break
+                kept.append(line)
+                self._remember(entry)
+        fresh = self.log_path.with_suffix(".partial")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        os.replace(fresh, self.log_path)
+
+    # -- each step ---------------------------------------------------------------------------------------
+
+    def note(self, values: Mapping[str, Tensor], images: int, epoch: int, lr: float) -> None:
+        """Take one step's scalars and vectors; ``images`` is the number of pictures this rank has just seen."""
+        self.step += 1
+        flat = torch.cat([v.detach().reshape(-1).float() for v in values.values()])
+        if self.sums is None:
+            self.names, self.lengths = list(values), [v.numel() for v in values.values()]
+            self.sums = torch.zeros_like(flat)
+        self.sums += flat
+        self.count += 1
+        self.images_since += images
+        self.bar.update()
+        if self.step % self.interval == 0 or self.step == self.total_steps:
+            self._write_line(epoch, lr)
+        now = time.perf_counter()
+        if not self.bar.disable and now - self._shown > max(2.0, self.bar.mininterval):
+            self._shown = now
+            self._show(flat, epoch)
+
+    def _write_line(self, epoch: int, lr: float) -> None:
+        assert self.sums is not None
+        means = mean_over_ranks(self.sums.cpu() / self.count).tolist()
+        seconds = time.perf_counter() - self.since
+        entry: dict[str, Any] = {"step": self.step, "epoch": epoch + 1, "lr": lr}
+        entry["images_per_s"] = round(world_size() * self.images_since / seconds, 3)
+        for name, length in zip(self.names, self.lengths, strict=True):
+            taken, means = means[:length], means[length:]
+            entry[name] = taken[0] if length == 1 else taken
+        self.sums.zero_()
+        self.count = self.images_since = 0
+        self.since = time.perf_counter()
+        if rank() == 0:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self._remember(entry)
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        if self.lines % self.stride == 0:
+            self.history.append(entry)
+        self.lines += 1
+        if len(self.history) > self.CURVE_POINTS:
+            self.history = self.history[::2]
+            self.stride *= 2
+
+    def _show(self, flat: Tensor, epoch: int) -> None:
+        values = flat.tolist()
+        shown, at = {}, 0
+        for name, length in zip(self.names, self.lengths, strict=True):
+            if length == 1:
+                shown[name] = f"{values[at]:.3f}"
+            at += length
+        seconds = time.perf_counter() - self.since
+        speed = f"{world_size() * self.images_since / seconds:.1f} images/s"
+        self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
+        self.bar.set_postfix_str(" ".join([speed, *(f"{k} {v}" for k, v in shown.items())]), refresh=False)
+
+    # -- pictures ----------------------------------------------------------------------------------------
+
+    def sheet(self, columns: Mapping[str, Tensor]) -> None:
+        """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
+        draw_sheet(columns).save(self.folder / f"{self.step:08d}.png")
+
+    def page(self) -> None:
+        """Draw the curves and write ``index.html``; both cost the same however long the run is."""
+        if rank() != 0:
+            return
+        if self.history:
+            draw_curves(self.history, self.folder / "curves.png")
+        sheets = sorted(p.name for p in self.folder.glob("[0-9]*.png"))
+        shown = sheets[:: max(1, -(-len(sheets) // self.SHEETS_SHOWN))]
+        if sheets and shown[-1] != sheets[-1]:
+            shown.append(sheets[-1])
+        rows = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in self.settings.items())
+        state = f"step {self.step} of {self.total_steps}"
+        (self.folder / "index.html").write_text(
+            PAGE.format(
+                name=html.escape(self.name),
+                state=state,
+                sheets=json.dumps(shown),
+                last=max(0, len(shown) - 1),
+                rows=rows,
+            )
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{name}</title>
+<style>
+  body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }}
+  img {{ max-width: 100%; image-rendering: pixelated }}
+  input {{ width: 100% }}
+  table {{ border-collapse: collapse }}
+  td {{ border-bottom: 1px solid #ddd; padding: 0 1.5em 0 0; font-family: monospace }}
+</style>
+<h1>{name}</h1>
+<p>{state}</p>
+<h2>Sheets <small id="label"></small></h2>
+<input type="range" id="slider" min="0" max="{last}" value="{last}">
+<img id="sheet" alt="no sheet yet">
+<h2>Curves</h2>
+<img src="curves.png" alt="no curves yet">
+<h2>Settings</h2>
+<table>{rows}</table>
+<script>
+  const sheets = {sheets}, slider = document.getElementById("slider");
+  function show() {{
+    if (!sheets.length) return;
+    document.getElementById("sheet").src = sheets[slider.value];
+    document.getElementById("label").textContent = "after step " + parseInt(sheets[slider.value]);
+  }}
+  slider.oninput = show;
+  show();
+</script>
+"""
+
+
+def draw_sheet(columns: Mapping[str, Tensor], least_width: int = 96) -> Image.Image:
+    """A sheet with a heading over each column and a row for each picture; values in [-1, 1].
+
+    Small pictures are enlarged by whole pixels to about ``least_width``, so that the headings fit.
+    """
+    batches = {name: batch.detach().float().cpu() for name, batch in columns.items()}
+    channels = max(batch.shape[1] for batch in batches.values())
+    stack = torch.stack([batch.expand(-1, channels, -1, -1) for batch in batches.values()], dim=1)
+    zoom = max(1, round(least_width / stack.shape[-1]))
+    pictures = stack.flatten(0, 1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    grid = to_pil_image(
+        make_grid(pictures.clamp(-1, 1), nrow=len(batches), padding=2, normalize=True, value_range=(-1, 1), pad_value=1)
+    )
+    heading, width = 18, pictures.shape[-1] + 2
+    sheet = Image.new("RGB", (grid.width, grid.height + heading), "white")
+    sheet.paste(grid, (0, heading))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for i, name in enumerate(batches):
+        draw.text((2 + width * i, 1), name, fill="black", font=font)
+    return sheet
+
+
+def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """One plot for every family of scalars (the part of their names before "_"), one for every vector."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for name, value in history[-1].items():
+        if name not in ("step", "epoch"):
+            families[name if isinstance(value, list) or name in ("lr", "images_per_s") else name.split("_")[0]].append(
+                name
+            )
+    n_rows = -(-len(families) // 3)
+    figure = Figure(figsize=(15, 3 * n_rows), layout="constrained")
+    steps = [entry["step"] for entry in history]
+    for i, (family, names) in enumerate(families.items()):
+        axes = figure.add_subplot(n_rows, 3, i + 1)
+        axes.set_title(family)
+        for name in names:
+            values = [entry.get(name, float("nan")) for entry in history]
+            lines = axes.plot(steps, values, linewidth=0.8)
+            labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
+            for line, label in zip(lines, labels, strict=True):
+                line.set_label(label)
+        axes.grid(alpha=0.3)
+        if len(names) > 1 or len(axes.lines) > 1:
+            axes.legend(fontsize="xx-small", ncols=2)
+    figure.savefig(path, dpi=80)
+
+
+def to_device(
+    batches: Iterable[Mapping[str, Tensor]], device: torch.device, convert: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Move batches to the device as they come from the loader, then convert them there."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    for batch in batches:
+        yield {k: convert(v.to(device, non_blocking=True)).contiguous(memory_format=layout) for k, v in batch.items()}
