@@ -260,26 +260,18 @@ def make_loader(
 
 
 def missing(root: Path, side: str) -> str:
-    folder = root / f"train{side}"
-    found = (
-        "no such folder"
-        if not root.is_dir()
-        else "no such folder"
-        if not folder.is_dir()
-        else f"no pictures ({', '.join(EXTENSIONS)}) in it"
-    )
+    """What to say when a data set, or one side of it, is not there."""
+    folder = root if not root.is_dir() else root / f"train{side}"
+    found = f"no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else "no such folder"
+    elsewhere = "" if root.parent == Path("data") else f" --data_dir {root.parent}"
+    own = f"python datasets.py --from_A FOLDER --from_B FOLDER --dataset_name {root.name}{elsewhere}"
     lines = [
-        f"{root if not root.is_dir() else folder}: {found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional)."
+        f"{folder}: {found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional).",
+        f"  Your own pictures:    {own}",
+        "  To try without data:  make demo",
     ]
     if root.name in PUBLIC_SETS:
-        lines += [
-            f"  To fetch it:           python datasets.py --dataset_name {root.name}"
-            + ("" if root.parent == Path("data") else f" --data_dir {root.parent}")
-        ]
-    lines += [
-        f"  Your own pictures:     python datasets.py --from_A FOLDER --from_B FOLDER --dataset_name {root.name}",
-        "  To try without data:   make demo",
-    ]
+        lines.insert(1, f"  To fetch this set:    python datasets.py --dataset_name {root.name}{elsewhere}")
     return "\n".join(lines)
 
 

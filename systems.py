@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class System(nn.Module, ABC):
     Children that stand in no turn (replay buffers) are each rank's own.
     """
 
-    generators: dict[str, str]  # direction ("AtoB") to the name of the network that translates so
+    generators: ClassVar[dict[str, str]]  # direction ("AtoB") to the name of the network that translates so
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
 
@@ -130,7 +130,7 @@ class TwoWay(System):
     L_D = Σ ½ [ (D(real) - 1)² + D(pooled)² ].
     """
 
-    generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
+    generators: ClassVar = {"AtoB": "G_AB", "BtoA": "G_BA"}
 
     def __init__(
         self,

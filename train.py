@@ -99,7 +99,8 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add(
         "--decay_epoch",
         type=int,
-        help="epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant (default: half of --n_epochs)",
+        help="epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
+        "(default: half of --n_epochs)",
     )
     add("--batch_size", type=int, default=1, help="samples per step and process")
     add("--lr", type=float, default=2e-4, help="Adam: learning rate")
