@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import utils
-from datasets import MODES, Picture, find_pictures, find_side, normalise, resize, to_tensor
+from datasets import Picture, find_pictures, find_side, normalise, resize, to_tensor
 from metrics import intersection_over_union, mean_absolute_error
 from models import load_generator
 from utils import InputError

@@ -1,0 +1,38 @@
+"""Shared by all tests: the repository on the path, few threads, small data."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    """Runs are read and written relative to the working directory; scripts are found from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def small_set(tmp_path) -> Path:
+    """data/small with 6 pictures in trainA, 5 in trainB, 2 in each test folder, all of 40 x 36 pixels."""
+    root = tmp_path / "data" / "small"
+    rng = np.random.default_rng(0)
+    for folder, n in (("trainA", 6), ("trainB", 5), ("testA", 2), ("testB", 2)):
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+    return root
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
