@@ -23,10 +23,12 @@ import signal
 import socket
 import sys
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +90,7 @@ def find_pictures(folder: Path) -> list[Picture]:
         Picture(path)
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
+        and not path.is_dir()  # a link whose picture has gone stays in, so that check() names it
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
 
@@ -133,7 +135,7 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     height, width = size
     if how == "short_side":
         scale = max(height / image.height, width / image.width)
-        height, width = max(height, round(scale * image.height)), max(width, round(scale * image.width))
+        height, width = round(scale * image.height), round(scale * image.width)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -230,11 +232,20 @@ class EpochSampler(Sampler):
         return self.length // self.world_size
 
 
-def ignore_signals(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process saves, then ends the workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+def outlive_signals(_worker: int) -> None:
+    """Ctrl-C, systemd and batch systems signal whole groups; a loader process ends when its own parent says so."""
+    for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def make_loader(
@@ -248,7 +259,7 @@ def make_loader(
         num_workers=n_cpu,
         pin_memory=pin_memory,
         drop_last=True,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),
         persistent_workers=n_cpu > 0,
     )
@@ -293,11 +304,12 @@ BROWN, BLACK, WHITE = np.array([150.0, 95.0, 50.0]), np.array([25.0, 25.0, 25.0]
 def draw_scene(rng: np.random.Generator, size: int = 128) -> dict[str, Image.Image]:
     """One scene of the built-in set in both textures: {"A": brown, "B": striped, "mask": 0/255 grey}.
 
-    One or two shaded ellipses on a soft random background. The stripes are upright and in step with the
-    ellipse's centre, so the brown scene determines the striped one.
+    One or two shaded ellipses on a soft, grainy random background. The stripes are upright, three white between four
+    black across every ellipse, so that the brown scene determines the striped one.
     """
     coarse = Image.fromarray(rng.integers(90, 230, (4, 4, 3), dtype=np.uint8))
     background = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=float)
+    background += rng.normal(0, 16, background.shape)  # grain: easier to leave alone than to paint anew
     y, x = np.mgrid[:size, :size] + 0.5
     scenes = {"A": background.copy(), "B": background.copy()}
     covered = np.zeros((size, size))
@@ -312,7 +324,8 @@ def draw_scene(rng: np.random.Generator, size: int = 128) -> dict[str, Image.Ima
         # Lit from above left, as a sphere of the same outline would be.
         depth = np.sqrt(np.clip(1 - radius**2, 0, 1))
         light = (0.7 + 0.3 * depth - 0.15 * ((x - cx) / a + (y - cy) / b) / 2)[..., None].clip(0.4, 1.1)
-        stripe = np.clip(0.5 + 2 * np.cos(2 * np.pi * (x - cx) / (size / 8)), 0, 1)[..., None]
+        width = np.hypot(a * np.cos(angle), b * np.sin(angle))  # half of the ellipse's
+        stripe = np.clip(0.5 + 2 * np.cos(3 * np.pi * (x - cx) / width), 0, 1)[..., None]
         for side, texture in (("A", BROWN), ("B", BLACK + (WHITE - BLACK) * stripe)):
             scenes[side] += cover * (light * texture - scenes[side])
         covered = np.maximum(covered, cover[..., 0])
@@ -458,7 +471,7 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
         socket.setdefaulttimeout(timeout)  # torchvision's helper sets none and would wait for ever
         try:
             download_url(url, str(partial), filename=file.name)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:  # ValueError: not an address
             raise InputError(f"{url}: could not be fetched ({error}). The README lists other places.") from error
         finally:
             socket.setdefaulttimeout(default)
@@ -475,7 +488,8 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
             inside = ", ".join(sorted(p.name for p in (partial / "unpacked").iterdir())) or "nothing"
             raise InputError(f"{url}: expected a folder {name} in the archive, found {inside}")
         report_counts(folder, counts, shown=target)
-        folder.rename(target)
+        if not target.exists():  # else another process was faster
+            folder.rename(target)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -548,8 +562,7 @@ def import_pictures(
             for split in ("train", "test"):
                 (folder / f"{split}{side}").mkdir()
             for i, path in enumerate(paths):
-                place = folder / ("test" if i in test else "train") / f"{i:05d}_{path.name}"
-                place = place.parent.with_name(place.parent.name + side) / place.name
+                place = folder / f"{'test' if i in test else 'train'}{side}" / f"{i:05d}_{path.name}"
                 if copy:
                     shutil.copyfile(path, place)
                 else:
@@ -579,7 +592,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     name, root = options.dataset_name, options.data_dir / options.dataset_name
     try:
-        if Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise InputError(f"--dataset_name {name}: expected a plain name, without folders")
         if (options.from_A is None) != (options.from_B is None):
             raise InputError("--from_A and --from_B: expected both or neither")

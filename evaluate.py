@@ -40,7 +40,7 @@ def companions(root: Path, name: str, pictures: Sequence[Picture]) -> list[Pictu
     found = find_pictures(root / name)
     if [p.path.stem for p in found] != [p.path.stem for p in pictures]:
         raise InputError(
-            f"{root / name}: {len(found)} pictures, expected one for each of the {len(pictures)} test pictures, named alike"
+            f"{root / name}: {len(found)} pictures, expected {len(pictures)}, named as the test pictures are"
         )
     return found
 

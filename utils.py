@@ -133,6 +133,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
 
     def __enter__(self) -> StopSignals:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -152,9 +153,8 @@ class StopSignals:
         if number == getattr(signal, "SIGHUP", None):
             # The terminal is gone: writing to it would fail, and with it the save that is to come.
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    os.dup2(nowhere, stream.fileno())
+            for terminal in self._terminals:
+                os.dup2(nowhere, terminal)
 
 
 # ----------------------------------------------------------------------------------------------------------

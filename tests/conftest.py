@@ -4,9 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+# The networks of the tests are too small for a second thread, and two busy test processes would spin in wait of it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,3 @@ def small_set(tmp_path) -> Path:
         for i in range(n):
             Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
     return root
-
-
-def pytest_configure() -> None:
-    torch.set_num_threads(os.cpu_count() or 1)

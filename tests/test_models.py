@@ -263,7 +263,7 @@ def test_official_weights_compute_the_same_function(name, prefix, tmp_path):
     make, forward, network = OFFICIAL[name]
     weights = make()
     path = tmp_path / "latest_net_G_A.pth"
-    # Float64 on disk, so that nothing is lost on the way in but what float32 storage loses: compare in float32's own weights.
+    # Stored as float32, so the comparison starts from float32 values.
     weights = {k: v.float().double() for k, v in weights.items()}
     torch.save({prefix + k: v.float() for k, v in weights.items()}, path)
     generator = load_official(path)

@@ -1,0 +1,1111 @@
+"""Pictures on disk and what becomes of them: decoding, folders, samples, loading, fetching, importing."""
+
+import functools
+import hashlib
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch.utils.data import Dataset
+
+import datasets
+from datasets import (
+    EpochSampler,
+    Picture,
+    PublicSet,
+    UnpairedDataset,
+    draw_built_in,
+    fetch,
+    find_pictures,
+    find_side,
+    fixed_batch,
+    import_pictures,
+    make_loader,
+    normalise,
+    resize,
+    to_tensor,
+    unpack,
+    whole_or_absent,
+)
+from utils import InputError
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def save(image, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def plain(path, colour=RED, size=(8, 8)):
+    return save(Image.new("RGB", size, colour), path)
+
+
+def noise(seed, size=(40, 36)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def pixels(path, channels=3, half=None):
+    return np.asarray(Picture(path, half).open(channels)).tolist()
+
+
+def below(folder):
+    """Everything in a folder, links and hidden files included: relative path to bytes (None for folders)."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def make_set(root, nA=3, nB=2, size=(40, 36), tests=0):
+    for side, n in (("A", nA), ("B", nB)):
+        for i in range(n):
+            save(noise(i + 100 * (side == "B"), size), root / f"train{side}" / f"{i}.png")
+        for i in range(tests):
+            save(noise(i + 200 + 100 * (side == "B"), size), root / f"test{side}" / f"{i}.png")
+    return root
+
+
+def same(a, b):
+    return all(torch.equal(a[side], b[side]) for side in "AB")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_grey_becomes_three_equal_channels(tmp_path):
+    image = Image.new("L", (2, 1))
+    image.putdata([10, 200])
+    assert pixels(save(image, tmp_path / "grey.png")) == [[[10, 10, 10], [200, 200, 200]]]
+
+
+def test_palette_is_looked_up(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([1, 2, 3, 40, 50, 60])
+    image.putdata([1, 0])
+    assert pixels(save(image, tmp_path / "palette.png")) == [[[40, 50, 60], [1, 2, 3]]]
+
+
+@pytest.mark.parametrize("transparency", [0, b"\x00\xff"])
+def test_transparent_palette_entry_is_white(tmp_path, transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([1, 2, 3, 40, 50, 60])
+    image.putdata([1, 0])
+    path = save(image, tmp_path / "palette.png", transparency=transparency)
+    assert pixels(path) == [[[40, 50, 60], [255, 255, 255]]]
+
+
+def test_grey_with_alpha_is_laid_on_white(tmp_path):
+    image = Image.new("LA", (3, 1))
+    image.putdata([(10, 255), (10, 0), (0, 51)])
+    assert pixels(save(image, tmp_path / "la.png"), channels=1) == [[10, 255, 204]]
+
+
+def test_alpha_is_laid_on_white(tmp_path):
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(10, 20, 30, 255), (10, 20, 30, 0), (255, 0, 0, 51)])
+    assert pixels(save(image, tmp_path / "rgba.png")) == [[[10, 20, 30], [255, 255, 255], [255, 204, 204]]]
+
+
+def test_colour_named_transparent_is_white(tmp_path):
+    image = Image.new("RGB", (2, 1))
+    image.putdata([(1, 2, 3), (9, 9, 9)])
+    path = save(image, tmp_path / "trns.png", transparency=(1, 2, 3))
+    assert pixels(path) == [[[255, 255, 255], [9, 9, 9]]]
+
+
+def test_cmyk_jpeg_keeps_its_colours(tmp_path):
+    path = save(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "red.jpg")
+    with Image.open(path) as file:
+        assert file.mode == "CMYK"
+    red, green, blue = pixels(path)[4][4]
+    assert red > 245 and green < 10 and blue < 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, channels):
+    values = np.array([[0, 257, 257 * 100, 257 * 253 + 200, 65535]], dtype=np.uint16)
+    path = save(Image.fromarray(values), tmp_path / "deep.png")
+    with Image.open(path) as file:
+        assert file.mode.startswith("I")  # else this tests nothing
+    opened = np.asarray(Picture(path).open(channels)).reshape(5, -1)
+    assert opened.tolist() == [[v] * channels for v in (0, 1, 100, 254, 255)]
+
+
+def test_rotated_jpeg_comes_out_upright(tmp_path):
+    # Orientation 6: a quarter turn clockwise shows it upright, so the file's left column is the top row.
+    image = Image.new("RGB", (32, 16), BLUE)
+    image.paste(RED, (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[274] = 6
+    opened = Picture(save(image, tmp_path / "turned.jpg", exif=exif, quality=95)).open()
+    assert opened.size == (16, 32)
+    top, bottom = np.asarray(opened)[4, 8], np.asarray(opened)[27, 8]
+    assert top[0] > 240 and top[2] < 15
+    assert bottom[2] > 240 and bottom[0] < 15
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "A.PNG", "a.Bmp"])
+def test_lossless_formats_keep_every_pixel(tmp_path, name):
+    path = save(noise(1), tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    assert find_pictures(tmp_path) == [Picture(path)]
+    assert pixels(path) == np.asarray(noise(1)).tolist()
+
+
+def test_one_channel_is_the_luminance(tmp_path):
+    opened = Picture(plain(tmp_path / "red.png", RED)).open(channels=1)
+    assert opened.mode == "L"
+    assert opened.getpixel((0, 0)) == round(0.299 * 255)
+
+
+@pytest.mark.parametrize("width", [20, 21])
+def test_halves_have_equal_width_and_their_own_side(tmp_path, width):
+    image = Image.new("RGB", (width, 6), GREEN)
+    image.paste(RED, (0, 0, 10, 6))
+    image.paste(BLUE, (width - 10, 0, width, 6))
+    path = save(image, tmp_path / "pair.png")
+    assert pixels(path, half="left") == [[list(RED)] * 10] * 6
+    assert pixels(path, half="right") == [[list(BLUE)] * 10] * 6
+
+
+def test_opening_a_damaged_file_is_an_oserror(tmp_path):
+    path = save(noise(0), tmp_path / "cut.jpg")
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(OSError):
+        Picture(path).open()
+
+
+def test_other_and_hidden_files_are_passed_over_and_the_order_is_that_of_the_paths(tmp_path):
+    names = ["b.jpg", "a.PNG", "sub/c.webp", "0.bmp"]
+    for name in [*names, "._b.jpg", ".hidden/d.jpg", "sub/.cache/e.png"]:
+        plain(tmp_path / name)
+    for name in ("list.csv", "Thumbs.db", "jpg", "notes.jpg.txt"):
+        (tmp_path / name).write_text("a,b")
+    (tmp_path / "folder.png").mkdir()
+    found = [str(p.path.relative_to(tmp_path)) for p in find_pictures(tmp_path)]
+    assert found == ["0.bmp", "a.PNG", "b.jpg", "sub/c.webp"]
+
+
+def test_a_hidden_folder_above_hides_nothing(tmp_path):
+    plain(tmp_path / ".data" / "a.png")
+    assert len(find_pictures(tmp_path / ".data")) == 1
+
+
+def test_side_folders_come_before_halves(tmp_path):
+    path = plain(tmp_path / "trainA" / "a.png")
+    plain(tmp_path / "train" / "pair.png", size=(16, 8))
+    assert find_side(tmp_path, "train", "A") == [Picture(path)]
+    assert find_side(tmp_path, "train", "B") == [Picture(tmp_path / "train" / "pair.png", "right")]
+
+
+def test_left_half_is_A_and_right_half_is_B(tmp_path):
+    pair = Image.new("RGB", (16, 8), RED)
+    pair.paste(BLUE, (8, 0, 16, 8))
+    save(pair, tmp_path / "train" / "pair.png")
+    for side, colour in (("A", RED), ("B", BLUE)):
+        (picture,) = find_side(tmp_path, "train", side)
+        assert np.asarray(picture.open()).tolist() == [[list(colour)] * 8] * 8
+
+
+def test_val_stands_in_for_test_only(tmp_path):
+    path = plain(tmp_path / "val" / "pair.png", size=(16, 8))
+    assert find_side(tmp_path, "test", "B") == [Picture(path, "right")]
+    assert find_side(tmp_path, "train", "B") == []
+    path = plain(tmp_path / "test" / "other.png", size=(16, 8))
+    assert find_side(tmp_path, "test", "A") == [Picture(path, "left")]
+
+
+def circle_extent(image):
+    columns, rows = np.asarray(image.convert("L")).max(axis=0) > 127, np.asarray(image.convert("L")).max(axis=1) > 127
+    return int(columns.sum()), int(rows.sum())
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_short_side_keeps_a_circle_round_and_squash_does_not(swap):
+    image = Image.new("RGB", (200, 100))
+    ImageDraw.Draw(image).ellipse((70, 20, 130, 80), fill="white")
+    image = image.transpose(Image.Transpose.ROTATE_90) if swap else image
+    kept, squashed = resize(image, (50, 50), "short_side"), resize(image, (50, 50), "squash")
+    assert kept.size == ((50, 100) if swap else (100, 50))
+    assert squashed.size == (50, 50)
+    width, height = circle_extent(kept)
+    assert abs(width - 30) <= 1 and abs(height - 30) <= 1
+    narrow, wide = sorted(circle_extent(squashed))
+    assert abs(narrow - 15) <= 1 and abs(wide - 30) <= 1
+
+
+@pytest.mark.parametrize("size", [(30, 50), (50, 30), (64, 64), (101, 99)])
+@pytest.mark.parametrize("shape", [(200, 100), (33, 77), (50, 50), (7, 300)])
+def test_short_side_always_covers_the_size(size, shape):
+    width, height = resize(Image.new("RGB", shape), size, "short_side").size
+    assert height >= size[0] and width >= size[1]
+    assert height == size[0] or width == size[1]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_tensor_holds_the_pixels_channels_first(mode):
+    image = noise(3).convert(mode)
+    tensor = to_tensor(image)
+    assert tensor.dtype == torch.uint8 and tensor.is_contiguous()
+    expected = np.asarray(image).reshape(36, 40, -1)
+    assert tensor.shape == (expected.shape[2], 36, 40)
+    assert np.array_equal(tensor.numpy().transpose(1, 2, 0), expected)
+
+
+def test_normalise_maps_0_to_minus_1_and_255_to_1():
+    values = normalise(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, torch.tensor([-1.0, -0.6, 1.0]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Unpaired data
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nA, nB", [(3, 2), (2, 5)])
+def test_epoch_is_as_long_as_the_larger_side(tmp_path, nA, nB):
+    assert len(UnpairedDataset(make_set(tmp_path, nA, nB), (16, 16))) == max(nA, nB)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("how", ["squash", "short_side"])
+def test_sample_has_the_asked_shape(tmp_path, channels, how):
+    sample = UnpairedDataset(make_set(tmp_path), (16, 24), channels, how)[0, 0]
+    assert set(sample) == {"A", "B"}
+    for tensor in sample.values():
+        assert tensor.shape == (channels, 16, 24) and tensor.dtype == torch.uint8
+
+
+def test_sample_is_a_function_of_seed_epoch_and_index(tmp_path):
+    make_set(tmp_path)
+    dataset = UnpairedDataset(tmp_path, (16, 16), seed=4)
+    first = dataset[2, 1]
+    dataset[0, 0], np.random.random(), torch.rand(1)  # nothing drawn in between matters
+    assert same(first, dataset[2, 1])
+    assert same(first, UnpairedDataset(tmp_path, (16, 16), seed=4)[2, 1])
+    assert not same(first, dataset[3, 1])
+    assert not same(first, dataset[2, 2])
+    assert not same(first, UnpairedDataset(tmp_path, (16, 16), seed=5)[2, 1])
+
+
+def test_a_picture_used_twice_in_an_epoch_is_cropped_anew(tmp_path):
+    dataset = UnpairedDataset(make_set(tmp_path, 1, 4), (16, 16))
+    crops = [dataset[0, i]["A"] for i in range(4)]
+    assert not all(torch.equal(crops[0], crop) for crop in crops[1:])
+
+
+def test_every_A_is_visited_and_partners_are_drawn_anew_each_epoch(tmp_path):
+    for i in range(4):
+        plain(tmp_path / "trainA" / f"{i}.png", (10 * i, 0, 0))
+        plain(tmp_path / "trainB" / f"{i}.png", (0, 10 * i, 0))
+    dataset = UnpairedDataset(tmp_path, (8, 8))
+    samples = [[dataset[epoch, i] for i in range(4)] for epoch in range(40)]
+    visits = [[int(s["A"][0, 0, 0]) // 10 for s in epoch] for epoch in samples]
+    partners = [[int(s["B"][1, 0, 0]) // 10 for s in epoch] for epoch in samples]
+    assert visits == [[0, 1, 2, 3]] * 40
+    for i in range(4):
+        assert {epoch[i] for epoch in partners} == {0, 1, 2, 3}
+
+
+def test_smaller_side_A_is_gone_through_in_turn(tmp_path):
+    for i in range(2):
+        plain(tmp_path / "trainA" / f"{i}.png", (10 * i, 0, 0))
+    for i in range(5):
+        plain(tmp_path / "trainB" / f"{i}.png")
+    dataset = UnpairedDataset(tmp_path, (8, 8))
+    assert [int(dataset[0, i]["A"][0, 0, 0]) for i in range(5)] == [0, 10, 0, 10, 0]
+
+
+def test_sample_is_a_crop_at_any_place_flipped_half_the_time(tmp_path):
+    # 35 is 1.12 × 32, so the resize changes nothing and pixels tell where they come from.
+    y, x = np.mgrid[:35, :35]
+    picture = np.stack([7 * x, 7 * y, 0 * x], axis=-1).astype(np.uint8)
+    for side in "AB":
+        save(Image.fromarray(picture), tmp_path / f"train{side}" / "0.png")
+    dataset = UnpairedDataset(tmp_path, (32, 32))
+    places = {"A": [], "B": []}
+    for epoch in range(200):
+        for side, tensor in dataset[epoch, 0].items():
+            crop = tensor.numpy().transpose(1, 2, 0)
+            flipped = crop[0, 0, 0] > crop[0, -1, 0]
+            upright = crop[:, ::-1] if flipped else crop
+            left, top = int(upright[0, 0, 0]) // 7, int(upright[0, 0, 1]) // 7
+            assert np.array_equal(upright, picture[top : top + 32, left : left + 32])
+            places[side].append((left, top, bool(flipped)))
+    for side in "AB":
+        lefts, tops, flips = zip(*places[side], strict=True)
+        assert set(lefts) == set(tops) == {0, 1, 2, 3}
+        assert 70 <= sum(flips) <= 130
+    assert sum(a == b for a, b in zip(places["A"], places["B"], strict=True)) < 40  # each side its own place
+
+
+@pytest.mark.parametrize("how, seen", [("short_side", 90), ("squash", 180)])
+def test_resize_choice_reaches_the_samples(tmp_path, how, seen):
+    # 200 x 100 with the column number as red. A crop of 64 sees 64/71 of the width when squashed to 71 x 71,
+    # half of that when the width is kept at 142.
+    columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
+    for side in "AB":
+        save(Image.fromarray(np.ascontiguousarray(columns)), tmp_path / f"train{side}" / "0.png")
+    sample = UnpairedDataset(tmp_path, (64, 64), how=how)[0, 0]["A"][0]
+    assert abs(int(sample.max()) - int(sample.min()) - seen) <= 4
+
+
+def test_missing_public_set_says_how_to_fetch_it(tmp_path):
+    root = tmp_path / "horse2zebra"
+    with pytest.raises(InputError) as error:
+        UnpairedDataset(root, (16, 16))
+    message = str(error.value)
+    assert message.startswith(f"{root}: no such folder")
+    assert f"{root}/trainA and {root}/trainB" in message
+    assert f"python datasets.py --dataset_name horse2zebra --data_dir {tmp_path}\n" in message
+    assert "--from_A FOLDER --from_B FOLDER --dataset_name horse2zebra" in message
+    assert "make demo" in message
+
+
+def test_default_data_folder_is_left_out_of_the_commands():
+    with pytest.raises(InputError) as error:
+        UnpairedDataset(Path("data/maps"), (16, 16))
+    assert "--data_dir" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files, found",
+    [
+        ([], "no such folder"),
+        (["trainA/"], "no pictures (.jpg, .jpeg, .png, .webp, .bmp) in it"),
+        (["trainA/list.csv"], "no pictures (.jpg, .jpeg, .png, .webp, .bmp) in it"),
+    ],
+)
+def test_missing_side_is_named_with_what_was_found(tmp_path, files, found):
+    root = tmp_path / "mine"
+    plain(root / "trainB" / "0.png")
+    for name in files:
+        (root / "trainA").mkdir()
+        if not name.endswith("/"):
+            (root / name).write_text("a,b")
+    with pytest.raises(InputError) as error:
+        UnpairedDataset(root, (16, 16))
+    assert str(error.value).startswith(f"{root}/trainA: {found}")
+    assert "make demo" in str(error.value)
+    assert "fetch" not in str(error.value)  # not a public set
+
+
+def test_check_names_every_damaged_picture_at_once(tmp_path):
+    make_set(tmp_path, size=(64, 64), tests=1)
+    jpeg = save(noise(0, (64, 64)), tmp_path / "trainA" / "cut.jpg")
+    jpeg.write_bytes(jpeg.read_bytes()[:-2000])
+    (tmp_path / "trainB" / "page.png").write_text("<html>not a picture</html>")
+    (tmp_path / "testA" / "empty.webp").write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        UnpairedDataset(tmp_path, (16, 16)).check()
+    message = str(error.value)
+    assert message.startswith("3 picture(s) cannot be read")
+    for name in ("trainA/cut.jpg", "trainB/page.png", "testA/empty.webp"):
+        assert f"{tmp_path}/{name}: " in message
+    assert "0.png" not in message
+
+
+def test_check_passes_a_whole_set(tmp_path):
+    UnpairedDataset(make_set(tmp_path, tests=1), (16, 16)).check()
+
+
+def test_check_shortens_a_long_list(tmp_path):
+    make_set(tmp_path)
+    for i in range(13):
+        (tmp_path / "trainA" / f"bad{i:02d}.png").write_text("no")
+    with pytest.raises(InputError) as error:
+        UnpairedDataset(tmp_path, (16, 16)).check()
+    message = str(error.value)
+    assert message.startswith("13 picture(s)")
+    assert "bad09" in message and "bad10" not in message
+    assert message.endswith("and 3 more")
+
+
+def test_check_names_a_link_whose_picture_has_gone(tmp_path):
+    make_set(tmp_path)
+    (tmp_path / "trainA" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"1 picture.*\n.*trainA/gone\.png: "):
+        UnpairedDataset(tmp_path, (16, 16)).check()
+
+
+def test_fixed_batch_takes_the_first_test_pictures_whole(tmp_path):
+    make_set(tmp_path, size=(16, 16), tests=3)
+    batch = fixed_batch(tmp_path, 2, (16, 16))
+    for side, seed in (("A", 200), ("B", 300)):
+        assert torch.equal(batch[side], torch.stack([to_tensor(noise(seed + i, (16, 16))) for i in range(2)]))
+
+
+def test_fixed_batch_without_test_folders_shows_as_many_training_pictures_as_both_sides_have(tmp_path):
+    batch = fixed_batch(make_set(tmp_path, 3, 2, size=(16, 16)), 8, (16, 16), channels=1)
+    assert batch["A"].shape == batch["B"].shape == (2, 1, 16, 16)
+    for side, seed in (("A", 1), ("B", 101)):
+        assert torch.equal(batch[side][1], to_tensor(noise(seed, (16, 16)).convert("L")))
+
+
+def test_fixed_batch_takes_the_middle_when_the_aspect_is_kept(tmp_path):
+    image = Image.new("RGB", (48, 16), RED)
+    image.paste(BLUE, (16, 0, 32, 16))
+    for side in "AB":
+        save(image, tmp_path / f"train{side}" / "0.png")
+    batch = fixed_batch(tmp_path, 1, (16, 16), how="short_side")["A"][0]
+    assert torch.equal(batch, torch.tensor(BLUE, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Sampler and loader
+# ----------------------------------------------------------------------------------------------------------
+
+
+def order_of(length, seed=0, rank=0, world_size=1, epoch=0, start=0):
+    sampler = EpochSampler(length, seed, rank, world_size)
+    sampler.epoch, sampler.start = epoch, start
+    return list(sampler)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_epoch_covers_every_picture(world_size):
+    shares = [order_of(12, rank=r, world_size=world_size, epoch=5) for r in range(world_size)]
+    assert {len(share) for share in shares} == {12 // world_size}
+    assert sorted(key for share in shares for key in share) == [(5, i) for i in range(12)]
+
+
+def test_ranks_get_equally_many_when_the_length_does_not_divide():
+    shares = [order_of(11, rank=r, world_size=3) for r in range(3)]
+    assert [len(s) for s in shares] == [3, 3, 3] == [len(EpochSampler(11, 0, r, 3)) for r in range(3)]
+    assert len({key for share in shares for key in share}) == 9
+
+
+def test_order_changes_with_epoch_and_seed_only():
+    def indices(**which):
+        return [i for _, i in order_of(30, **which)]
+
+    assert indices(epoch=1) == indices(epoch=1)
+    assert indices(epoch=1) != list(range(30))
+    assert indices(epoch=1) != indices(epoch=2)
+    assert indices(epoch=1) != indices(epoch=1, seed=1)
+
+
+@pytest.mark.parametrize("length", [12, 15])
+def test_two_ranks_see_in_each_step_what_one_process_sees_at_twice_the_batch(length):
+    def batches(keys, size):
+        return [keys[i : i + size] for i in range(0, len(keys) - size + 1, size)]
+
+    alone = batches(order_of(length, seed=3), 4)
+    ranks = [batches(order_of(length, seed=3, rank=r, world_size=2), 2) for r in range(2)]
+    assert len(alone) == 3
+    assert [set(a) for a in alone] == [{*a, *b} for a, b in zip(*ranks, strict=True)]
+
+
+def test_start_leaves_out_exactly_the_first_samples():
+    whole = order_of(12, rank=1, world_size=2, epoch=3)
+    assert order_of(12, rank=1, world_size=2, epoch=3, start=4) == whole[4:]
+
+
+def load(root, n_cpu, epochs=(0, 1), start=0, batch_size=2):
+    dataset = UnpairedDataset(root, (16, 16), seed=1)
+    sampler = EpochSampler(len(dataset), seed=1)
+    loader = make_loader(dataset, sampler, batch_size, n_cpu)
+    sampler.start, batches = start, []
+    for sampler.epoch in epochs:
+        batches.extend(loader)
+    return batches
+
+
+def test_workers_change_no_batch_and_the_loader_leaves_the_global_random_state_alone(tmp_path):
+    make_set(tmp_path, 6, 4)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    alone, helped = load(tmp_path, 0), load(tmp_path, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+    assert len(alone) == len(helped) == 6
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+    assert not same(alone[0], alone[3])  # the workers that live on were told of the new epoch
+
+
+def test_batches_are_the_samples_in_the_samplers_order(tmp_path):
+    dataset = UnpairedDataset(make_set(tmp_path, 6, 4), (16, 16), seed=1)
+    keys = order_of(6, seed=1, epoch=2)
+    for b, batch in enumerate(load(tmp_path, 0, epochs=[2])):
+        assert batch["A"].shape == (2, 3, 16, 16)
+        for i in range(2):
+            assert same({s: batch[s][i] for s in "AB"}, dataset[keys[2 * b + i]])
+
+
+def test_start_resumes_amid_an_epoch_with_the_same_batches(tmp_path):
+    make_set(tmp_path, 6, 4)
+    whole, rest = load(tmp_path, 0, epochs=[1]), load(tmp_path, 0, epochs=[1], start=4)
+    assert len(whole) == 3 and len(rest) == 1
+    assert same(rest[0], whole[2])
+
+
+def test_last_ragged_batch_is_dropped(tmp_path):
+    batches = load(make_set(tmp_path, 7, 4), 0, epochs=[0], batch_size=3)
+    assert [len(b["A"]) for b in batches] == [3, 3]
+
+
+class SignalHandlers(Dataset):
+    def __getitem__(self, key):
+        return torch.tensor([signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)])
+
+
+def test_workers_leave_signals_to_the_main_process():
+    (ignored,) = make_loader(SignalHandlers(), EpochSampler(1, 0), 1, n_cpu=1)
+    assert ignored.tolist() == [[True, True]]
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The built-in set
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory):
+    root = tmp_path_factory.mktemp("built_in") / "solid2striped"
+    draw_built_in(root, n_train=3, n_test=4)
+    return root
+
+
+def test_built_in_set_is_the_same_each_time(built_in, tmp_path):
+    draw_built_in(tmp_path / "again", n_train=3, n_test=4)
+    assert below(tmp_path / "again") == below(built_in)
+    assert below(tmp_path).keys() == {"again", *(f"again/{name}" for name in below(built_in))}  # no leftovers
+
+
+def test_built_in_set_has_its_folders_and_no_picture_twice(built_in):
+    counts = {folder.name: len(find_pictures(folder)) for folder in built_in.iterdir()}
+    test_folders = {f"test{side}{view}": 4 for side in "AB" for view in ("", "_mask", "_truth")}
+    assert counts == {"trainA": 3, "trainB": 3, **test_folders}
+    contents = [p.path.read_bytes() for p in find_pictures(built_in)]
+    assert len(set(contents)) == len(contents)
+
+
+def test_a_smaller_built_in_set_is_the_start_of_a_larger_one(built_in, tmp_path):
+    draw_built_in(tmp_path / "small", n_train=1, n_test=1)
+    small, larger = below(tmp_path / "small"), below(built_in)
+    assert small == {name: larger[name] for name in small}
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_truth_differs_from_the_test_picture_on_the_objects_and_nowhere_else(built_in, side):
+    for i in range(4):
+        mask_image = Image.open(built_in / f"test{side}_mask" / f"{i:03d}.png")
+        mask = np.asarray(mask_image)
+        assert mask_image.mode == "L" and set(np.unique(mask)) == {0, 255}
+        picture, truth = (
+            np.asarray(Image.open(built_in / folder / f"{i:03d}.png")).astype(int)
+            for folder in (f"test{side}", f"test{side}_truth")
+        )
+        assert picture.shape == truth.shape == (128, 128, 3) and mask.shape == (128, 128)
+        differs = np.abs(picture - truth).max(axis=-1) > 0
+        around = np.asarray(mask_image.filter(ImageFilter.MaxFilter(5))) == 255  # the soft edge, 2 pixels
+        assert not differs[~around].any()
+        assert differs[mask == 255].mean() > 0.8
+
+
+def test_B_is_striped_and_A_is_not(built_in):
+    def darkest_and_lightest(picture, mask):
+        grey = np.asarray(Image.open(built_in / picture / "000.png").convert("L"))
+        inside = grey[np.asarray(Image.open(built_in / mask / "000.png")) == 255]
+        return np.percentile(inside, [10, 90])
+
+    dark, light = darkest_and_lightest("testB", "testB_mask")
+    assert dark < 40 and light > 130
+    dark, light = darkest_and_lightest("testA", "testA_mask")
+    assert light - dark < 60
+
+
+def test_existing_folder_is_left_alone_and_nothing_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.delattr(datasets, "draw_scene")
+    (tmp_path / "solid2striped").mkdir()
+    draw_built_in(tmp_path / "solid2striped", 1, 1)
+    assert below(tmp_path) == {"solid2striped": None}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_whole_or_absent_leaves_nothing_when_the_block_fails(tmp_path, error):
+    with pytest.raises(error), whole_or_absent(tmp_path / "set") as folder:
+        (folder / "half").write_text("x")
+        raise error
+    assert below(tmp_path) == {}
+
+
+def test_whole_or_absent_shows_the_folder_only_at_the_end(tmp_path):
+    with whole_or_absent(tmp_path / "new" / "set") as folder:
+        (folder / "a").write_text("x")
+        assert not (tmp_path / "new" / "set").exists()
+    assert below(tmp_path) == {"new": None, "new/set": None, "new/set/a": b"x"}
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, living = (tmp_path / f".set.partial.{pid}" for pid in (process.pid, os.getppid()))
+    other = tmp_path / f".other.partial.{process.pid}"
+    for folder in (dead, living, other):
+        (folder / "sub").mkdir(parents=True)
+    with whole_or_absent(tmp_path / "set"):
+        pass
+    assert not dead.exists()
+    assert living.exists() and other.exists()
+
+
+def test_a_faster_process_keeps_its_folder(tmp_path):
+    with whole_or_absent(tmp_path / "set") as folder:
+        (folder / "mine").write_text("x")
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "theirs").write_text("y")
+    assert below(tmp_path) == {"set": None, "set/theirs": b"y"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Public sets, from a server on the loopback interface
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder; ``server.cut`` bytes are missing at the end of every answer."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        content = path.read_bytes()
+        self.send_response(200)
+        if self.server.chunked:  # a cut then shows as a missing last chunk
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        sent = content[: len(content) - self.server.cut]
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), sent) if self.server.chunked else sent)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):  # a client that hangs up early is none of the tests' business
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _past_any_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+
+
+@pytest.fixture
+def web(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web")
+    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.cut, server.chunked = [], 0, False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def png_bytes(seed, size=(16, 8)):
+    stream = io.BytesIO()
+    noise(seed, size).save(stream, "PNG")
+    return stream.getvalue()
+
+
+ZIPPED = {f"apple2orange/{f}/{i}.png": png_bytes(i) for f in ("trainA", "trainB", "testA") for i in range(2)}
+TARRED = {f"facades/{f}/{i}.png": png_bytes(i) for f in ("train", "val") for i in range(2)}
+
+
+def publish(web, monkeypatch, members, name="apple2orange", checksum=False, counts=None):
+    """Put an archive of ``members`` where ``name`` is fetched from; no checksum is expected unless asked for."""
+    archive = datasets.PUBLIC_SETS[name].archive
+    path = web.folder / archive
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for member, content in members.items():
+                file.writestr(member, content)
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            for member, content in members.items():
+                entry = tarfile.TarInfo(member) if isinstance(member, str) else member
+                entry.size = len(content)
+                file.addfile(entry, io.BytesIO(content))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if checksum else None
+    monkeypatch.setitem(datasets.PUBLIC_SETS, name, PublicSet(archive, sha256, counts or {}))
+    return path
+
+
+def inside(data, name):
+    """The files below data/name under the names they have in the archive; nothing else may stand in data."""
+    assert [p.name for p in data.iterdir()] == [name]
+    return {member: content for member, content in below(data).items() if content is not None}
+
+
+def test_fetched_set_stands_whole_and_its_counts_are_compared(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, ZIPPED, checksum=True, counts={"trainA": 2, "trainB": 7, "testA": 2, "testB": 3})
+    data = tmp_path / "data"
+    fetch("apple2orange", data, web.url + "/")
+    assert inside(data, "apple2orange") == ZIPPED
+    printed = capsys.readouterr().out
+    assert f"fetching {web.url}/cyclegan/datasets/apple2orange.zip" in printed
+    root = data / "apple2orange"
+    for line in (
+        f"{root}/trainA: 2 pictures, as expected",
+        f"{root}/trainB: 2 pictures, EXPECTED 7",
+        f"{root}/testB: 0 pictures, EXPECTED 3",
+    ):
+        assert line in printed
+
+
+def test_counts_that_are_not_known_are_printed_alone(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, ZIPPED)
+    fetch("apple2orange", tmp_path, web.url)
+    assert f"{tmp_path}/apple2orange/trainB: 2 pictures\n" in capsys.readouterr().out
+
+
+def test_fetching_again_asks_no_server(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, ZIPPED, counts={"trainA": 2})
+    fetch("apple2orange", tmp_path, web.url)
+    asked = len(web.asked)
+    capsys.readouterr()
+    fetch("apple2orange", tmp_path, web.url)
+    printed = capsys.readouterr().out
+    assert "stands already" in printed and "trainA: 2 pictures, as expected" in printed
+    assert len(web.asked) == asked > 0
+
+
+def test_pix2pix_set_serves_its_halves(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, TARRED, "facades", counts={"train": 2, "val": 2})
+    fetch("facades", tmp_path, web.url)
+    assert inside(tmp_path, "facades") == TARRED
+    assert capsys.readouterr().out.count("as expected") == 2
+    pair = np.asarray(noise(1, (16, 8)))
+    for side, half in (("A", pair[:, :8]), ("B", pair[:, 8:])):
+        assert np.array_equal(np.asarray(find_side(tmp_path / "facades", "train", side)[1].open()), half)
+    assert UnpairedDataset(tmp_path / "facades", (8, 8))[0, 1]["B"].shape == (3, 8, 8)
+
+
+def test_wrong_checksum_is_told_and_leaves_nothing(web, monkeypatch, tmp_path):
+    path = publish(web, monkeypatch, ZIPPED, checksum=True)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(InputError) as error:
+        fetch("apple2orange", tmp_path, web.url)
+    assert f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, expected {expected}" in str(error.value)
+    assert below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name, members", [("apple2orange", ZIPPED), ("facades", TARRED)])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
+def test_truncated_archive_without_checksum_is_refused(web, monkeypatch, tmp_path, name, members, kept):
+    path = publish(web, monkeypatch, members, name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        fetch(name, tmp_path, web.url)
+    assert below(tmp_path) == {}
+
+
+def test_however_a_tar_is_cut_no_picture_is_lost_unnoticed(tmp_path, web, monkeypatch):
+    content = publish(web, monkeypatch, TARRED, "facades").read_bytes()
+    archive, refused = tmp_path / "cut.tar.gz", 0
+    for length in range(0, len(content), 7):
+        archive.write_bytes(content[:length])
+        try:
+            unpack(archive, tmp_path / f"{length}")
+        except InputError:
+            refused += 1
+        else:  # only padding is missing
+            assert {k: v for k, v in below(tmp_path / f"{length}").items() if v is not None} == TARRED
+    assert refused > 100
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_connection_closed_midway_is_refused_and_the_second_try_succeeds(web, monkeypatch, tmp_path, checksum, chunked):
+    publish(web, monkeypatch, ZIPPED, checksum=checksum)
+    web.cut, web.chunked = 100, chunked
+    with pytest.raises(InputError, match=r"apple2orange\.zip"):
+        fetch("apple2orange", tmp_path, web.url)
+    assert below(tmp_path) == {}
+    web.cut, web.chunked = 0, False
+    fetch("apple2orange", tmp_path, web.url)
+    assert inside(tmp_path, "apple2orange") == ZIPPED
+
+
+def test_missing_archive_names_the_address(web, tmp_path):
+    with pytest.raises(InputError, match=f"{web.url}/cyclegan/datasets/apple2orange.zip.*404"):
+        fetch("apple2orange", tmp_path, web.url)
+    assert below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("mirror", ["efrosgans.eecs.berkeley.edu", "http://127.0.0.1:port", "http://a b"])
+def test_address_that_is_none_is_refused(tmp_path, mirror):
+    with pytest.raises(InputError, match=re.escape(mirror)):
+        fetch("apple2orange", tmp_path, mirror)
+    assert below(tmp_path) == {}
+
+
+def test_silent_server_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(InputError, match="could not be fetched"):
+            fetch("apple2orange", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
+    assert time.monotonic() - start < 5
+    assert socket.getdefaulttimeout() is None
+    assert below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("outside", ["../../../evil.txt", "apple2orange/../../../../evil.txt", "{tmp}/evil.txt"])
+def test_zip_that_leads_outside_is_refused(web, monkeypatch, tmp_path, outside):
+    publish(web, monkeypatch, {**ZIPPED, outside.format(tmp=tmp_path): b"evil"})
+    with pytest.raises(InputError, match="outside"):
+        fetch("apple2orange", tmp_path / "data", web.url)
+    assert below(tmp_path) == {"data": None}
+
+
+@pytest.mark.parametrize("kind", ["path", "symlink", "hardlink"])
+def test_tar_that_leads_outside_is_refused(web, monkeypatch, tmp_path, kind):
+    members = dict(TARRED)
+    if kind == "path":
+        members["../../../evil.txt"] = b"evil"
+    else:
+        (tmp_path / "secret").mkdir()
+        link = tarfile.TarInfo("facades/link")
+        link.type = tarfile.SYMTYPE if kind == "symlink" else tarfile.LNKTYPE
+        link.linkname = "../../../../secret" if kind == "symlink" else "../../../secret"
+        members |= {link: b"", "facades/link/evil.txt": b"evil"}
+    before = below(tmp_path)
+    publish(web, monkeypatch, members, "facades")
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        fetch("facades", tmp_path / "data", web.url)
+    assert below(tmp_path) == {**before, "data": None}
+
+
+def test_archive_of_something_else_says_what_it_holds(web, monkeypatch, tmp_path):
+    publish(web, monkeypatch, {"pears/trainA/0.png": b"", "readme": b""})
+    with pytest.raises(InputError, match="expected a folder apple2orange in the archive, found pears, readme"):
+        fetch("apple2orange", tmp_path, web.url)
+    assert below(tmp_path) == {}
+
+
+def test_unknown_set_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(InputError, match=r"cat2dog: not a public set, expected one of apple2orange, .*maps"):
+        fetch("cat2dog", tmp_path)
+
+
+def test_every_public_set_has_a_well_formed_entry():
+    for name, entry in datasets.PUBLIC_SETS.items():
+        assert Path(entry.archive).name in (f"{name}.zip", f"{name}.tar.gz")
+        assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Your own pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two folders of 10 and 4 pictures."""
+    folders = tmp_path / "horses", tmp_path / "zebras"
+    for seed, (folder, n) in enumerate(zip(folders, (10, 4), strict=True)):
+        for i in range(n):
+            save(noise(100 * seed + i), folder / f"p{i}.png")
+    return folders
+
+
+def names(folder):
+    return [p.path.name for p in find_pictures(folder)]
+
+
+def test_own_pictures_are_linked(own, tmp_path):
+    import_pictures(*own, tmp_path / "mine")
+    links = [p.path for p in find_pictures(tmp_path / "mine")]
+    assert len(links) == 14 and all(path.is_symlink() for path in links)
+    sources = {p.path.resolve() for folder in own for p in find_pictures(folder)}
+    assert {path.resolve() for path in links} == sources
+
+
+def test_links_hold_when_the_sources_were_given_relative(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import_pictures(Path("horses"), Path("zebras"), Path("data/mine"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    UnpairedDataset(tmp_path / "data" / "mine", (16, 16)).check()
+    assert len(find_pictures(tmp_path / "data" / "mine")) == 14
+
+
+def test_copies_outlive_their_sources(own, tmp_path):
+    contents = sorted(p.path.read_bytes() for folder in own for p in find_pictures(folder))
+    import_pictures(*own, tmp_path / "mine", copy=True)
+    for folder in own:
+        for picture in find_pictures(folder):
+            picture.path.unlink()
+    copies = [p.path for p in find_pictures(tmp_path / "mine")]
+    assert not any(path.is_symlink() for path in copies)
+    assert sorted(path.read_bytes() for path in copies) == contents
+
+
+def test_test_share_is_split_off_by_the_seed(own, tmp_path):
+    splits = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        import_pictures(*own, tmp_path / name, test_share=0.3, seed=seed)
+        splits[name] = {f: names(tmp_path / name / f) for f in ("trainA", "testA", "trainB", "testB")}
+    assert {f: len(found) for f, found in splits["one"].items()} == {"trainA": 7, "testA": 3, "trainB": 3, "testB": 1}
+    assert splits["one"] == splits["again"]
+    assert splits["one"]["testA"] != splits["other"]["testA"]
+    assert len({*splits["one"]["trainA"], *splits["one"]["testA"]}) == 10
+    assert splits["one"]["testA"] != sorted(splits["one"]["trainA"] + splits["one"]["testA"])[:3]  # not just the first
+
+
+def test_without_a_share_all_is_for_training(own, tmp_path):
+    import_pictures(*own, tmp_path / "mine", test_share=0)
+    assert len(names(tmp_path / "mine" / "trainA")) == 10
+    assert names(tmp_path / "mine" / "testA") == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_train_is_never_empty(own, tmp_path, share):
+    plain(tmp_path / "single" / "0.png")
+    import_pictures(tmp_path / "single", own[1], tmp_path / "mine", test_share=share)
+    assert len(names(tmp_path / "mine" / "trainA")) == 1
+    assert len(names(tmp_path / "mine" / "trainB")) >= 1
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_share_that_is_none_is_refused(own, tmp_path, share):
+    with pytest.raises(InputError, match="--test_share"):
+        import_pictures(*own, tmp_path / "mine", test_share=share)
+
+
+def test_equal_names_in_different_folders_do_not_clash(own, tmp_path):
+    for i in range(3):
+        save(noise(50 + i), own[0] / f"album{i}" / "p0.png")
+    import_pictures(*own, tmp_path / "mine", test_share=0)
+    assert len(names(tmp_path / "mine" / "trainA")) == 13
+
+
+def test_duplicates_and_damaged_files_are_named_and_left_out(own, tmp_path, capsys):
+    horses, zebras = own
+    (horses / "q.png").write_bytes((horses / "p3.png").read_bytes())
+    (zebras / "page.jpg").write_text("not a picture")
+    import_pictures(horses, zebras, tmp_path / "mine", test_share=0)
+    printed = capsys.readouterr().out
+    assert f"left out, duplicate:  {horses}/q.png (the same bytes as {horses}/p3.png)" in printed
+    assert f"left out, unreadable: {zebras}/page.jpg (" in printed
+    assert printed.count("left out") == 2
+    assert f"{tmp_path}/mine/trainA: 10 pictures" in printed
+    assert not any("q.png" in n or "page" in n for f in ("trainA", "trainB") for n in names(tmp_path / "mine" / f))
+    assert len(names(tmp_path / "mine" / "trainB")) == 4
+
+
+def test_folder_with_nothing_readable_is_refused(own, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("no")
+    with pytest.raises(InputError, match=r"--from_B .*none of its 1 pictures can be read"):
+        import_pictures(own[0], tmp_path / "bad", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_existing_target_is_refused_and_left_alone(own, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine stands already"):
+        import_pictures(*own, tmp_path / "mine")
+    assert below(tmp_path / "mine") == {}
+
+
+def test_missing_and_empty_sources_are_named(own, tmp_path):
+    with pytest.raises(InputError, match=f"--from_A {tmp_path}/none: no such folder"):
+        import_pictures(tmp_path / "none", own[1], tmp_path / "mine")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(InputError, match=f"--from_B {tmp_path}/void: no pictures in it"):
+        import_pictures(own[0], tmp_path / "void", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_imported_set_can_be_trained_on(own, tmp_path):
+    import_pictures(*own, tmp_path / "mine")
+    dataset = UnpairedDataset(tmp_path / "mine", (16, 16))
+    dataset.check()
+    assert len(dataset) == 9
+    assert dataset[0, 8]["A"].shape == (3, 16, 16)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(*argv):
+    with pytest.raises(SystemExit) as stop:
+        datasets.main([str(a) for a in argv])
+    assert isinstance(stop.value.code, str)  # printed to stderr, exit status 1
+    return stop.value.code
+
+
+def test_command_draws_the_built_in_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "draw_built_in", functools.partial(draw_built_in, n_train=2, n_test=1))
+    datasets.main(["--dataset_name", "solid2striped", "--data_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/solid2striped/trainA: 2 pictures" in printed
+    assert f"{tmp_path}/solid2striped/testB_truth: 1 pictures" in printed
+    assert len(UnpairedDataset(tmp_path / "solid2striped", (16, 16))) == 2
+
+
+def test_command_fetches_from_the_mirror(web, monkeypatch, tmp_path):
+    publish(web, monkeypatch, ZIPPED)
+    datasets.main(["--dataset_name", "apple2orange", "--data_dir", str(tmp_path), "--mirror", web.url])
+    assert inside(tmp_path, "apple2orange") == ZIPPED
+
+
+def test_command_imports_own_pictures(own, tmp_path):
+    argv = ["--from_A", own[0], "--from_B", own[1], "--dataset_name", "mine", "--data_dir", tmp_path / "data"]
+    datasets.main([str(a) for a in argv] + ["--test_share", "0.5", "--copy"])
+    found = [p.path for p in find_pictures(tmp_path / "data" / "mine" / "testA")]
+    assert len(found) == 5 and not found[0].is_symlink()
+
+
+@pytest.mark.parametrize("given", ["--from_A", "--from_B"])
+def test_command_wants_both_sources_or_neither(own, tmp_path, given):
+    message = refusal(given, own[0], "--dataset_name", "mine", "--data_dir", tmp_path / "data")
+    assert message == "datasets.py: error: --from_A and --from_B: expected both or neither"
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "../b", "/b", "..", ".", ""])
+def test_command_wants_a_plain_name(own, tmp_path, name):
+    data = tmp_path / "new" / "data"
+    message = refusal("--from_A", own[0], "--from_B", own[1], "--dataset_name", name, "--data_dir", data)
+    assert "expected a plain name" in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_command_turns_errors_into_one_message(tmp_path):
+    message = refusal("--dataset_name", "cat2dog", "--data_dir", tmp_path)
+    assert message.startswith("datasets.py: error: --dataset_name cat2dog: not a public set")

@@ -1,0 +1,432 @@
+import html
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import train
+import utils
+from models import AttentionGenerator, load_generator, pack_generator
+from utils import InputError
+
+TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
+QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
+
+
+def run(command: str) -> int:
+    return train.main(command.split())
+
+
+def script(command: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *command.split()]
+
+
+def checkpoint(name: str) -> dict:
+    return torch.load(f"saved_models/{name}/checkpoint.pt", weights_only=True)
+
+
+def log(name: str) -> list[dict]:
+    lines = Path(f"saved_models/{name}/log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+
+
+def same(a, b, at="") -> None:
+    """Assert that two nested states are equal to the bit."""
+    assert type(a) is type(b), at
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            same(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{at}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), at
+    else:
+        assert a == b, at
+
+
+def same_run(one: str, other: str) -> None:
+    """Networks, optimizers, pools, random states, position and log are equal; options may say how it was started."""
+    a, b = checkpoint(one), checkpoint(other)
+    for key in ("step", "steps_per_epoch", "networks", "optimizers", "ranks"):
+        same(a[key], b[key], key)
+    same(log(one), log(other), "log")
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send the process a signal once, right after the given step."""
+    note = utils.Record.note
+
+    def note_and_stop(self, *arguments):
+        note(self, *arguments)
+        if self.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(utils.Record, "note", note_and_stop)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  A run, and what it leaves
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", train.SYSTEMS)
+def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
+    tiny = QUICK.replace("--n_masks 3", "") if system == "cyclegan" else QUICK
+    assert run(f"{tiny} --system {system} --n_epochs 2 --sample_interval 6") == 0
+    name = f"small_{system}"
+    entries = log(name)
+    assert [e["step"] for e in entries] == [4, 8, 12]
+    assert [e["epoch"] for e in entries] == [1, 2, 2]
+    assert {"G_AB", "G_BA", "cycle_A", "cycle_B", "identity_A", "identity_B", "D_A", "D_B", "lr"} <= entries[0].keys()
+    if system == "attentiongan":
+        assert len(entries[0]["mask_AB_mean"]) == len(entries[0]["mask_BA_entropy"]) == 3
+        assert abs(sum(entries[0]["mask_AB_mean"]) - 1) < 1e-4
+    with Image.open(f"images/{name}/00000006.png") as sheet:
+        columns = 8 if system == "attentiongan" else 6
+        zoom = 8  # 12 pixels become 96, two rows of test pictures
+        assert sheet.size == (columns * (12 * zoom + 2) + 2, 2 * (12 * zoom + 2) + 2 + 18)
+    with Image.open(f"images/{name}/curves.png") as curves:
+        assert len(np.unique(np.asarray(curves))) > 10
+    page = Path(f"images/{name}/index.html").read_text()
+    assert '["00000006.png", "00000012.png"]' in page
+    assert f"<td>system<td>{system}" in page and "step 12 of 12" in page
+    assert not re.search(r"(src|href)=.?https?:", page)
+    generator, about = load_generator(f"saved_models/{name}/AtoB.pt")
+    assert about["step"] == 12 and about["options"]["img_height"] == 12
+    same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
+
+
+def test_the_log_holds_means_over_its_interval(small_set):
+    assert run(f"{QUICK} --n_epochs 2 --name each --log_interval 1 --seed 3") == 0
+    assert run(f"{QUICK} --n_epochs 2 --name four --log_interval 4 --seed 3") == 0
+    each, four = log("each"), log("four")
+    for i, entry in enumerate(four):
+        window = each[4 * i : 4 * i + 4]
+        assert entry["D_A"] == pytest.approx(sum(e["D_A"] for e in window) / 4, rel=1e-5)
+
+
+def test_the_learning_rate_is_the_official_rule():
+    options = train.parse_options([])
+    assert (options.n_epochs, options.decay_epoch) == (200, 100)
+    official = [1 - max(0, epoch + 1 - 100) / (100 + 1) for epoch in range(200)]
+    assert [train.learning_rate(options, e) / options.lr for e in range(200)] == pytest.approx(official)
+    constant = train.parse_options(["--n_epochs", "60", "--decay_epoch", "60"])
+    assert {train.learning_rate(constant, e) for e in range(60)} == {2e-4}
+
+
+def test_the_rate_reaches_the_optimizers(small_set):
+    assert run(f"{QUICK} --n_epochs 3 --decay_epoch 1 --name r --log_interval 6") == 0
+    rates = [e["lr"] for e in log("r")]
+    assert rates == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
+    assert {g["lr"] for o in checkpoint("r")["optimizers"].values() for g in o["param_groups"]} == {rates[-1]}
+
+
+def test_help_shows_each_systems_own_defaults(capsys):
+    for system, identity in (("attentiongan", "0.5"), ("cyclegan", "5.0")):
+        with pytest.raises(SystemExit) as caught:
+            train.parse_options(["--system", system, "--help"])
+        assert caught.value.code == 0
+        shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+        assert re.search(rf"--lambda_id LAMBDA_ID weight of [^-]*\(default: {identity}\)", shown)
+        assert ("--n_masks" in shown) == (system == "attentiongan")
+        assert "--batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5" in shown
+
+
+def test_every_flag_has_help():
+    for system in train.SYSTEMS:
+        assert all(action.help for action in train.make_parser(system)._actions)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Stopping and resuming
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, n_cpu", [(1, 0), (5, 0), (6, 0), (7, 2), (17, 0)])
+def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, n_cpu):
+    command = f"{QUICK} --n_epochs 3 --decay_epoch 1 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
+    assert checkpoint("stopped")["step"] == step
+    assert run(f"{command} --name stopped --resume --n_cpu {n_cpu}") == 0
+    same_run("straight", "stopped")
+
+
+def test_resuming_needs_the_name_alone_and_cuts_the_log(small_set, monkeypatch, capsys):
+    command = f"{QUICK} --n_epochs 3 --name r --lr 0.001 --log_interval 2"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        run(command)
+    with open("saved_models/r/log.jsonl", "a") as file:
+        file.write(json.dumps({"step": 8, "epoch": 2}) + "\n" + '{"step": 10, "ep')
+    capsys.readouterr()
+    assert run("--name r --resume") == 0
+    assert "resuming r: attentiongan on small, 12 x 12, step 7 of 18" in capsys.readouterr().out
+    entries = log("r")
+    assert [e["step"] for e in entries] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert all("G_AB" in e for e in entries)
+    assert entries[0]["lr"] == 0.001
+
+
+def test_more_epochs_and_other_machines_are_noted_other_changes_refused(small_set, capsys):
+    assert run(f"{QUICK} --n_epochs 1 --decay_epoch 1 --name r") == 0
+    for change, message in (
+        ("--lr 0.1", r"--lr 0.1 differs from the run's 0.0002"),
+        ("--ngf 8", r"--ngf 8 differs from the run's 4"),
+        ("--seed 1", r"--seed 1 differs from the run's 0"),
+        ("--system cyclegan", r"--system cyclegan differs from the run's attentiongan"),
+        ("--img_width 16", r"--img_width 16 differs from the run's 12"),
+    ):
+        assert run(f"--name r --resume {change}") == 2
+        assert re.search(message, capsys.readouterr().err)
+    small_set.rename("moved")
+    Path("data/other").mkdir()
+    Path("moved").rename("data/other/small")
+    assert run("--name r --resume --n_epochs 2 --data_dir data/other --n_cpu 1") == 0
+    out = capsys.readouterr().out
+    assert "--n_epochs was 1, is now 2" in out and "--data_dir was data, is now data/other" in out
+    assert checkpoint("r")["step"] == 12
+    assert run("--name r --resume --n_epochs 1") == 2
+    assert "--n_epochs 1: expected at least 2" in capsys.readouterr().err
+
+
+def test_other_pictures_than_the_runs_are_refused(small_set, capsys):
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    (small_set / "trainA" / "5.png").unlink()
+    assert run("--name r --resume --n_epochs 2") == 2
+    assert "the run had 6 steps per epoch, this one has 5" in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten_unasked(small_set, capsys):
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    before = Path("saved_models/r/checkpoint.pt").read_bytes()
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 2
+    assert "a run named r stands already" in (error := capsys.readouterr().err) and "--resume" in error
+    assert Path("saved_models/r/checkpoint.pt").read_bytes() == before
+    assert run(f"{QUICK} --n_epochs 1 --name r --seed 9 --overwrite") == 0
+    assert checkpoint("r")["options"]["seed"] == 9
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_set, capsys, damage):
+    command = f"{QUICK} --n_epochs 3 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    assert run(f"{command} --name r") == 0
+    newest = Path("saved_models/r/checkpoint.pt")
+    if damage == "missing":
+        newest.unlink()
+    else:
+        os.truncate(newest, newest.stat().st_size // 2 if damage == "truncated" else 0)
+    capsys.readouterr()
+    assert run("--name r --resume") == 0
+    out = capsys.readouterr().out
+    assert "step 12 of 18" in out
+    assert damage == "missing" or ("checkpoint.pt: damaged" in out and "checkpoint_previous.pt, step 12" in out)
+    same_run("straight", "r")
+    for file in ("checkpoint.pt", "checkpoint_previous.pt"):
+        os.truncate(f"saved_models/r/{file}", 10)
+    assert run("--name r --resume") == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.pt: damaged" in error and "checkpoint_previous.pt: damaged" in error
+
+
+def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
+    assert run(f"{QUICK} --name r --resume") == 2
+    assert "saved_models/r/checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    torch.save({**checkpoint("r"), "format": 99}, "saved_models/r/checkpoint.pt")
+    assert run("--name r --resume") == 2
+    assert "checkpoint format 99, this code reads format 1" in capsys.readouterr().err
+
+
+def test_killed_outright_and_resumed_is_straight_through(small_set):
+    command = f"{QUICK} --n_epochs 40 --precision float32 --checkpoint_minutes 0.003 --checkpoint_interval 0"
+    assert run(f"{command} --name straight") == 0
+    process = subprocess.Popen(script(f"{command} --name killed"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    newest = Path("saved_models/killed/checkpoint.pt")
+    deadline = time.monotonic() + 90
+    while not newest.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 0 < checkpoint("killed")["step"] < 240
+    assert run("--name killed --resume") == 0
+    same_run("straight", "killed")
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "terminal closed"])
+def test_signals_from_outside_save_and_leave(small_set, how):
+    """With loader processes, and with a real terminal for SIGHUP."""
+    command = script(f"{QUICK} --n_epochs 500 --name r --n_cpu 1")
+    main_end, run_end = pty.openpty()
+    process = subprocess.Popen(
+        command, stdin=run_end, stdout=run_end, stderr=run_end, start_new_session=True, preexec_fn=claim_terminal
+    )
+    os.close(run_end)
+    os.set_blocking(main_end, False)
+    shown = b""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (Path("saved_models/r/log.jsonl").exists() and log("r")):
+        shown += drain(main_end)
+        time.sleep(0.05)
+    if how == "ctrl-c":
+        os.write(main_end, b"\x03")
+        while process.poll() is None and time.monotonic() < deadline:
+            shown += drain(main_end)
+            time.sleep(0.05)
+        shown += drain(main_end)
+        assert b"stopped after step" in shown and b"--resume goes on" in shown
+        assert b"Traceback" not in shown
+    os.close(main_end)
+    number = signal.SIGINT if how == "ctrl-c" else signal.SIGHUP
+    assert process.wait(30) == 128 + number
+    assert 0 < checkpoint("r")["step"] < 3000
+
+
+def claim_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def drain(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Starting from other weights
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_init_from_a_run_and_from_official_weights(small_set, capsys):
+    assert run(f"{QUICK} --n_epochs 1 --name first") == 0
+    assert run(f"{QUICK} --n_epochs 1 --lr 0 --name second --seed 5 --init_from first") == 0
+    for network in ("G_AB", "G_BA"):
+        same(checkpoint("first")["networks"][network], checkpoint("second")["networks"][network])
+    assert "G_AB starts from saved_models/first/AtoB.pt" in capsys.readouterr().out
+    assert run(f"{QUICK} --n_epochs 1 --name third --n_masks 4 --init_from first") == 2
+    assert "'n_masks': 3" in (error := capsys.readouterr().err) and "'n_masks': 4" in error
+    assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
+    assert "nowhere: no generator for AtoB found" in capsys.readouterr().err
+    Path("bad").mkdir()
+    Path("bad/AtoB.pt").write_bytes(b"x")
+    assert run(f"{QUICK} --n_epochs 1 --name fifth --init_from bad") == 2
+    assert "bad/AtoB.pt: not a readable weights file" in capsys.readouterr().err
+
+
+def test_generators_are_found_by_run_shipped_name_folder_and_file():
+    generator = AttentionGenerator(ngf=4, n_residual_blocks=1)
+    for place in ("saved_models/run", "saved_models/pretrained/shipped", "folder"):
+        Path(place).mkdir(parents=True)
+        torch.save(pack_generator(generator), f"{place}/AtoB.pt")
+    Path("official").mkdir()
+    torch.save({}, "official/latest_net_G_B.pth")
+    assert utils.find_generator("run", "AtoB") == Path("saved_models/run/AtoB.pt")
+    assert utils.find_generator("shipped", "AtoB") == Path("saved_models/pretrained/shipped/AtoB.pt")
+    assert utils.find_generator("folder", "AtoB") == Path("folder/AtoB.pt")
+    assert utils.find_generator("folder/AtoB.pt", "AtoB") == Path("folder/AtoB.pt")
+    assert utils.find_generator("official", "BtoA") == Path("official/latest_net_G_B.pth")
+    with pytest.raises(InputError, match=r"no generator for BtoA found.*saved_models/run"):
+        utils.find_generator("run", "BtoA")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  What cannot be used is named
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--img_height 14", r"--img_height 14: expected a multiple of 4, at least 12"),
+        ("--img_width 8", r"--img_width 8: expected a multiple of 4, at least 12"),
+        ("--n_epochs 3 --decay_epoch 4", r"--decay_epoch 4 lies beyond --n_epochs 3"),
+        ("--batch_size 7", r"6 samples in data/small do not fill one batch of 7"),
+        ("--batch_size 0", r"--batch_size 0: expected at least 1"),
+        ("--channels 2", r"--channels 2: expected one of \[1, 3\]"),
+        ("--attention_kernel 3", r"--attention_kernel 3: expected 1 \(official code\) or 7"),
+        ("--device nonsense", r"--device nonsense: not usable here"),
+        ("--name a/b", r"--name a/b: expected a plain name"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(small_set, capsys, flags, message):
+    assert run(f"{QUICK} --n_epochs 2 {flags}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("saved_models/small_attentiongan/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--system nonsense", "argument --system: invalid choice: 'nonsense'"),
+        ("--system cyclegan --n_masks 4", "--n_masks 4: no option of cyclegan"),
+        ("--batch_size many", "argument --batch_size: invalid int value: 'many'"),
+    ],
+)
+def test_flags_that_cannot_be_read_are_named(capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        run(flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_data_says_what_to_do(capsys):
+    assert run("--dataset_name horse2zebra") == 2
+    error = capsys.readouterr().err
+    for part in ("data/horse2zebra", "trainA", "python datasets.py --dataset_name horse2zebra", "make demo"):
+        assert part in error
+    assert not Path("saved_models").exists()
+
+
+def test_a_damaged_picture_is_named_before_training(small_set, capsys):
+    path = small_set / "trainB" / "3.png"
+    os.truncate(path, path.stat().st_size // 2)
+    assert run(QUICK) == 2
+    assert "data/small/trainB/3.png" in capsys.readouterr().err
+    assert not Path("saved_models").exists()
+
+
+def test_out_of_memory_says_what_to_lower(small_set, capsys, monkeypatch):
+    def out_of_memory(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(train, "play", out_of_memory)
+    assert run(f"{QUICK} --n_epochs 1") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "out of memory with --batch_size 1, --img_height 12" in error
+
+
+def test_an_error_that_is_not_about_memory_is_not_hidden(small_set, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "play", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(f"{QUICK} --n_epochs 1")
+
+
+def test_names_are_escaped_on_the_page(small_set):
+    name = "a&b<c>"
+    assert train.main([*QUICK.split(), "--n_epochs", "1", "--name", name]) == 0
+    page = Path(f"images/{name}/index.html").read_text()
+    assert f"<h1>{html.escape(name)}</h1>" in page and name not in page

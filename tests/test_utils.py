@@ -1,0 +1,93 @@
+import itertools
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+from utils import Checkpoints, InputError, Record, draw_sheet, save_atomically
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pt"
+    save_atomically({"value": 1}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as if the disk were full
+    try:
+        with pytest.raises(OSError):
+            save_atomically({"value": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(path) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert not checkpoints.exist()
+    for step in (1, 2, 3):
+        checkpoints.save({"step": step})
+    assert checkpoints.load()["step"] == 3
+    assert torch.load(checkpoints.previous)["step"] == 2
+    checkpoints.newest.unlink()  # killed between the two renames
+    assert checkpoints.exist() and checkpoints.load()["step"] == 2
+
+
+def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
+    cpu = torch.device("cpu")
+    for able, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert utils.has_bf16(cpu) == expected
+        assert utils.make_autocast(cpu, "auto")().fast_dtype == torch.bfloat16
+        assert utils.make_autocast(cpu, "auto").keywords["enabled"] == expected
+        assert not utils.make_autocast(cpu, "float32").keywords["enabled"]
+        assert utils.make_autocast(cpu, "bf16").keywords["enabled"]
+
+
+def test_a_sheet_shows_the_pictures_where_it_says():
+    red = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1).expand(2, 3, 96, 96)
+    mask = torch.full((2, 1, 96, 96), 1.0)
+    mask[1] = -1
+    sheet = draw_sheet({"real": red, "attention": mask})
+    assert sheet.size == (2 * 98 + 2, 2 * 98 + 2 + 18)
+    assert sheet.getpixel((50, 18 + 50)) == (255, 0, 0)
+    assert sheet.getpixel((98 + 50, 18 + 50)) == (255, 255, 255)
+    assert sheet.getpixel((98 + 50, 18 + 98 + 50)) == (0, 0, 0)
+    heading = sheet.crop((0, 0, 98, 18)).convert("L")
+    assert heading.getextrema() == (0, 255)
+
+
+def test_the_history_and_the_slider_stay_bounded(monkeypatch):
+    monkeypatch.setattr(Record, "CURVE_POINTS", 10)
+    monkeypatch.setattr(Record, "SHEETS_SHOWN", 4)
+    record = Record("r", {}, total_steps=1000, interval=1)
+    for _ in range(300):
+        record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
+    assert 5 <= len(record.history) <= 10
+    steps = [entry["step"] for entry in record.history]
+    gaps = {b - a for a, b in itertools.pairwise(steps)}
+    assert len(gaps) == 1 and steps[0] == 1
+    for step in range(0, 300, 10):
+        Path(f"images/r/{step:08d}.png").touch()
+    record.page()
+    page = Path("images/r/index.html").read_text()
+    sheets = json.loads(page.split("sheets = ")[1].split(", slider")[0])
+    assert len(sheets) <= 6 and sheets[0] == "00000000.png" and sheets[-1] == "00000290.png"
+    record.close()
+
+
+def test_a_resumed_history_is_thinned_as_the_straight_one(monkeypatch):
+    monkeypatch.setattr(Record, "CURVE_POINTS", 10)
+    straight = Record("r", {}, total_steps=100, interval=1)
+    for _ in range(57):
+        straight.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
+    resumed = Record("r", {}, total_steps=100, interval=1, start=57)
+    assert [e["step"] for e in resumed.history] == [e["step"] for e in straight.history]
+
+
+def test_unknown_devices_are_refused_by_name():
+    with pytest.raises(InputError, match="--device quantum"):
+        utils.pick_device("quantum")
+    assert utils.pick_device("cpu").type == "cpu"

@@ -1,0 +1,163 @@
+"""Train a system on many processes, one per GPU: the loop of ``train.py`` with networks that average gradients.
+
+    python train_dist.py --dataset_name horse2zebra --multi_gpu_flag True --port_num 12355
+    python train_dist.py --dataset_name horse2zebra --n_procs 2 --device cpu
+    torchrun --nproc_per_node 8 train_dist.py --dataset_name horse2zebra
+
+Started alone it spawns the ranks; under ``torchrun`` (one machine or several) it joins the group made there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+import utils
+from systems import System
+from utils import InputError
+
+# The others wait while rank 0 saves and draws.
+TIMEOUT = timedelta(hours=1)
+# Broadcasting buffers at each of the several calls of one step would change tensors that the backward pass still
+# needs. torch has renamed the switch.
+NAMES = inspect.signature(DistributedDataParallel).parameters
+OWN_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers": False}
+
+
+def boolean(text: str) -> bool:
+    """argparse's ``type=bool`` would read "False" as true."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
+    return values[text.lower()]
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("processes (ignored under torchrun, which has its own)").add_argument
+    add("--multi_gpu_flag", type=boolean, default=True, help="one process per GPU; False trains in a single process")
+    add("--port_num", type=int, default=12355, help="TCP port of this machine where the processes meet")
+    add("--n_procs", type=int, default=0, help="processes to start; 0: one per GPU, or one on the CPU without GPUs")
+
+
+def distribute(system: System) -> System:
+    """A twin of ``system`` whose networks average their gradients over all ranks.
+
+    It shares every network and buffer with ``system``, which stays bare: sheets and checkpoints use that one, on
+    one rank alone and under plain names. Every network starts from rank 0's weights.
+    """
+    twin = copy.copy(system)
+    twin._modules = dict(system._modules)  # the copy would share the very table, and wrap both
+    for name in (name for turn in system.turns for name in turn.networks):
+        network = system.get_submodule(name)
+        device = next(network.parameters()).device
+        ids = [device] if device.type == "cuda" else None
+        setattr(twin, name, DistributedDataParallel(network, device_ids=ids, **OWN_BUFFERS))
+    return twin
+
+
+def join(options: argparse.Namespace, rank: int, local_rank: int, world_size: int, init_method: str) -> int:
+    """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns."""
+    if pick_kind(options) == "cuda":
+        options.device = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"  # what ranks agree on each step travels without waiting for the GPU
+    else:
+        options.device, backend = "cpu", "gloo"
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and local_rank == 0:
+            train.prepare(options)
+        utils.barrier()
+        with train.clear_errors(options):
+            return train.train(options, distribute)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawned(rank: int, options: argparse.Namespace, world_size: int) -> None:
+    join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}")
+
+
+def pick_kind(options: argparse.Namespace) -> str:
+    return "cpu" if utils.pick_device(options.device).type != "cuda" else "cuda"
+
+
+def count_processes(options: argparse.Namespace) -> int:
+    """How many ranks to start here. Raises InputError for more than there are GPUs."""
+    if not options.multi_gpu_flag:
+        return 1
+    gpus = torch.cuda.device_count() if pick_kind(options) == "cuda" else 0
+    if gpus and options.n_procs > gpus:
+        raise InputError(f"--n_procs {options.n_procs}: this machine has {gpus} GPU(s), one process each")
+    if not gpus and not options.n_procs:
+        print("no GPU here: one process on the CPU (--n_procs N starts more)", file=sys.stderr)
+    return options.n_procs or gpus or 1
+
+
+def check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--port_num {port}: cannot be used ({error}); choose another, 1024 to 65535") from error
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Spawn the ranks and wait for them, handing signals on. Raises InputError when one of them fails."""
+    world_size = count_processes(options)
+    check_port(options.port_num)
+    train.prepare(options)
+    ranks = mp.spawn(spawned, (options, world_size), world_size, join=False)
+    told = False
+    with utils.StopSignals() as stop:
+        try:
+            while not ranks.join(timeout=0.5, grace_period=30):
+                if stop.signal is not None and not told:
+                    told = True
+                    for process in ranks.processes:
+                        process.terminate()  # SIGTERM: save and leave
+        except mp.ProcessExitedException as error:
+            how = error.signal_name or f"exit code {error.exit_code}"
+            raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
+        except mp.ProcessRaisedException as error:
+            last = str(error).strip().splitlines()[-1]
+            message = last.removeprefix("utils.InputError: ") if last.startswith("utils.InputError: ") else str(error)
+            raise InputError(f"rank {error.error_index} failed, all ranks ended: {message.strip()}") from error
+    return stop.signal or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        options = train.parse_options(argv, add_launch_flags)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            rank, local_rank, size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+            ended_by = join(options, rank, local_rank, size, "env://")
+        else:
+            ended_by = launch(options)
+    except (InputError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_dist.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted at once; the last checkpoint stands", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 128 + ended_by if ended_by else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
