@@ -195,20 +195,26 @@ class UnpairedDataset(Dataset):
         return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
 
 
+def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
+    """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
+
+    "short_side" keeps the middle of what is longer than ``size`` (height, width).
+    """
+    return to_tensor(ImageOps.fit(resize(picture.open(channels), size, how), size[::-1]))
+
+
 def fixed_batch(root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash") -> dict[str, Tensor]:
     """The first ``n`` test pictures of both sides (training pictures where there are no test folders).
 
-    Neither cropped at random nor flipped: {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer
-    than ``n`` where a side has fewer.
+    {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer than ``n`` where a side has fewer; see
+    ``unaugmented``. Raises InputError where a side has none.
     """
     sides = {side: (find_side(root, "test", side) or find_side(root, "train", side))[:n] for side in "AB"}
+    for side, pictures in sides.items():
+        if not pictures:
+            raise InputError(missing(root, side))
     n = min(map(len, sides.values()))
-    return {
-        side: torch.stack(
-            [to_tensor(ImageOps.fit(resize(p.open(channels), size, how), size[::-1])) for p in pictures[:n]]
-        )
-        for side, pictures in sides.items()
-    }
+    return {side: torch.stack([unaugmented(p, size, channels, how) for p in ps[:n]]) for side, ps in sides.items()}
 
 
 class EpochSampler(Sampler):

@@ -22,17 +22,12 @@ import torch
 from torch import Tensor
 
 import utils
-from datasets import Picture, find_pictures, find_side, normalise, resize, to_tensor
+from datasets import Picture, find_pictures, find_side, normalise, unaugmented
 from metrics import intersection_over_union, mean_absolute_error
-from models import load_generator
+from models import open_generator
 from utils import InputError
 
 DIRECTIONS = ("AtoB", "BtoA")
-
-
-def load_pictures(pictures: Sequence[Picture], size: tuple[int, int], channels: int, how: str) -> Tensor:
-    """(N, channels, height, width) in [-1, 1], resized as at test time: no crop, no flip."""
-    return normalise(torch.stack([to_tensor(resize(p.open(channels), size, how)) for p in pictures]))
 
 
 def companions(root: Path, name: str, pictures: Sequence[Picture]) -> list[Picture]:
@@ -51,21 +46,22 @@ def evaluate(root: Path, checkpoint: str, direction: str, device: torch.device) 
 
     Raises InputError when the checkpoint or the pictures are not there or do not fit.
     """
-    path = utils.find_generator(checkpoint, direction)
-    try:
-        generator, about = load_generator(path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    generator, about = open_generator(checkpoint, direction)
     generator.to(device).eval()
     options = about.get("options", {})
     size = options.get("img_height", 256), options.get("img_width", 256)
     channels, side = generator.settings["channels"], direction[0]
+
+    def load(pictures: Sequence[Picture], channels: int) -> Tensor:
+        tensors = [unaugmented(p, size, channels, options.get("resize", "squash")) for p in pictures]
+        return normalise(torch.stack(tensors))
+
     pictures = find_side(root, "test", side)
     if not pictures:
         raise InputError(f"{root / f'test{side}'}: no test pictures there")
-    masks = load_pictures(companions(root, f"test{side}_mask", pictures), size, 1, "squash")
-    truths = load_pictures(companions(root, f"test{side}_truth", pictures), size, channels, "squash")
-    reals = load_pictures(pictures, size, channels, "squash")
+    masks = load(companions(root, f"test{side}_mask", pictures), 1)
+    truths = load(companions(root, f"test{side}_truth", pictures), channels)
+    reals = load(pictures, channels)
     translations = [generator(real[None].to(device)) for real in reals]
     images = torch.cat([t.image for t in translations]).cpu()
     figures = {
@@ -88,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", nargs="+", required=True, help="runs, shipped weights, folders or generator files"
     )
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="which way to translate")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     options = parser.parse_args(argv)
     names = ("iou", "error", "untranslated")
     try:
         device, root = utils.pick_device(options.device), options.data_dir / options.dataset_name
         print(f"{'checkpoint':<24}{'direction':<12}" + "".join(f"{name:>14}" for name in names))
-        for direction in DIRECTIONS:
+        for direction in options.direction:
             rows = []
             for checkpoint in options.checkpoint:
                 rows.append(evaluate(root, checkpoint, direction, device))

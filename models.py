@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils import InputError, find_generator
+
 
 class Translation(NamedTuple):
     """What a generator made of a batch of pictures.
@@ -301,6 +303,21 @@ def load_generator(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     generator = GENERATORS[content["generator"]](**content["settings"])
     generator.load_state_dict(content["weights"])
     return generator, {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
+
+
+def open_generator(where: str | Path, direction: str) -> tuple[nn.Module, dict[str, Any]]:
+    """``load_generator`` for a run, shipped weights, a folder or a file (see ``utils.find_generator``).
+
+    Raises InputError when there is no generator for ``direction`` ("AtoB" or "BtoA").
+    """
+    path = find_generator(where, direction)
+    try:
+        generator, about = load_generator(path)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if about.get("direction", direction) != direction:
+        raise InputError(f"{path}: translates {about['direction']}, expected a file or folder for {direction}")
+    return generator, about
 
 
 def load_official(path: str | Path) -> nn.Module:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from datasets import (
     make_loader,
     normalise,
 )
-from models import load_generator, pack_generator
+from models import open_generator, pack_generator
 from systems import SYSTEMS, Batch, System
 from utils import SAVED_MODELS, InputError, say
 
@@ -239,19 +239,15 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 def load_generators(system: System, where: str) -> None:
     """Give the generators the weights found at ``where`` (see ``utils.find_generator``)."""
     for direction, name in system.generators.items():
-        path = utils.find_generator(where, direction)
-        try:
-            source, _ = load_generator(path)
-        except ValueError as error:
-            raise InputError(f"--init_from: {error}") from error
+        source, _ = open_generator(where, direction)
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
             raise InputError(
-                f"--init_from: {path} holds {type(source).__name__} {source.settings}, "
+                f"--init_from {where} holds {type(source).__name__} {source.settings} for {direction}, "
                 f"expected {type(network).__name__} {network.settings}"
             )
         network.load_state_dict(source.state_dict())
-        say(f"{name} starts from {path}")
+        say(f"{name} starts from {where}")
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -441,7 +437,7 @@ def train(options: argparse.Namespace, distribute: Callable[[System], System] = 
     )
 
     players = distribute(system)
-    with utils.StopSignals() as stop:
+    with utils.StopSignals() as stop, closing(record):
         for epoch in range(first, options.n_epochs):
             players.begin(epoch)
             lr = learning_rate(options, epoch)
@@ -465,7 +461,6 @@ def train(options: argparse.Namespace, distribute: Callable[[System], System] = 
             if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
                 run.save(record)
     record.page()
-    record.close()
     if record.step == total:
         say(f"done: see {record.folder}/index.html; weights in {SAVED_MODELS / options.name}")
         return 0

@@ -233,6 +233,8 @@ def find_generator(where: str | Path, direction: str) -> Path:
     places = [Path(where), SAVED_MODELS / where, SAVED_MODELS / "pretrained" / where]
     for place in places:
         if place.is_file():
+            if place.name.startswith("latest_net_G_") and place.name != official:
+                raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
             return place
         for name in (f"{direction}.pt", official):
             if (place / name).is_file():

@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import io
+import multiprocessing
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -561,15 +561,22 @@ def test_last_ragged_batch_is_dropped(tmp_path):
     assert [len(b["A"]) for b in batches] == [3, 3]
 
 
-class SignalHandlers(Dataset):
+class Pids(Dataset):
     def __getitem__(self, key):
-        return torch.tensor([signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)])
+        return torch.tensor(os.getpid())
 
 
-def test_workers_leave_signals_to_the_main_process():
-    (ignored,) = make_loader(SignalHandlers(), EpochSampler(1, 0), 1, n_cpu=1)
-    assert ignored.tolist() == [[True, True]]
-    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+def test_workers_outlive_signals_to_the_group_and_end_when_their_parent_says_so():
+    batches = iter(make_loader(Pids(), EpochSampler(40, 0), 1, n_cpu=1))
+    pid = int(next(batches))
+    for name in ("INT", "HUP", "TERM"):  # from a process that is not the parent
+        subprocess.run([sys.executable, "-c", f"import os, signal; os.kill({pid}, signal.SIG{name})"], check=True)
+    assert {int(batch) for batch in batches} == {pid}
+    batches = iter(make_loader(Pids(), EpochSampler(40, 0), 1, n_cpu=1))
+    (worker,) = (p for p in multiprocessing.active_children() if p.pid == int(next(batches)))
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT
+from test_systems import build, make_batch
+from test_train import QUICK, checkpoint, log, same_run
+
+import train_dist
+from systems import System
+from train import play, trained_parameters
+from utils import InputError
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def launch(flags: str, launcher: str = "", **options) -> subprocess.Popen:
+    command = [sys.executable, *launcher.split(), str(ROOT / "train_dist.py"), *QUICK.split(), *flags.split()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Two ranks take the step of one process
+# ----------------------------------------------------------------------------------------------------------
+
+
+def three_steps(system: System, players: System, part: slice) -> dict[str, list[torch.Tensor]]:
+    """The gradients of the first step, and the weights after three."""
+    optimizers = {
+        t.player: torch.optim.Adam(trained_parameters(system, t.networks), 2e-4, (0.5, 0.999), fused=True)
+        for t in system.turns
+    }
+    dtype = next(system.parameters()).dtype
+    results: dict[str, list[torch.Tensor]] = {}
+    for step in range(3):
+        batch = {side: pictures[part].to(dtype) for side, pictures in make_batch(step, n=4).items()}
+        play(players, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        if step == 0:
+            results["gradients"] = [p.grad.clone() for p in system.parameters()]
+    results["weights"] = [p.detach() for p in system.parameters()]
+    return results
+
+
+def be_a_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        # Rank 1 starts from other weights, to see that it is given rank 0's.
+        system = build("attentiongan", seed=rank, pool_size=0).to(dtype)
+        half = slice(2 * rank, 2 * rank + 2)
+        results[dtype] = three_steps(system, train_dist.distribute(system), half)
+        assert all("module" not in name for name in system.state_dict())
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_half_the_batch_take_the_step_of_one_process(tmp_path):
+    mp.spawn(be_a_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for dtype in (torch.float64, torch.float32):
+        system = build("attentiongan", seed=0, pool_size=0).to(dtype)
+        alone = three_steps(system, system, slice(0, 4))
+        for what in ("gradients", "weights"):
+            for one, first, second in zip(alone[what], ranks[0][dtype][what], ranks[1][dtype][what], strict=True):
+                assert torch.equal(first, second)
+                if dtype == torch.float64:
+                    assert (one - first).abs().max() < 1e-9
+                elif what == "gradients":
+                    assert (one - first).norm() < 1e-5 * one.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The launcher
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(small_set):
+    command = "--n_epochs 6 --precision float32 --log_interval 1"
+    code, out, err = finish(launch(f"{command} --name straight --n_procs 2 --port_num {free_port()}"))
+    assert (code, "Warning" in err) == (0, False), err
+    assert "batch 1 x 2 process(es) = 2" in out and out.count("done:") == 1
+
+    stopped = launch(f"{command} --name stopped --n_procs 2 --port_num {free_port()}")
+    deadline = time.monotonic() + 90
+    while not (Path("saved_models/stopped/log.jsonl").exists() and len(log("stopped")) > 4):
+        assert time.monotonic() < deadline and stopped.poll() is None
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    code, out, err = finish(stopped)
+    assert code == 128 + signal.SIGTERM, err
+    assert 4 < checkpoint("stopped")["step"] < 18 and len(checkpoint("stopped")["ranks"]) == 2
+    code, out, err = finish(launch(f"{command} --name stopped --resume --n_procs 2 --port_num {free_port()}"))
+    assert code == 0, err
+    same_run("straight", "stopped")
+
+    torchrun = f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}"
+    code, out, err = finish(launch(f"{command} --name torchrun", torchrun))
+    assert code == 0, err
+    same_run("straight", "torchrun")
+
+    pools = [rank["children"]["pool_A"]["_extra_state"] for rank in checkpoint("straight")["ranks"]]
+    assert all(pool["seen"] == 18 for pool in pools)
+    assert not torch.equal(pools[0]["stored"], pools[1]["stored"])
+
+    code, _, err = finish(
+        launch(f"{command} --name stopped --resume --n_epochs 7 --n_procs 1 --port_num {free_port()}")
+    )
+    assert code == 2 and "the run had 2 processes, this one has 1" in err
+
+
+def test_a_rank_that_dies_ends_all_with_one_error(small_set):
+    run = launch(f"--n_epochs 1000 --name r --n_procs 2 --port_num {free_port()}")
+    deadline = time.monotonic() + 90
+    while not (Path("saved_models/r/log.jsonl").exists() and log("r")):
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.01)
+    ranks = [pid for pid in children(run.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    code, _, err = finish(run)
+    assert code == 2
+    errors = re.findall(r"train_dist.py: error: .*", err)
+    assert errors == ["train_dist.py: error: rank 1 died (SIGKILL); all ranks ended. --resume goes on"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set):
+    code, _, err = finish(launch(f"--batch_size 4 --n_procs 2 --name r --port_num {free_port()}"))
+    assert code == 2
+    assert "6 samples in data/small do not fill one batch of 4 on each of 2 process(es)" in err
+    assert "Traceback" not in err and err.count("do not fill") == 1
+
+
+def test_a_port_in_use_is_named(small_set, capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert train_dist.main([*QUICK.split(), "--n_procs", "2", "--port_num", str(port)]) == 2
+    assert f"--port_num {port}: cannot be used" in capsys.readouterr().err
+    assert not Path("saved_models").exists()
+    with pytest.raises(InputError, match="--port_num 70000: cannot be used"):
+        train_dist.check_port(70000)
+
+
+def test_missing_data_is_told_before_anything_starts(capsys):
+    flags = ["--dataset_name", "horse2zebra", "--multi_gpu_flag", "True", "--port_num", str(free_port())]
+    assert train_dist.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "python datasets.py --dataset_name horse2zebra" in error and "make demo" in error
+
+
+def test_the_number_of_processes(monkeypatch, capsys):
+    def count(flags: str, gpus: int) -> int:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda" if gpus else "cpu")
+        options = train_dist.train.parse_options(flags.split(), train_dist.add_launch_flags)
+        return train_dist.count_processes(options)
+
+    assert count("--multi_gpu_flag True", gpus=8) == 8
+    assert count("--multi_gpu_flag True --n_procs 2", gpus=8) == 2
+    assert count("--multi_gpu_flag False", gpus=8) == 1
+    assert count("--multi_gpu_flag true --n_procs 3", gpus=0) == 3
+    assert count("", gpus=0) == 1
+    assert "no GPU here: one process on the CPU" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--n_procs 3: this machine has 2 GPU"):
+        count("--n_procs 3", gpus=2)
+    with pytest.raises(SystemExit):
+        count("--multi_gpu_flag maybe", gpus=2)
+    assert "'maybe': expected True or False" in capsys.readouterr().err
