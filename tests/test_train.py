@@ -267,7 +267,7 @@ def test_killed_outright_and_resumed_is_straight_through(small_set):
     process.kill()
     process.wait()
     assert 0 < checkpoint("killed")["step"] < 48
-    assert run("--name killed --resume") == 0
+    assert run("--name killed --resume --checkpoint_minutes 0") == 0
     same_run("straight", "killed")
 
 

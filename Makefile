@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own, .venv, made on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# A small AttentionGAN on drawn pictures. --lambda_id 5 is the official code's weight.
+DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 3 --n_layers_D 2 \
+        --lambda_id 5 --n_epochs 4 --decay_epoch 4 --n_cpu 0 --sample_interval 250
+
+.PHONY: demo demo-seeds test lint format
+
+demo: .venv/installed
+	$(BIN)/python train.py $(DEMO) --name demo --overwrite
+	$(BIN)/python evaluate.py --dataset_name solid2striped --checkpoint demo
+	@echo "Pictures: images/demo/index.html (open it in a browser). Weights: saved_models/demo. Next: inference.ipynb."
+
+# The demo from five seeds, and the median and worst of its figures.
+demo-seeds: .venv/installed
+	for seed in 0 1 2 3 4; do \
+	    $(BIN)/python train.py $(DEMO) --seed $$seed --name demo_$$seed --overwrite || exit; \
+	done
+	$(BIN)/python evaluate.py --dataset_name solid2striped --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
+
+test: .venv/installed-dev
+	$(BIN)/pytest -q -n 2
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
