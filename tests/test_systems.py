@@ -152,7 +152,7 @@ def test_a_turn_is_pure_and_changes_only_its_own_networks(name):
     system = build(name)
     batch = make_batch(0)
     fakes = system(batch)
-    for turn in system.turns:
+    for i, turn in enumerate(system.turns):
         assert isinstance(turn, Turn)
         first, second = turn.losses(batch, fakes), turn.losses(batch, fakes)
         assert all(torch.equal(first[k], second[k]) for k in first)
@@ -161,8 +161,9 @@ def test_a_turn_is_pure_and_changes_only_its_own_networks(name):
         update(optimizer, first)
         changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, system.state_dict()[k])}
         assert changed == set(turn.networks)
-        others = {k for k, p in system.named_parameters() if k.split(".")[0] not in turn.networks}
-        assert all(p.grad is None for k, p in system.named_parameters() if k in others and turn is system.turns[0])
+        if i == 0:  # nor is any work spent on the gradients of networks that do not move
+            idle = [p for k, p in system.named_parameters() if k.split(".")[0] not in turn.networks]
+            assert idle and all(p.grad is None for p in idle)
 
 
 def test_every_player_trains_and_every_network_is_trained():

@@ -168,6 +168,20 @@ def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch
     same_run("straight", "stopped")
 
 
+def test_torchs_random_state_goes_on_too(small_set, monkeypatch):
+    """As a system with dropout would need it."""
+    play = train.play
+    monkeypatch.setattr(train, "play", lambda *arguments: {**play(*arguments), "noise": torch.rand(())})
+    command = f"{QUICK} --n_epochs 2 --log_interval 1"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        run(f"{command} --name stopped")
+    assert run(f"{command} --name stopped --resume") == 0
+    same_run("straight", "stopped")
+    assert len({entry["noise"] for entry in log("straight")}) == 12
+
+
 def test_resuming_needs_the_name_alone_and_cuts_the_log(small_set, monkeypatch, capsys):
     command = f"{QUICK} --n_epochs 3 --name r --lr 0.001 --log_interval 2"
     with monkeypatch.context() as patch:
