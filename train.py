@@ -58,7 +58,7 @@ SYSTEM_HELP = {
 # What a resumed run may change without ceasing to be the same run.
 FREE_ON_RESUME = ("n_epochs", "n_cpu", "data_dir", "device", "checkpoint_interval", "checkpoint_minutes")
 # What says how to start and is no property of the run.
-HOW_TO_START = ("resume", "overwrite", "init_from")
+HOW_TO_START = ("name", "resume", "overwrite", "init_from")
 
 EPILOG = """\
 The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
