@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -40,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
-from utils import InputError
+from utils import InputError, check_name
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
@@ -249,7 +250,7 @@ def outlive_signals(_worker: int) -> None:
 
 
 def wait_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)
 
@@ -366,12 +367,13 @@ class whole_or_absent:
 
     def __init__(self, target: Path):
         self.target = target
-        self.partial = target.parent / f".{target.name}.partial.{os.getpid()}"
+        self.prefix = f".{target.name}.partial.{socket.gethostname()}."  # the disk may be shared among machines
+        self.partial = target.parent / f"{self.prefix}{os.getpid()}"
 
     def __enter__(self) -> Path:
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.target.parent.glob(f".{self.target.name}.partial.*"):
-            if not process_lives(int(left.suffix[1:])):
+        for left in self.target.parent.glob(f"{self.prefix}*"):
+            if not process_lives(int(left.name.removeprefix(self.prefix))):
                 shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir()
@@ -598,8 +600,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     name, root = options.dataset_name, options.data_dir / options.dataset_name
     try:
-        if name in ("", "..") or Path(name).name != name:
-            raise InputError(f"--dataset_name {name}: expected a plain name, without folders")
+        check_name("--dataset_name", name)
         if (options.from_A is None) != (options.from_B is None):
             raise InputError("--from_A and --from_B: expected both or neither")
         if options.from_A is not None:
@@ -609,7 +610,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report_counts(root, {})
         else:
             fetch(name, options.data_dir, options.mirror)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"datasets.py: error: {error}")
 
 

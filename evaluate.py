@@ -62,15 +62,18 @@ def evaluate(root: Path, checkpoint: str, direction: str, device: torch.device) 
     masks = load(companions(root, f"test{side}_mask", pictures), 1)
     truths = load(companions(root, f"test{side}_truth", pictures), channels)
     reals = load(pictures, channels)
-    translations = [generator(real[None].to(device)) for real in reals]
-    images = torch.cat([t.image for t in translations]).cpu()
+    images, foregrounds = [], []
+    for real in reals:
+        translation = generator(real[None].to(device))
+        images.append(translation.image.cpu())
+        if translation.foreground is not None:
+            foregrounds.append(translation.foreground.cpu())
     figures = {
-        "error": mean_absolute_error(images, truths).mean().item(),
+        "error": mean_absolute_error(torch.cat(images), truths).mean().item(),
         "untranslated": mean_absolute_error(reals, truths).mean().item(),
     }
-    foregrounds = [t.foreground for t in translations if t.foreground is not None]
     if foregrounds:
-        ious = intersection_over_union(torch.cat(foregrounds).cpu(), masks / 2 + 0.5)
+        ious = intersection_over_union(torch.cat(foregrounds), masks / 2 + 0.5)
         figures = {"iou": ious.mean().item(), **figures}
     return figures
 
@@ -84,7 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", nargs="+", required=True, help="runs, shipped weights, folders or generator files"
     )
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="which way to translate")
+    parser.add_argument(
+        "--direction",
+        nargs="+",
+        choices=DIRECTIONS,
+        default=DIRECTIONS,
+        help="which way to translate; a single file serves its own way alone",
+    )
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     options = parser.parse_args(argv)
     names = ("iou", "error", "untranslated")
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show("median", direction, {name: statistics.median(c) for name, c in columns.items()}, names)
                 worst = {name: min(c) if name == "iou" else max(c) for name, c in columns.items()}
                 show("worst", direction, worst, names)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -262,7 +262,8 @@ class ReplayBuffer(nn.Module):
         return handed
 
     def get_extra_state(self) -> dict[str, Any]:
-        stored = None if self.stored is None else self.stored[: min(self.seen, self.size)].clone()
+        # On the CPU, so that ranks can hand theirs to another whatever its devices.
+        stored = None if self.stored is None else self.stored[: min(self.seen, self.size)].to("cpu", copy=True)
         return {"seen": self.seen, "stored": stored}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -316,7 +317,7 @@ def open_generator(where: str | Path, direction: str) -> tuple[nn.Module, dict[s
     except ValueError as error:
         raise InputError(str(error)) from error
     if about.get("direction", direction) != direction:
-        raise InputError(f"{path}: translates {about['direction']}, expected a file or folder for {direction}")
+        raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
     return generator, about
 
 
@@ -344,7 +345,7 @@ def load_official(path: str | Path) -> nn.Module:
         ]
     elif "model.1.weight" in weights and "model.10.conv_block.1.weight" in weights:
         n_blocks = sum(k.endswith(".conv_block.1.weight") for k in weights)
-        stem, n = weights["model.1.weight"], n_blocks
+        stem, n = weights["model.1.weight"], n_blocks  # what follows the blocks is numbered on from them
         generator = ResNetGenerator(stem.shape[1], stem.shape[0], n_blocks)
         names = [
             *(f"model.{i}.weight" for i in (1, 4, 7)),
@@ -358,7 +359,7 @@ def load_official(path: str | Path) -> nn.Module:
             f"{_some(weights)}"
         )
     # Ours stand in the same order as `names`: encoder, then content (or picture), then attention head.
-    cancelled = {n.removesuffix("weight") + s for n in names if n.endswith("weight") for s in ("bias",)} - set(names)
+    cancelled = {n.removesuffix("weight") + "bias" for n in names} - set(names)
     found = {
         k
         for k in weights

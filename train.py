@@ -56,7 +56,8 @@ SYSTEM_HELP = {
     "pool_size": "generated pictures each replay buffer keeps; 0 turns it off",
 }
 # What a resumed run may change without ceasing to be the same run.
-FREE_ON_RESUME = ("n_epochs", "n_cpu", "data_dir", "device", "checkpoint_interval", "checkpoint_minutes")
+FREE_ON_RESUME = ("n_epochs", "decay_epoch", "n_cpu", "data_dir", "device", "checkpoint_interval", "checkpoint_minutes")
+DEFAULT_SYSTEM, DEFAULT_DATASET = "attentiongan", "horse2zebra"
 # What says how to start and is no property of the run.
 HOW_TO_START = ("name", "resume", "overwrite", "init_from")
 
@@ -79,7 +80,7 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         description=f"Train {system}.", epilog=EPILOG, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", default="horse2zebra", help=f"folder below --data_dir; {BUILT_IN} is drawn on first use")
+    add("--dataset_name", default=DEFAULT_DATASET, help=f"folder below --data_dir; {BUILT_IN} is drawn on first use")
     add("--data_dir", default="data", help="folder that holds the data sets")
     add("--img_height", type=int, default=256, help="height of the training pictures, pixels")
     add("--img_width", type=int, default=256, help="width of the training pictures, pixels")
@@ -152,16 +153,18 @@ def parse_options(
     InputError for values that do not fit together; argparse itself exits on what it cannot read.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--system", default="attentiongan")
-    first.add_argument("--dataset_name", default="horse2zebra")
+    first.add_argument("--system", default=DEFAULT_SYSTEM)
+    first.add_argument("--dataset_name", default=DEFAULT_DATASET)
     first.add_argument("--name")
     first.add_argument("--resume", action="store_true")
+    first.add_argument("-h", "--help", action="store_true")
     known = first.parse_known_args(argv)[0]
-    name = known.name or f"{known.dataset_name}_{known.system}"
-    own = utils.Checkpoints(SAVED_MODELS / name).load()["options"] if known.resume else {}
+    name = f"{known.dataset_name}_{known.system}" if known.name is None else known.name
+    utils.check_name("--name", name)
+    own = utils.Checkpoints(SAVED_MODELS / name).load()["options"] if known.resume and not known.help else {}
 
     system = own.get("system", known.system)
-    parser = make_parser(system if system in SYSTEMS else "attentiongan")  # else argparse refuses --system itself
+    parser = make_parser(system if system in SYSTEMS else DEFAULT_SYSTEM)  # else argparse refuses --system itself
     extend(parser)
     defaults = vars(parser.parse_args([]))
     unset = object()
@@ -170,6 +173,9 @@ def parse_options(
         parser.error(f"{' '.join(unknown)}: no option of {system}, see --help")
     given = {key: value for key, value in vars(namespace).items() if value is not unset}
 
+    for key in ("init_from", "overwrite"):
+        if known.resume and given.get(key):
+            raise InputError(f"--resume goes on with a run, --{key} starts one; expected one of the two")
     for key in own.keys() & given.keys():
         if given[key] != own[key]:
             if key not in FREE_ON_RESUME:
@@ -191,8 +197,11 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
     least |= {"sample_interval": 0, "checkpoint_interval": 0, "checkpoint_minutes": 0, "lr": 0, "pool_size": 0}
     least |= {"ngf": 1, "ndf": 1, "n_masks": 2, "n_residual_blocks": 0, "n_layers_D": 1}
     for key, bound in least.items():
-        if getattr(options, key, bound) < bound:
+        if not getattr(options, key, bound) >= bound:  # nan is not
             raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
+    for key in ("b1", "b2"):
+        if not 0 <= getattr(options, key) < 1:
+            raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")
     if options.decay_epoch > options.n_epochs:
         raise InputError(
             f"--decay_epoch {options.decay_epoch} lies beyond --n_epochs {options.n_epochs}; "
@@ -202,8 +211,6 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         raise InputError(f"--channels {options.channels}: expected one of {list(MODES)}")
     if getattr(options, "attention_kernel", 1) not in (1, 7):
         raise InputError(f"--attention_kernel {options.attention_kernel}: expected 1 (official code) or 7 (paper)")
-    if Path(options.name).name != options.name:
-        raise InputError(f"--name {options.name}: expected a plain name, without folders")
     with torch.device("meta"):
         system = build_system(options)
     for key in ("img_height", "img_width"):
@@ -237,7 +244,11 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def load_generators(system: System, where: str) -> None:
-    """Give the generators the weights found at ``where`` (see ``utils.find_generator``)."""
+    """Give the generators the weights found at ``where``, a run, a name or a folder (see ``utils.find_generator``)."""
+    if Path(where).is_file():
+        raise InputError(
+            f"--init_from {where} is one file, expected a run or folder with a generator for each direction"
+        )
     for direction, name in system.generators.items():
         source, _ = open_generator(where, direction)
         network = system.get_submodule(name)
@@ -251,7 +262,7 @@ def load_generators(system: System, where: str) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """All that one process does before any training: check the pictures, draw the built-in set, clear the run's name.
+    """All that one process does before any training: draw the built-in set, check the pictures and the run's name.
 
     Raises InputError.
     """
@@ -259,15 +270,21 @@ def prepare(options: argparse.Namespace) -> None:
     if options.dataset_name == BUILT_IN:
         draw_built_in(root)
     build_dataset(options).check()
-    run, images = SAVED_MODELS / options.name, utils.IMAGES / options.name
-    if options.overwrite and not options.resume:
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.rmtree(images, ignore_errors=True)
-    elif not options.resume and (run.exists() or images.exists()):
+    folder = SAVED_MODELS / options.name
+    if not (options.resume or options.overwrite) and any(folder.glob("*.pt")):
         raise InputError(
-            f"a run named {options.name} stands already in {run} or {images}; go on with it (--resume), "
-            "name this one otherwise (--name), or delete that one (--overwrite)"
+            f"a run named {options.name} stands already in {folder}; go on with it (--resume), "
+            "name this one otherwise (--name), or replace that one (--overwrite)"
         )
+
+
+def clear_name(options: argparse.Namespace) -> None:
+    """Remove what stands under the name of a run that starts anew: last of all, when nothing is refused any more."""
+    utils.barrier()
+    if utils.rank() == 0:
+        shutil.rmtree(SAVED_MODELS / options.name, ignore_errors=True)
+        shutil.rmtree(utils.IMAGES / options.name, ignore_errors=True)
+    utils.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -305,11 +322,8 @@ class Run:
         self.saved_at = time.monotonic()
         if ranks is None:
             return
-        skip = (
-            *HOW_TO_START,
-            *vars(self.options).keys() - vars(make_parser(self.options.system).parse_args([])).keys(),
-        )
-        options = {key: value for key, value in vars(self.options).items() if key not in skip}
+        keys = vars(make_parser(self.options.system).parse_args([])).keys() - set(HOW_TO_START)  # no launcher's
+        options = {key: getattr(self.options, key) for key in sorted(keys)}
         self.checkpoints.save(
             {
                 "options": options,
@@ -336,6 +350,7 @@ class Run:
             self.system.get_submodule(name).load_state_dict(weights)
         for player, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][player])
+            take_layout(optimizer)
         own = state["ranks"][utils.rank()]
         for name, child in own["children"].items():
             self.system.get_submodule(name).load_state_dict(child)
@@ -348,6 +363,17 @@ class Run:
         """Whether it is time for a checkpoint amid an epoch, by rank 0's clock."""
         minutes = self.options.checkpoint_minutes
         return utils.rank() == 0 and minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+
+def take_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their parameters, which differs between CUDA and the CPU.
+
+    ``load_state_dict`` keeps the file's, and fused Adam would pair the wrong elements.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -388,13 +414,18 @@ def learning_rate(options: argparse.Namespace, epoch: int) -> float:
     return options.lr * left
 
 
-def train(options: argparse.Namespace, distribute: Callable[[System], System] = lambda system: system) -> int:
+def train(
+    options: argparse.Namespace,
+    distribute: Callable[[System], System] = lambda system: system,
+    device_name: str | None = None,
+) -> int:
     """Train to the end, or until a signal, and save. ``prepare`` comes before.
 
-    ``distribute`` returns the system with its networks wrapped for many processes. Returns 0, or the number of
-    the signal that ended the run early. Raises InputError.
+    ``distribute`` returns the system with its networks wrapped for many processes; ``device_name`` is this
+    process's device where it is not the options'. Returns 0, or the number of the signal that ended the run early.
+    Raises InputError.
     """
-    device = utils.pick_device(options.device)
+    device = utils.pick_device(device_name or options.device)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
     system = build_system(options).to(device)
@@ -424,6 +455,8 @@ def train(options: argparse.Namespace, distribute: Callable[[System], System] = 
     run = Run(options, system, optimizers, len(loader), device)
     state = run.load() if options.resume else {"step": 0}
     total = options.n_epochs * len(loader)
+    if not options.resume:
+        clear_name(options)
     record = utils.Record(options.name, vars(options), total, options.log_interval, state["step"])
     if options.resume:
         record.load_state_dict(state["ranks"][utils.rank()]["record"], device)

@@ -71,25 +71,42 @@ def distribute(system: System) -> System:
 def join(options: argparse.Namespace, rank: int, local_rank: int, world_size: int, init_method: str) -> int:
     """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns."""
     if pick_kind(options) == "cuda":
-        options.device = f"cuda:{local_rank}"
-        torch.cuda.set_device(local_rank)
+        device = options.device if ":" in options.device else f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # what ranks agree on each step travels without waiting for the GPU
     else:
-        options.device, backend = "cpu", "gloo"
+        device, backend = "cpu", "gloo"
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ and local_rank == 0:
-            train.prepare(options)
-        utils.barrier()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            prepare_together(options, rank, local_rank)
         with train.clear_errors(options):
-            return train.train(options, distribute)
+            return train.train(options, distribute, device)
     finally:
         dist.destroy_process_group()
 
 
+def prepare_together(options: argparse.Namespace, rank: int, local_rank: int) -> None:
+    """``train.prepare`` once on every machine; what one of them finds wrong ends all, told by rank 0 alone."""
+    problem = None
+    if local_rank == 0:
+        try:
+            train.prepare(options)
+        except (InputError, OSError) as error:
+            problem = str(error)
+    problems: list[str | None] = [None] * utils.world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise InputError(found) if rank == 0 else SystemExit(2)
+
+
 def spawned(rank: int, options: argparse.Namespace, world_size: int) -> None:
-    join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}")
+    try:
+        join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}")
+    except OSError as error:  # a full disk, say: no need for a traceback
+        raise InputError(str(error)) from error
 
 
 def pick_kind(options: argparse.Namespace) -> str:
@@ -100,6 +117,8 @@ def count_processes(options: argparse.Namespace) -> int:
     """How many ranks to start here. Raises InputError for more than there are GPUs."""
     if not options.multi_gpu_flag:
         return 1
+    if ":" in options.device and options.n_procs != 1:
+        raise InputError(f"--device {options.device} names one device; expected cuda or cpu, or --n_procs 1 with it")
     gpus = torch.cuda.device_count() if pick_kind(options) == "cuda" else 0
     if gpus and options.n_procs > gpus:
         raise InputError(f"--n_procs {options.n_procs}: this machine has {gpus} GPU(s), one process each")
@@ -109,11 +128,13 @@ def count_processes(options: argparse.Namespace) -> int:
 
 
 def check_port(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port_num {port}: cannot be used; expected 1024 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise InputError(f"--port_num {port}: cannot be used ({error}); choose another, 1024 to 65535") from error
 
 
@@ -131,14 +152,21 @@ def launch(options: argparse.Namespace) -> int:
                     told = True
                     for process in ranks.processes:
                         process.terminate()  # SIGTERM: save and leave
-        except mp.ProcessExitedException as error:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            if stop.signal is not None:  # and the ranks were not ready to save, or not able to
+                print(f"stopped; rank {error.error_index} ended before it had saved", file=sys.stderr)
+                return stop.signal
+            if isinstance(error, mp.ProcessRaisedException):
+                raise InputError(f"rank {error.error_index} failed, all ranks ended: {reason(error)}") from error
             how = error.signal_name or f"exit code {error.exit_code}"
             raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
-        except mp.ProcessRaisedException as error:
-            last = str(error).strip().splitlines()[-1]
-            message = last.removeprefix("utils.InputError: ") if last.startswith("utils.InputError: ") else str(error)
-            raise InputError(f"rank {error.error_index} failed, all ranks ended: {message.strip()}") from error
     return stop.signal or 0
+
+
+def reason(error: mp.ProcessRaisedException) -> str:
+    """A rank's InputError in its own words, anything else with its traceback."""
+    _, marker, message = str(error).rpartition("utils.InputError: ")
+    return message.strip() if marker else str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             ended_by = launch(options)
     except (InputError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
             print(f"train_dist.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -34,6 +34,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what was found and what was expected."""
 
 
+def check_name(flag: str, name: str) -> None:
+    """Refuse names of runs and data sets that would lead out of their folder, or to the shipped weights."""
+    if name in ("", ".", "..", "pretrained") or Path(name).name != name:
+        raise InputError(f"{flag} {name}: expected a plain name, without folders")
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Device and precision
 # ----------------------------------------------------------------------------------------------------------
@@ -45,6 +51,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("expected cuda, mps or cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error

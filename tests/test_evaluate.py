@@ -93,7 +93,7 @@ def test_generators_without_masks_have_no_iou(tmp_path, capsys):
     "arguments, message",
     [
         ("--checkpoint nowhere", "nowhere: no generator for AtoB found"),
-        ("--checkpoint folder/BtoA.pt", "folder/BtoA.pt: translates BtoA, expected a file or folder for AtoB"),
+        ("--checkpoint folder/BtoA.pt", "folder/BtoA.pt: translates BtoA, expected AtoB (a folder serves both)"),
         ("--checkpoint folder --dataset_name other", "data/other/testA: no test pictures there"),
         ("--checkpoint folder --dataset_name small", "data/small/testA_mask: 0 pictures, expected 2"),
     ],

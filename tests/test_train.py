@@ -237,6 +237,48 @@ def test_a_run_is_never_overwritten_unasked(small_set, capsys):
     assert checkpoint("r")["options"]["seed"] == 9
 
 
+def test_what_is_refused_costs_no_earlier_run(small_set, capsys):
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    for flags in ("--init_from nowhere", "--batch_size 7", "--device nonsense", "--ngf 8 --init_from r"):
+        assert run(f"{QUICK} --n_epochs 1 --name r --overwrite {flags}") == 2
+        assert Path("saved_models/r/checkpoint.pt").exists() and Path("images/r/index.html").exists()
+    for flags in ("--overwrite", "--init_from r"):
+        capsys.readouterr()
+        assert run(f"--name r --resume {flags}") == 2
+        assert "expected one of the two" in capsys.readouterr().err
+    # The weights it starts from may be those it replaces.
+    assert run(f"{QUICK} --n_epochs 1 --lr 0 --name r --overwrite --init_from r") == 0
+
+
+def test_a_run_that_died_before_it_saved_anything_is_no_obstacle(small_set, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "play", None)
+        with pytest.raises(TypeError):
+            run(f"{QUICK} --n_epochs 1 --name r")
+    assert Path("saved_models/r").exists()
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+
+
+def test_moments_from_another_layout_take_their_parameters(monkeypatch):
+    """A checkpoint from CUDA holds channels_last moments; the step on the CPU must be the same."""
+    steps = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(4, 3, 5, 5))
+        first = torch.optim.Adam([parameter], fused=True)
+        parameter.grad = torch.randn(4, 3, 5, 5)
+        first.step()
+        state = first.state_dict()
+        for name in ("exp_avg", "exp_avg_sq"):
+            state["state"][0][name] = state["state"][0][name].contiguous(memory_format=layout)
+        second = torch.optim.Adam([parameter], fused=True)
+        second.load_state_dict(state)
+        train.take_layout(second)
+        second.step()
+        steps.append(parameter.detach().clone())
+    assert torch.equal(*steps)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "missing"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_set, capsys, damage):
     command = f"{QUICK} --n_epochs 3 --precision float32"
@@ -343,6 +385,8 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert "'n_masks': 3" in (error := capsys.readouterr().err) and "'n_masks': 4" in error
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
     assert "nowhere: no generator for AtoB found" in capsys.readouterr().err
+    assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from saved_models/first/AtoB.pt") == 2
+    assert "is one file, expected a run or folder" in capsys.readouterr().err
     Path("bad").mkdir()
     Path("bad/AtoB.pt").write_bytes(b"x")
     assert run(f"{QUICK} --n_epochs 1 --name fifth --init_from bad") == 2
@@ -382,6 +426,12 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--attention_kernel 3", r"--attention_kernel 3: expected 1 \(official code\) or 7"),
         ("--device nonsense", r"--device nonsense: not usable here"),
         ("--name a/b", r"--name a/b: expected a plain name"),
+        ("--name ..", r"--name ..: expected a plain name"),
+        ("--name pretrained", r"--name pretrained: expected a plain name"),
+        ("--b1 1.5", r"--b1 1.5: expected 0 or more, below 1"),
+        ("--lr nan", r"--lr nan: expected at least 0"),
+        ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
+        ("--resume --overwrite", r"no such checkpoint, nothing to resume"),
     ],
 )
 def test_values_that_do_not_fit_are_named(small_set, capsys, flags, message):

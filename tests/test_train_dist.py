@@ -161,8 +161,9 @@ def test_a_port_in_use_is_named(small_set, capsys):
         assert train_dist.main([*QUICK.split(), "--n_procs", "2", "--port_num", str(port)]) == 2
     assert f"--port_num {port}: cannot be used" in capsys.readouterr().err
     assert not Path("saved_models").exists()
-    with pytest.raises(InputError, match="--port_num 70000: cannot be used"):
-        train_dist.check_port(70000)
+    for port in (0, 70000):
+        with pytest.raises(InputError, match=f"--port_num {port}: cannot be used"):
+            train_dist.check_port(port)
 
 
 def test_missing_data_is_told_before_anything_starts(capsys):
@@ -187,6 +188,9 @@ def test_the_number_of_processes(monkeypatch, capsys):
     assert "no GPU here: one process on the CPU" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--n_procs 3: this machine has 2 GPU"):
         count("--n_procs 3", gpus=2)
+    with pytest.raises(InputError, match="--device cuda:1 names one device"):
+        count("--device cuda:1", gpus=2)
+    assert count("--device cuda:1 --n_procs 1", gpus=2) == 1
     with pytest.raises(SystemExit):
         count("--multi_gpu_flag maybe", gpus=2)
     assert "'maybe': expected True or False" in capsys.readouterr().err
