@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     options = parser.parse_args(argv)
     names = ("iou", "error", "untranslated")
-    try:
+
+    def work() -> int:
         device, root = utils.pick_device(options.device), options.data_dir / options.dataset_name
         print(f"{'checkpoint':<24}{'direction':<12}" + "".join(f"{name:>14}" for name in names))
         for direction in options.direction:
@@ -110,10 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show("median", direction, {name: statistics.median(c) for name, c in columns.items()}, names)
                 worst = {name: min(c) if name == "iou" else max(c) for name, c in columns.items()}
                 show("worst", direction, worst, names)
-    except (InputError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return utils.run_script("evaluate.py", work)
 
 
 def show(checkpoint: str, direction: str, figures: dict[str, float], names: Sequence[str]) -> None:

@@ -521,18 +521,13 @@ def clear_errors(options: argparse.Namespace) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
+    def work() -> int:
         options = parse_options(argv)
         prepare(options)
         with clear_errors(options):
-            ended_by = train(options)
-    except (InputError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted at once; the last checkpoint stands", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 128 + ended_by if ended_by else 0
+            return utils.exit_status(train(options))
+
+    return utils.run_script("train.py", work)
 
 
 if __name__ == "__main__":

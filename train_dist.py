@@ -13,7 +13,6 @@ import argparse
 import copy
 import inspect
 import os
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -170,21 +169,14 @@ def reason(error: mp.ProcessRaisedException) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
+    def work() -> int:
         options = train.parse_options(argv, add_launch_flags)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            rank, local_rank, size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-            ended_by = join(options, rank, local_rank, size, "env://")
-        else:
-            ended_by = launch(options)
-    except (InputError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
-            print(f"train_dist.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted at once; the last checkpoint stands", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 128 + ended_by if ended_by else 0
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return utils.exit_status(launch(options))
+        rank, local_rank, size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        return utils.exit_status(join(options, rank, local_rank, size, "env://"))
+
+    return utils.run_script("train_dist.py", work)
 
 
 if __name__ == "__main__":

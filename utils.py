@@ -165,6 +165,24 @@ class StopSignals:
                 os.dup2(nowhere, terminal)
 
 
+def exit_status(number: int) -> int:
+    """The status of a script that the signal ``number`` ended, as shells have it; 0 for 0."""
+    return 128 + number if number else 0
+
+
+def run_script(name: str, work: Callable[[], int]) -> int:
+    """Do a script's work and return its exit status; what the user can mend is told in a line, without a traceback."""
+    try:
+        return work()
+    except (InputError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun once on every machine
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted at once; what was saved before stands", file=sys.stderr)
+        return exit_status(signal.SIGINT)
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Files
 # ----------------------------------------------------------------------------------------------------------
