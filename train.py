@@ -387,14 +387,14 @@ def play(
     """One step of the game: the generators run once, then each player makes its move. Returns what to log."""
     with autocast():
         fakes = system(batch)
-    shown = system.measures(batch, fakes)
+    shown: dict[str, Tensor] = {}
     for turn in system.turns:
         with autocast():
             losses = turn.losses(batch, fakes)
         update(optimizers[turn.player], losses)
-        shown = {**losses, **shown}
+        shown |= losses
     system.settle()
-    return shown
+    return shown | system.measures(batch, fakes)
 
 
 def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:

@@ -369,11 +369,11 @@ class Record:
         assert self.sums is not None
         means = mean_over_ranks(self.sums.cpu() / self.count).tolist()
         seconds = time.perf_counter() - self.since
-        entry: dict[str, Any] = {"step": self.step, "epoch": epoch + 1, "lr": lr}
-        entry["images_per_s"] = round(world_size() * self.images_since / seconds, 3)
+        entry: dict[str, Any] = {"step": self.step, "epoch": epoch + 1}
         for name, length in zip(self.names, self.lengths, strict=True):
             taken, means = means[:length], means[length:]
             entry[name] = taken[0] if length == 1 else taken
+        entry |= {"lr": lr, "images_per_s": round(world_size() * self.images_since / seconds, 3)}
         self.sums.zero_()
         self.count = self.images_since = 0
         self.since = time.perf_counter()
