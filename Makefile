@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 # A small AttentionGAN on drawn pictures: the official identity weight, and a higher rate to be done in minutes.
 DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 3 --n_layers_D 2 \
-        --lambda_id 5 --lr 0.0005 --n_epochs 4 --decay_epoch 4 --n_cpu 0 --sample_interval 250
+        --lambda_id 5 --lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 250
 
 .PHONY: demo demo-seeds test lint format
 
