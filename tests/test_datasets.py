@@ -665,14 +665,16 @@ def test_whole_or_absent_shows_the_folder_only_at_the_end(tmp_path):
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    dead, living = (tmp_path / f".set.partial.{pid}" for pid in (process.pid, os.getppid()))
+    here = whole_or_absent(tmp_path / "set").prefix
+    dead, living = (tmp_path / f"{here}{pid}" for pid in (process.pid, os.getppid()))
     other = tmp_path / f".other.partial.{process.pid}"
-    for folder in (dead, living, other):
+    elsewhere = tmp_path / f".set.partial.another-machine.{process.pid}"
+    for folder in (dead, living, other, elsewhere):
         (folder / "sub").mkdir(parents=True)
     with whole_or_absent(tmp_path / "set"):
         pass
     assert not dead.exists()
-    assert living.exists() and other.exists()
+    assert living.exists() and other.exists() and elsewhere.exists()
 
 
 def test_a_faster_process_keeps_its_folder(tmp_path):
