@@ -161,7 +161,7 @@ def parse_options(
     known = first.parse_known_args(argv)[0]
     name = f"{known.dataset_name}_{known.system}" if known.name is None else known.name
     utils.check_name("--name", name)
-    own = utils.Checkpoints(SAVED_MODELS / name).load()["options"] if known.resume and not known.help else {}
+    own = utils.Checkpoints(SAVED_MODELS / name).load(quiet=True)["options"] if known.resume and not known.help else {}
 
     system = own.get("system", known.system)
     parser = make_parser(system if system in SYSTEMS else DEFAULT_SYSTEM)  # else argparse refuses --system itself

@@ -225,8 +225,8 @@ class Checkpoints:
             os.replace(self.newest, self.previous)
         os.replace(fresh, self.newest)
 
-    def load(self) -> dict[str, Any]:
-        """The newest readable state, tensors mapped from the file; says so when it is not the newest.
+    def load(self, quiet: bool = False) -> dict[str, Any]:
+        """The newest readable state, tensors mapped from the file; warns, unless ``quiet``, when it is not the newest.
 
         Raises InputError when there is none, or one of another format.
         """
@@ -242,7 +242,7 @@ class Checkpoints:
                 continue
             if found != self.FORMAT:
                 raise InputError(f"{path}: checkpoint format {found}, this code reads format {self.FORMAT}")
-            for trouble in troubles:
+            for trouble in () if quiet else troubles:
                 say(f"warning: {trouble}; going back to {path}, step {state['step']}")
             return state
         raise InputError("; ".join(troubles) or f"{self.newest}: no such checkpoint, nothing to resume")
