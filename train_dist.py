@@ -109,7 +109,13 @@ def spawned(rank: int, options: argparse.Namespace, world_size: int) -> None:
 
 
 def pick_kind(options: argparse.Namespace) -> str:
-    return "cpu" if utils.pick_device(options.device).type != "cuda" else "cuda"
+    """ "cuda" or "cpu", without touching a GPU, which would leave every process's context on the first one."""
+    kind = options.device.partition(":")[0]
+    if kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind != "cpu" and not (kind == "cuda" and torch.cuda.is_available()):
+        raise InputError(f"--device {options.device}: not usable here by many processes, expected cuda, cpu or auto")
+    return kind
 
 
 def count_processes(options: argparse.Namespace) -> int:

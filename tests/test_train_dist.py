@@ -166,6 +166,16 @@ def test_a_port_in_use_is_named(small_set, capsys):
             train_dist.check_port(port)
 
 
+def test_devices_that_ranks_cannot_use_are_refused():
+    def kind(device: str) -> str:
+        return train_dist.pick_kind(train_dist.argparse.Namespace(device=device))
+
+    assert kind("cpu") == "cpu"
+    assert kind("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="--device mps: not usable here by many processes"):
+        kind("mps")
+
+
 def test_missing_data_is_told_before_anything_starts(capsys):
     flags = ["--dataset_name", "horse2zebra", "--multi_gpu_flag", "True", "--port_num", str(free_port())]
     assert train_dist.main(flags) == 2
