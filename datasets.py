@@ -39,6 +39,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import download_url
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from utils import InputError, check_name
@@ -142,8 +143,7 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit picture to a uint8 tensor of shape (channels, H, W)."""
-    array = np.asarray(image)
-    return torch.from_numpy(np.array(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1).contiguous()
+    return pil_to_tensor(image).contiguous()
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -215,9 +215,6 @@ class Checkpoints:
         self.newest = folder / "checkpoint.pt"
         self.previous = folder / "checkpoint_previous.pt"
 
-    def exist(self) -> bool:
-        return self.newest.exists() or self.previous.exists()
-
     def save(self, state: Mapping[str, Any]) -> None:
         fresh = self.newest.with_name("checkpoint_fresh.pt")
         save_atomically({"format": self.FORMAT, **state}, fresh)
