@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import download_url
@@ -74,6 +74,12 @@ class Picture(NamedTuple):
             )
         return image
 
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a whole picture, upright, from the head of the file alone; OSError when it is damaged."""
+        with Image.open(self.path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return file.size if turned else file.size[::-1]
+
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Any of Pillow's modes to "L" or "RGB": 16 bits are scaled to 8, transparency is laid on white."""
@@ -86,11 +92,11 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def find_pictures(folder: Path) -> list[Picture]:
-    """All pictures below a folder in the order of their paths; other and hidden files are passed over."""
+def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
+    """All pictures below a folder, or just in it, in the order of their paths; other and hidden files are passed over."""
     return [
         Picture(path)
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.rglob("*") if recursive else folder.glob("*"))
         if path.suffix.lower() in EXTENSIONS
         and not path.is_dir()  # a link whose picture has gone stays in, so that check() names it
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -149,6 +155,11 @@ def to_tensor(image: Image.Image) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """uint8 [0, 255] to float32 [-1, 1]."""
     return images.float().div(127.5).sub(1)
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Float [-1, 1] to the nearest uint8 [0, 255], the inverse of ``normalise``; values beyond are clipped."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -185,6 +185,19 @@ class ResNetGenerator(nn.Module):
         return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
 
 
+def translate_any_size(generator: nn.Module, images: Tensor) -> Translation:
+    """``generator`` on pictures of any size, (B, channels, H, W), H and W at least 1; the parts have their size.
+
+    What the generator's ``size_multiple`` and ``min_size`` ask for is added at the right and at the bottom by
+    repeating the edge, and cut off again.
+    """
+    height, width = images.shape[-2:]
+    multiple, least = generator.size_multiple, generator.min_size
+    fitting_height, fitting_width = ((max(n, least) + multiple - 1) // multiple * multiple for n in (height, width))
+    padded = F.pad(images, (0, fitting_width - width, 0, fitting_height - height), mode="replicate")
+    return Translation(*(None if part is None else part[..., :height, :width] for part in generator(padded)))
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Discriminators
 # ----------------------------------------------------------------------------------------------------------
@@ -306,17 +319,17 @@ def load_generator(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return generator, {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
 
 
-def open_generator(where: str | Path, direction: str) -> tuple[nn.Module, dict[str, Any]]:
+def open_generator(where: str | Path, direction: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """``load_generator`` for a run, shipped weights, a folder or a file (see ``utils.find_generator``).
 
-    Raises InputError when there is no generator for ``direction`` ("AtoB" or "BtoA").
+    Raises InputError when there is no generator for ``direction`` ("AtoB", "BtoA", or None: a file's own, else "AtoB").
     """
     path = find_generator(where, direction)
     try:
         generator, about = load_generator(path)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if about.get("direction", direction) != direction:
+    if direction is not None and about.get("direction", direction) != direction:
         raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
     return generator, about
 

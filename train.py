@@ -511,8 +511,8 @@ def clear_errors(options: argparse.Namespace) -> Iterator[None]:
     """Turn running out of memory into an InputError that says what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not utils.is_out_of_memory(error):
             raise
         raise InputError(
             f"out of memory with --batch_size {options.batch_size}, --img_height {options.img_height} and "

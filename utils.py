@@ -6,6 +6,7 @@ Nothing here knows a network or a data set.
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -170,6 +172,21 @@ def exit_status(number: int) -> int:
     return 128 + number if number else 0
 
 
+def need(package: str, what_for: str) -> ModuleType:
+    """Import a package that only some uses need; InputError says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"{what_for} needs {package}, which cannot be imported ({error}): pip install -r requirements-extras.txt"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python or torch says so; on the CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
 def run_script(name: str, work: Callable[[], int]) -> int:
     """Do a script's work and return its exit status; what the user can mend is told in a line, without a traceback."""
     try:
@@ -245,18 +262,19 @@ class Checkpoints:
         raise InputError("; ".join(troubles) or f"{self.newest}: no such checkpoint, nothing to resume")
 
 
-def find_generator(where: str | Path, direction: str) -> Path:
-    """The generator file for "AtoB" or "BtoA" that ``where`` stands for.
+def find_generator(where: str | Path, direction: str | None) -> Path:
+    """The generator file for "AtoB" or "BtoA" that ``where`` stands for; for None any file, and "AtoB" of all else.
 
     ``where`` is a file, a folder, the name of a run (``saved_models/<name>``) or of shipped weights
     (``saved_models/pretrained/<name>``). A folder holds ``AtoB.pt`` and ``BtoA.pt``, as ``train.py`` writes
     them, or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``. InputError where nothing fits.
     """
+    any_file, direction = direction is None, direction or "AtoB"
     official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}[direction]
     places = [Path(where), SAVED_MODELS / where, SAVED_MODELS / "pretrained" / where]
     for place in places:
         if place.is_file():
-            if place.name.startswith("latest_net_G_") and place.name != official:
+            if not any_file and place.name.startswith("latest_net_G_") and place.name != official:
                 raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
             return place
         for name in (f"{direction}.pt", official):

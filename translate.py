@@ -1,0 +1,342 @@
+"""Translate your own pictures with a trained generator, or export it to ONNX.
+
+    python translate.py --checkpoint horse2zebra_attentiongan --input photos --output out --masks
+    python translate.py --checkpoint latest_net_G_A.pth --input horse.jpg --output out
+    python translate.py --checkpoint horse2zebra_attentiongan --export horse2zebra.onnx
+
+Pictures of any size: each output has its input's. They are written as PNG under their inputs' names, an input is never
+overwritten, and a file that cannot be read is reported while all others are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+import utils
+from datasets import Picture, find_pictures, normalise, quantise, resize, to_tensor
+from models import Translation, open_generator, translate_any_size
+from utils import InputError, say
+
+AHEAD = 2  # batches that are decoded, and that may wait to be written, while the generator works
+
+
+class Task(NamedTuple):
+    """A picture to translate, its size (height, width) on the way through the generator, and the output's path."""
+
+    picture: Picture
+    size: tuple[int, int]
+    target: Path
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  What to do
+# ----------------------------------------------------------------------------------------------------------
+
+
+def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
+    """The pictures to translate: ``source`` itself, or those in it; what lies below ``output`` is none of them.
+
+    Raises InputError where there is none.
+    """
+    if source.is_file():
+        return [Picture(source)]
+    if not source.is_dir():
+        raise InputError(f"--input {source}: no such file or folder")
+    inside = output.resolve()
+    if source.resolve().is_relative_to(inside):
+        raise InputError(f"--output {output}: holds the --input, expected a folder of its own")
+    pictures = [p for p in find_pictures(source, recursive) if not p.path.resolve().is_relative_to(inside)]
+    if not pictures:
+        deeper = "" if recursive or not find_pictures(source) else "; its sub-folders have some (--recursive)"
+        raise InputError(f"--input {source}: no pictures in it{deeper}")
+    return pictures
+
+
+def name_outputs(pictures: Sequence[Picture], source: Path, output: Path) -> list[Path]:
+    """An output for each picture: its place below ``source``, as PNG.
+
+    Where two pictures differ in their ending alone, the whole name stays ("a.jpg.png"). InputError when an output
+    would overwrite an input or another output.
+    """
+    places = [output / (p.path.name if source.is_file() else p.path.relative_to(source)) for p in pictures]
+    alike = Counter(place.with_suffix("") for place in places)
+    targets = [
+        place.with_suffix(".png") if alike[place.with_suffix("")] == 1 else place.with_name(f"{place.name}.png")
+        for place in places
+    ]
+    inputs = {p.path.resolve() for p in pictures}
+    for target, count in Counter(targets).items():
+        if count > 1:
+            raise InputError(f"--input {source}: {count} pictures would be written to {target}; rename all but one")
+        if target.resolve() in inputs:
+            raise InputError(f"--output {output}: {target} is an input, expected a folder of its own")
+    return targets
+
+
+def plan(
+    pictures: Sequence[Picture], targets: Sequence[Path], max_size: int | None, failed: dict[Path, str]
+) -> list[Task]:
+    """Read the sizes; what cannot be read goes to ``failed`` with the reason."""
+    tasks = []
+    for picture, target in zip(pictures, targets, strict=True):
+        try:
+            height, width = picture.size()
+        except Exception as error:  # decoders raise what they like
+            failed[picture.path] = str(error) or type(error).__name__
+            continue
+        if max_size is not None and max(height, width) > max_size:
+            scale = max_size / max(height, width)
+            height, width = max(1, round(scale * height)), max(1, round(scale * width))
+        tasks.append(Task(picture, (height, width), target))
+    return tasks
+
+
+def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
+    """Equal sizes together, the largest pictures last: what runs out of memory then costs no other its turn."""
+    groups = defaultdict(list)
+    for task in tasks:
+        groups[task.size].append(task)
+    ordered = sorted(groups.values(), key=lambda group: group[0].size[0] * group[0].size[1])
+    return [group[i : i + batch_size] for group in ordered for i in range(0, len(group), batch_size)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Doing it
+# ----------------------------------------------------------------------------------------------------------
+
+
+def decode(task: Task, channels: int) -> Tensor | str:
+    """uint8 (channels, height, width), or why there is none."""
+    try:
+        image = task.picture.open(channels)
+        return to_tensor(image if image.size == task.size[::-1] else resize(image, task.size, "squash"))
+    except Exception as error:  # decoders raise what they like
+        return str(error) or type(error).__name__
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """``map(work, items)`` in the pool, ``AHEAD`` items in advance and no more."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, with_masks: bool) -> list[Any]:
+    """For each picture of a uint8 batch (B, channels, H, W) what ``write`` takes, or why there is nothing.
+
+    A batch that runs out of memory is tried again picture by picture.
+    """
+    try:
+        translation = translate_any_size(generator, normalise(images.to(device)))
+        image = quantise(translation.image).cpu()
+        if not with_masks:
+            return [Translation(i) for i in image]
+        # Masks from [0, 1] to the pictures' [-1, 1]; all to the CPU as uint8.
+        attention, content = quantise(2 * translation.attention - 1).cpu(), quantise(translation.content).cpu()
+        return [Translation(*parts) for parts in zip(image, attention, content, strict=True)]
+    except (MemoryError, RuntimeError) as error:
+        if not utils.is_out_of_memory(error):
+            raise
+    if len(images) == 1:
+        return [f"out of memory at {images.shape[-1]} x {images.shape[-2]} pixels; --max_size shrinks"]
+    return [result for image in images for result in translate_batch(generator, image[None], device, with_masks)]
+
+
+def write(target: Path, translation: Translation) -> None:
+    """The picture to ``target``; masks and contents, where there are any, to the folder ``<name>_masks`` beside it.
+
+    All parts are uint8; ``attention.png`` there is 1 - background mask, and the background is the last mask.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(translation.image).save(target)
+    if translation.attention is None or translation.content is None:
+        return
+    folder = target.with_name(f"{target.stem}_masks")
+    folder.mkdir(exist_ok=True)
+    to_pil_image(255 - translation.attention[-1:]).save(folder / "attention.png")
+    for i, mask in enumerate(translation.attention, 1):
+        to_pil_image(mask[None]).save(folder / f"mask_{i:02d}.png")
+    for i, content in enumerate(translation.content, 1):
+        to_pil_image(content).save(folder / f"content_{i:02d}.png")
+
+
+@torch.inference_mode()
+def translate(
+    generator: nn.Module,
+    batches: Sequence[Sequence[Task]],
+    device: torch.device,
+    with_masks: bool,
+    failed: dict[Path, str],
+) -> None:
+    """Translate and write every batch; decoding and writing run beside the generator.
+
+    What cannot be decoded or does not fit in memory goes to ``failed``. Raises OSError when a file cannot be written.
+    """
+    channels = generator.settings["channels"]
+    writing: deque[Future] = deque()
+    with (
+        ThreadPoolExecutor(2) as readers,
+        ThreadPoolExecutor(2) as writers,
+        tqdm(total=sum(map(len, batches)), unit="picture", disable=None) as bar,
+    ):
+        for batch, decoded in ahead(readers, lambda b: (b, [decode(task, channels) for task in b]), batches):
+            good = [(task, image) for task, image in zip(batch, decoded, strict=True) if isinstance(image, Tensor)]
+            failed.update((t.picture.path, d) for t, d in zip(batch, decoded, strict=True) if isinstance(d, str))
+            if good:
+                results = translate_batch(generator, torch.stack([i for _, i in good]), device, with_masks)
+                for (task, _), result in zip(good, results, strict=True):
+                    if isinstance(result, str):
+                        failed[task.picture.path] = result
+                    else:
+                        writing.append(writers.submit(write, task.target, result))
+            while len(writing) > AHEAD * len(batch):
+                writing.popleft().result()
+            bar.update(len(batch))
+        for future in writing:
+            future.result()
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  ONNX
+# ----------------------------------------------------------------------------------------------------------
+
+
+class OnUnitRange(nn.Module):
+    """A generator from [0, 1] to [0, 1], on pictures of any size: (B, channels, H, W) to the same.
+
+    Beside the picture it returns the foreground attention, (B, 1, H, W) in [0, 1], where the generator has it.
+    """
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        translation = translate_any_size(self.generator, 2 * image - 1)
+        parts = ((translation.image + 1) / 2, translation.foreground)
+        return tuple(part for part in parts if part is not None)
+
+
+def export(generator: nn.Module, path: Path) -> None:
+    """Write ``OnUnitRange(generator)`` as ONNX with free batch, height and width.
+
+    Input "image"; outputs "translation" and, where the generator has it, "attention". Raises InputError when the
+    packages for it are not there.
+    """
+    utils.need("onnx", "--export")
+    utils.need("onnxscript", "--export")
+    # Sizes that fit no multiple, so that nothing is taken for a constant.
+    example = torch.rand(2, generator.settings["channels"], 62, 74)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own making
+        wrapped = OnUnitRange(generator).eval()
+        outputs = ["translation", "attention"][: len(wrapped(example))]
+        torch.onnx.export(
+            wrapped,
+            (example,),
+            path,
+            input_names=["image"],
+            output_names=outputs,
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The script
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Translate pictures with a trained generator, or export it to ONNX.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, official ones too")
+    add("--direction", choices=("AtoB", "BtoA"), help="(default: the file's own, else AtoB)")
+    add("--input", type=Path, help="a picture, or a folder of pictures")
+    add("--output", type=Path, help="folder for the translations")
+    add("--recursive", action="store_true", help="the pictures in sub-folders too; the output has the same folders")
+    add("--masks", action="store_true", help="write every mask and content as well, to NAME_masks beside NAME.png")
+    add("--batch_size", type=int, default=8, help="pictures of equal size that are translated at once (default: 8)")
+    add(
+        "--max_size",
+        type=int,
+        help="shrink pictures whose longer side is above this, and their translations with them. A default generator "
+        "needs about 1.1 kB of memory per pixel of a batch: 13 GB for one picture of 4000 x 3000",
+    )
+    add(
+        "--export",
+        type=Path,
+        metavar="MODEL.onnx",
+        help="write the generator as ONNX instead, RGB in [0, 1] in and out",
+    )
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto (default: auto)")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for values that do not fit together."""
+    if options.export is not None:
+        if options.input is not None or options.output is not None:
+            raise InputError("--export writes a model, --input and --output translate; expected one of the two")
+        if options.export.suffix != ".onnx" or not options.export.parent.is_dir():
+            raise InputError(f"--export {options.export}: expected a name ending in .onnx, in a folder that exists")
+    elif options.input is None or options.output is None:
+        raise InputError("expected --input and --output, or --export")
+    elif options.output.exists() and not options.output.is_dir():
+        raise InputError(f"--output {options.output}: is a file, expected a folder")
+    for name in ("batch_size", "max_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+
+    def work() -> int:
+        check_options(options)
+        device = utils.pick_device(options.device)
+        generator, _ = open_generator(options.checkpoint, options.direction)
+        generator.eval()
+        if options.export is not None:
+            export(generator, options.export)
+            print(f"{options.export}: image to translation, values in [0, 1], any batch, height and width")
+            return 0
+        probe = torch.zeros(1, generator.settings["channels"], 1, 1)
+        if options.masks and translate_any_size(generator, probe).attention is None:
+            raise InputError(f"--masks: {options.checkpoint} holds a {type(generator).__name__}, which has none")
+        pictures = find_inputs(options.input, options.output, options.recursive)
+        targets = name_outputs(pictures, options.input, options.output)
+        failed: dict[Path, str] = {}
+        batches = make_batches(plan(pictures, targets, options.max_size, failed), options.batch_size)
+        translate(generator.to(device), batches, device, options.masks, failed)
+        say(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
+        for path, reason in failed.items():
+            print(f"not translated: {path}: {reason}", file=sys.stderr)
+        return 1 if failed else 0
+
+    return utils.run_script("translate.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
