@@ -10,13 +10,15 @@ A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional
 Randomness: what happens to a training sample (crop, flip, unpaired partner) is a pure function of
 (seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
 in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
-5 test shares), because numpy pads short keys with zeros and equal keys would give equal streams.
+5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares), because numpy pads short keys with
+zeros and equal keys would give equal streams.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -92,11 +94,11 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
-    """All pictures below a folder, or just in it, in the order of their paths; other and hidden files are passed over."""
+def find_pictures(folder: Path) -> list[Picture]:
+    """All pictures below a folder in the order of their paths; other and hidden files are passed over."""
     return [
         Picture(path)
-        for path in sorted(folder.rglob("*") if recursive else folder.glob("*"))
+        for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in EXTENSIONS
         and not path.is_dir()  # a link whose picture has gone stays in, so that check() names it
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -117,6 +119,20 @@ def find_side(root: Path, split: str, side: str) -> list[Picture]:
         if (root / name).is_dir():
             return [Picture(p.path, half) for p in find_pictures(root / name)]
     return []
+
+
+def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
+    """Object masks from a JSON file, 0/255 grey pictures by the stem of their names.
+
+    ``split`` ("testA") is a key of the file, which holds for each name the mask as COCO's uncompressed run lengths:
+    "size" [height, width] and "counts" of background and object in turn, column by column.
+    """
+    masks = {}
+    for stem, mask in json.loads(path.read_text()).get(split, {}).items():
+        (height, width), counts = mask["size"], mask["counts"]
+        columns = np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height)
+        masks[stem] = Image.fromarray((255 * columns.T).astype(np.uint8))
+    return masks
 
 
 def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:

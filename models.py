@@ -314,24 +314,48 @@ def load_generator(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         return load_official(path), {}
     if content["generator"] not in GENERATORS:
         raise ValueError(f"{path}: unknown generator {content['generator']!r}, expected one of {sorted(GENERATORS)}")
-    generator = GENERATORS[content["generator"]](**content["settings"])
-    generator.load_state_dict(content["weights"])
+    try:
+        generator = GENERATORS[content["generator"]](**content["settings"])
+        generator.load_state_dict(content["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: weights and settings do not fit {content['generator']} ({error})") from error
     return generator, {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
 
 
-def open_generator(where: str | Path, direction: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """``load_generator`` for a run, shipped weights, a folder or a file (see ``utils.find_generator``).
 
-    Raises InputError when there is no generator for ``direction`` ("AtoB", "BtoA", or None: a file's own, else "AtoB").
+    What it says of itself always has its direction. Raises InputError when there is no generator for ``direction``
+    ("AtoB", "BtoA", or None: a file's own, else "AtoB").
     """
     path = find_generator(where, direction)
     try:
         generator, about = load_generator(path)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if direction is not None and about.get("direction", direction) != direction:
+    if "direction" not in about:  # official files tell it by their names alone
+        about["direction"] = "BtoA" if path.stem.endswith("_B") else direction or "AtoB"
+    if direction is not None and about["direction"] != direction:
         raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
     return generator, about
+
+
+def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """``open_generator`` for every direction that ``where`` has: one for a file, both for most folders and runs.
+
+    Raises InputError when there is none.
+    """
+    if Path(where).is_file():
+        generator, about = open_generator(where)
+        return {about["direction"]: (generator, about)}
+    opened = {}
+    for direction in ("AtoB", "BtoA"):
+        try:
+            find_generator(where, direction)
+        except InputError:
+            continue
+        opened[direction] = open_generator(where, direction)
+    return opened or {"AtoB": open_generator(where, "AtoB")}
 
 
 def load_official(path: str | Path) -> nn.Module:

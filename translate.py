@@ -57,18 +57,19 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
     inside = output.resolve()
     if source.resolve().is_relative_to(inside):
         raise InputError(f"--output {output}: holds the --input, expected a folder of its own")
-    pictures = [p for p in find_pictures(source, recursive) if not p.path.resolve().is_relative_to(inside)]
+    everywhere = [p for p in find_pictures(source) if not p.path.resolve().is_relative_to(inside)]
+    pictures = [p for p in everywhere if recursive or p.path.parent == source]
     if not pictures:
-        deeper = "" if recursive or not find_pictures(source) else "; its sub-folders have some (--recursive)"
+        deeper = "; its sub-folders have some (--recursive)" if everywhere else ""
         raise InputError(f"--input {source}: no pictures in it{deeper}")
     return pictures
 
 
-def name_outputs(pictures: Sequence[Picture], source: Path, output: Path) -> list[Path]:
+def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_masks: bool) -> list[Path]:
     """An output for each picture: its place below ``source``, as PNG.
 
-    Where two pictures differ in their ending alone, the whole name stays ("a.jpg.png"). InputError when an output
-    would overwrite an input or another output.
+    Where two pictures differ in their ending alone, the whole name stays ("a.jpg.png"). InputError when an output, or
+    a mask beside it, would overwrite an input or another output.
     """
     places = [output / (p.path.name if source.is_file() else p.path.relative_to(source)) for p in pictures]
     alike = Counter(place.with_suffix("") for place in places)
@@ -76,13 +77,31 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path) -> lis
         place.with_suffix(".png") if alike[place.with_suffix("")] == 1 else place.with_name(f"{place.name}.png")
         for place in places
     ]
-    inputs = {p.path.resolve() for p in pictures}
     for target, count in Counter(targets).items():
         if count > 1:
             raise InputError(f"--input {source}: {count} pictures would be written to {target}; rename all but one")
-        if target.resolve() in inputs:
+    # Files are compared, not paths: links and letter case give one file several.
+    inputs = {identity(p.path) for p in pictures} - {None}
+    folders = {path.parent.resolve() for path in (*targets, *(p.path for p in pictures))}
+    for target in targets:
+        if identity(target) in inputs:
             raise InputError(f"--output {output}: {target} is an input, expected a folder of its own")
+        if with_masks and mask_folder(target).resolve() in folders:
+            raise InputError(f"--masks: {mask_folder(target)} would hold the masks of {target.name} and other pictures")
     return targets
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells an existing file from all others; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def mask_folder(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_masks")
 
 
 def plan(
@@ -167,7 +186,7 @@ def write(target: Path, translation: Translation) -> None:
     to_pil_image(translation.image).save(target)
     if translation.attention is None or translation.content is None:
         return
-    folder = target.with_name(f"{target.stem}_masks")
+    folder = mask_folder(target)
     folder.mkdir(exist_ok=True)
     to_pil_image(255 - translation.attention[-1:]).save(folder / "attention.png")
     for i, mask in enumerate(translation.attention, 1):
@@ -296,8 +315,9 @@ def make_parser() -> argparse.ArgumentParser:
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for values that do not fit together."""
     if options.export is not None:
-        if options.input is not None or options.output is not None:
-            raise InputError("--export writes a model, --input and --output translate; expected one of the two")
+        others = [n for n in ("input", "output", "masks", "recursive", "max_size") if getattr(options, n)]
+        if others:
+            raise InputError(f"--export writes a model, --{others[0]} is for translating; expected one of the two")
         if options.export.suffix != ".onnx" or not options.export.parent.is_dir():
             raise InputError(f"--export {options.export}: expected a name ending in .onnx, in a folder that exists")
     elif options.input is None or options.output is None:
@@ -326,13 +346,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.masks and translate_any_size(generator, probe).attention is None:
             raise InputError(f"--masks: {options.checkpoint} holds a {type(generator).__name__}, which has none")
         pictures = find_inputs(options.input, options.output, options.recursive)
-        targets = name_outputs(pictures, options.input, options.output)
+        targets = name_outputs(pictures, options.input, options.output, options.masks)
         failed: dict[Path, str] = {}
         batches = make_batches(plan(pictures, targets, options.max_size, failed), options.batch_size)
-        translate(generator.to(device), batches, device, options.masks, failed)
+        try:
+            translate(generator.to(device), batches, device, options.masks, failed)
+        finally:
+            for path, reason in failed.items():
+                print(f"not translated: {path}: {reason}", file=sys.stderr)
         say(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
-        for path, reason in failed.items():
-            print(f"not translated: {path}: {reason}", file=sys.stderr)
         return 1 if failed else 0
 
     return utils.run_script("translate.py", work)

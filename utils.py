@@ -183,8 +183,9 @@ def need(package: str, what_for: str) -> ModuleType:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python or torch says so; on the CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    """Whether this is how Python or torch says so; but for CUDA's allocator, torch raises a plain RuntimeError."""
+    words = ("allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
 def run_script(name: str, work: Callable[[], int]) -> int:
@@ -481,8 +482,8 @@ PAGE = """<!doctype html>
 """
 
 
-def draw_sheet(columns: Mapping[str, Tensor], least_width: int = 96) -> Image.Image:
-    """A sheet with a heading over each column and a row for each picture; values in [-1, 1].
+def draw_sheet(columns: Mapping[str, Tensor], title: str = "", least_width: int = 96) -> Image.Image:
+    """A sheet with a heading over each column and a row for each picture, and a title; values in [-1, 1].
 
     Small pictures are enlarged by whole pixels to about ``least_width``, so that the headings fit.
     """
@@ -494,12 +495,14 @@ def draw_sheet(columns: Mapping[str, Tensor], least_width: int = 96) -> Image.Im
     grid = to_pil_image(
         make_grid(pictures.clamp(-1, 1), nrow=len(batches), padding=2, normalize=True, value_range=(-1, 1), pad_value=1)
     )
-    heading, width = 18, pictures.shape[-1] + 2
-    sheet = Image.new("RGB", (grid.width, grid.height + heading), "white")
-    sheet.paste(grid, (0, heading))
+    line, width = 18, pictures.shape[-1] + 2
+    above = line * (2 if title else 1)
+    sheet = Image.new("RGB", (grid.width, grid.height + above), "white")
+    sheet.paste(grid, (0, above))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw.text((2, 1), title, fill="black", font=font)
     for i, name in enumerate(batches):
-        draw.text((2 + width * i, 1), name, fill="black", font=font)
+        draw.text((2 + width * i, above - line + 1), name, fill="black", font=font)
     return sheet
 
 

@@ -1,0 +1,521 @@
+"""Pictures of any kind and size from files to files, and the export to ONNX."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_datasets import below, noise, save
+from test_models import official_attention_forward, official_attention_weights
+from torch import nn
+
+import translate
+import utils
+from datasets import Picture, resize
+from models import AttentionGenerator, ResNetGenerator, pack_generator, translate_any_size
+from translate import OnUnitRange, Task, make_batches
+from utils import InputError
+
+
+def tiny(seed=0, network=AttentionGenerator, **settings):
+    """A small generator, far from the start, where all masks are alike."""
+    torch.manual_seed(seed)
+    generator = network(ngf=4, n_residual_blocks=1, **settings).eval()
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return generator
+
+
+def store(folder="net", **generators):
+    """``folder/<direction>.pt`` for each, as train.py writes them."""
+    Path(folder).mkdir()
+    for direction, generator in generators.items():
+        torch.save({**pack_generator(generator), "direction": direction}, f"{folder}/{direction}.pt")
+
+
+@pytest.fixture
+def net():
+    """The generator that "net" holds for AtoB."""
+    generator = tiny()
+    store(AtoB=generator)
+    return generator
+
+
+def run(command: str) -> int:
+    return translate.main(["--checkpoint", "net", "--device", "cpu", *command.split()])
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    """(channels, H, W), float64 in [0, 255]."""
+    return torch.from_numpy(np.array(image, dtype=float)).reshape(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def read(path) -> torch.Tensor:
+    with Image.open(path) as file:
+        assert file.format == "PNG" and file.mode in ("L", "RGB")
+        return tensor(file)
+
+
+def repeat_edges(images, height, width):
+    rows, columns = (torch.arange(n).clamp(max=m - 1) for n, m in zip((height, width), images.shape[-2:], strict=True))
+    return images[..., rows, :][..., columns].contiguous()
+
+
+@torch.no_grad()
+def by_hand(generator, source):
+    """Picture or file to what becomes of it, (channels, H, W) in [-1, 1]."""
+    image = Picture(source).open(generator.settings["channels"]) if isinstance(source, Path) else source
+    height, width = image.height, image.width
+    x = (tensor(image) / 127.5 - 1).float()[None]
+    fitting = repeat_edges(x, max(8, -(-height // 4) * 4), max(8, -(-width // 4) * 4))
+    return generator(fitting).image[0, :, :height, :width]
+
+
+def assert_shows(path, values):
+    """The file has ``values`` in [-1, 1], each at the nearest of 256 levels."""
+    found, expected = read(path), (values + 1) * 127.5
+    assert found.shape == expected.shape
+    assert found.std() > 5  # else there is little to be seen
+    assert (found - expected).abs().max() < 0.51
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Any size
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, fitting",
+    [((8, 8), (8, 8)), ((12, 20), (12, 20)), ((33, 50), (36, 52)), ((5, 300), (8, 300)), ((1, 1), (8, 8))],
+)
+@pytest.mark.parametrize("network", [AttentionGenerator, ResNetGenerator])
+@torch.no_grad()
+def test_what_does_not_fit_is_the_generators_answer_to_repeated_edges(network, size, fitting):
+    generator = tiny(network=network)
+    images = torch.rand(2, 3, *size) * 2 - 1
+    translation, whole = translate_any_size(generator, images), generator(repeat_edges(images, *fitting))
+    assert translation.image.shape == images.shape
+    assert (translation.attention is None) == (network is ResNetGenerator)
+    for part, expected in zip(translation, whole, strict=True):
+        assert (part is None) == (expected is None)
+        if part is not None:
+            assert part.shape[-2:] == size
+            assert torch.equal(part, expected[..., : size[0], : size[1]])
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  From files to files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_all_kinds_keep_their_upright_size(net, capsys):
+    folder, turned = Path("in"), Image.Exif()
+    turned[274] = 6  # a quarter turn
+    clear = noise(0, (11, 9))
+    clear.putalpha(noise(1, (11, 9)).convert("L"))
+    deep = np.random.default_rng(0).integers(0, 65536, (10, 18), dtype=np.uint16)
+    save(noise(2, (1, 1)), folder / "one pixel.png")
+    save(noise(3, (500, 8)), folder / "long.bmp")
+    save(noise(4, (20, 16)).convert("CMYK"), folder / "ink.jpg")
+    save(Image.fromarray(deep), folder / "deep.png")
+    save(clear, folder / "clear.png")
+    save(noise(5, (32, 16)), folder / "turned.jpg", exif=turned)
+    save(noise(6, (13, 12)), folder / "Zèbre no. 2 斑馬.WEBP")
+    save(noise(7), folder / "sub" / "deeper.png")
+    sizes = {
+        "one pixel": (1, 1),
+        "long": (500, 8),
+        "ink": (20, 16),
+        "deep": (18, 10),
+        "clear": (11, 9),
+        "turned": (16, 32),
+        "Zèbre no. 2 斑馬": (13, 12),
+    }
+    before = below(folder)
+    assert run("--input in --output new/out") == 0
+    assert capsys.readouterr() == ("7 of 7 pictures translated into new/out\n", "")
+    assert below(Path("new/out")).keys() == {f"{name}.png" for name in sizes}
+    assert below(folder) == before
+    for source in (path for path in folder.iterdir() if path.is_file()):
+        output = f"new/out/{source.stem}.png"
+        assert read(output).shape[:0:-1] == sizes[source.stem]
+        if source.stem != "one pixel":  # one colour alone: the norms leave rounding errors
+            assert_shows(output, by_hand(net, source))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_what_cannot_be_read_is_named_and_the_others_are_done(net, capsys, batch_size):
+    for i, name in enumerate(("a.png", "cut.png", "d.png", "e.png", "head.png")):
+        save(noise(i, (24, 17)), Path("in") / name)
+    Path("in/cut.png").write_bytes(Path("in/cut.png").read_bytes()[:-400])  # its size can be read
+    Path("in/head.png").write_bytes(Path("in/head.png").read_bytes()[:20])
+    Path("in/notes.jpg").write_text("milk, bread")
+    assert run(f"--input in --output out --batch_size {batch_size}") == 1
+    out, err = capsys.readouterr()
+    assert out == "3 of 6 pictures translated into out\n"
+    assert sorted(line.split(": ")[1] for line in err.splitlines()) == ["in/cut.png", "in/head.png", "in/notes.jpg"]
+    assert all(re.match(r"not translated: in/\w+\.\w+: \w+ ", line) for line in err.splitlines())
+    assert below(Path("out")).keys() == {"a.png", "d.png", "e.png"}
+    for name in ("a.png", "d.png", "e.png"):  # each its own, though a neighbour dropped out
+        assert_shows(f"out/{name}", by_hand(net, Path("in") / name))
+
+
+def test_a_single_picture_that_cannot_be_read(net, capsys):
+    Path("notes.jpg").write_text("milk, bread")
+    assert run("--input notes.jpg --output out") == 1
+    out, err = capsys.readouterr()
+    assert out == "0 of 1 pictures translated into out\n" and "not translated: notes.jpg: cannot identify" in err
+
+
+def test_sub_folders_are_the_same_in_the_output(net):
+    names = ("same.png", "one/same.png", "two/deep/same.png")
+    for i, name in enumerate(names):
+        save(noise(i), Path("in") / name)
+    assert run("--input in --output out --recursive") == 0
+    assert {name for name, content in below(Path("out")).items() if content} == set(names)
+    for name in names:
+        assert_shows(f"out/{name}", by_hand(net, Path("in") / name))
+
+
+def test_pictures_that_differ_in_their_ending_keep_it(net):
+    for i, name in enumerate(("a.jpg", "a.png", "b.png")):
+        save(noise(i), Path("in") / name)
+    assert run("--input in --output out --masks") == 0
+    written = {"a.jpg.png": "a.jpg", "a.png.png": "a.png", "b.png": "b.png"}
+    assert {p.name for p in Path("out").iterdir()} == {*written, "a.jpg_masks", "a.png_masks", "b_masks"}
+    for output, source in written.items():
+        assert_shows(f"out/{output}", by_hand(net, Path("in") / source))
+
+
+def test_grey_generators_write_grey_pictures():
+    generator = tiny(channels=1, n_masks=3)
+    store(AtoB=generator)
+    save(noise(0, (21, 13)), Path("horse.png"))
+    assert run("--input horse.png --output out --masks") == 0
+    assert_shows("out/horse.png", by_hand(generator, Path("horse.png")))
+    assert read("out/horse_masks/content_02.png").shape == (1, 13, 21)
+
+
+def test_max_size_shrinks_what_is_larger(net):
+    sizes = {
+        "wide": ((100, 40), (50, 20)),
+        "high": ((33, 99), (17, 50)),
+        "thin": ((301, 1), (50, 1)),
+        "equal": ((50, 50), (50, 50)),
+        "small": ((30, 20), (30, 20)),
+    }
+    for i, (name, (size, _)) in enumerate(sizes.items()):
+        save(noise(i, size), Path("in") / f"{name}.png")
+    assert run("--input in --output out --max_size 50") == 0
+    for i, (name, (size, shrunk)) in enumerate(sizes.items()):
+        assert read(f"out/{name}.png").shape[:0:-1] == shrunk
+        image = noise(i, size) if shrunk == size else resize(noise(i, size), shrunk[::-1], "squash")
+        assert_shows(f"out/{name}.png", by_hand(net, image))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Which generator
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, direction",
+    [
+        ("--checkpoint net", "AtoB"),
+        ("--checkpoint net --direction BtoA", "BtoA"),
+        ("--checkpoint net/BtoA.pt", "BtoA"),
+        ("--checkpoint net/BtoA.pt --direction BtoA", "BtoA"),
+    ],
+)
+def test_each_direction_has_its_weights(arguments, direction):
+    generators = {"AtoB": tiny(0), "BtoA": tiny(1)}
+    store(**generators)
+    source = save(noise(0), Path("horse.png"))
+    assert run(f"{arguments} --input horse.png --output out") == 0
+    assert_shows("out/horse.png", by_hand(generators[direction], source))
+
+
+@pytest.mark.parametrize(
+    "arguments, n_blocks",
+    [
+        ("--checkpoint official", 2),
+        ("--checkpoint official --direction BtoA", 1),
+        ("--checkpoint official/latest_net_G_A.pth", 2),
+        ("--checkpoint official/latest_net_G_B.pth", 1),
+    ],
+)
+def test_official_files_translate_as_the_official_network(arguments, n_blocks):
+    Path("official").mkdir()
+    weights = {n: official_attention_weights(n_blocks=n) for n in (1, 2)}
+    for n, name in ((2, "latest_net_G_A.pth"), (1, "latest_net_G_B.pth")):
+        torch.save({k: v.float() for k, v in weights[n].items()}, f"official/{name}")
+    save(noise(0, (24, 16)), Path("horse.png"))
+    assert run(f"{arguments} --input horse.png --output out") == 0
+    x = tensor(noise(0, (24, 16)))[None] / 127.5 - 1
+    assert_shows("out/horse.png", official_attention_forward(x, weights[n_blocks], n_blocks)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Masks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_masks_and_contents_make_the_picture():
+    n = 4
+    generator = tiny(n_masks=n)
+    store(AtoB=generator)
+    image = noise(0, (33, 21))
+    save(image, Path("in/horse.png"))
+    assert run("--input in --output out --masks") == 0
+    assert {p.name for p in Path("out").iterdir()} == {"horse.png", "horse_masks"}
+    parts = {path.name: read(path) for path in Path("out/horse_masks").iterdir()}
+    names = {f"mask_{i:02d}.png" for i in range(1, n + 1)} | {f"content_{i:02d}.png" for i in range(1, n)}
+    assert parts.keys() == names | {"attention.png"}
+
+    masks = torch.cat([parts[f"mask_{i:02d}.png"] for i in range(1, n + 1)])
+    assert masks.shape == (n, 21, 33)
+    assert all(mask.std() > 5 for mask in masks)  # else there is little to be seen
+    assert (masks.sum(dim=0) - 255).abs().max() <= n / 2
+    assert torch.equal(parts["attention.png"][0], 255 - masks[-1])
+    with torch.no_grad():
+        attention = translate_any_size(generator, (tensor(image) / 127.5 - 1).float()[None]).attention[0]
+    assert (masks - 255 * attention).abs().max() < 0.51
+
+    made = tensor(image) * masks[-1] / 255
+    for i in range(1, n):
+        assert parts[f"content_{i:02d}.png"].shape == (3, 21, 33)
+        made = made + parts[f"content_{i:02d}.png"] * masks[i - 1] / 255
+    # Half a level for every mask, for the contents and for the picture.
+    error = (made - read("out/horse.png")).abs()
+    assert error.max() <= n / 2 + 1 and error.mean() < 0.5
+
+
+def test_generators_without_masks_are_refused(capsys):
+    store(AtoB=tiny(network=ResNetGenerator))
+    save(noise(0), Path("in/horse.png"))
+    assert run("--input in --output out --masks") == 2
+    message = "translate.py: error: --masks: net holds a ResNetGenerator, which has none\n"
+    assert capsys.readouterr().err == message
+    assert not Path("out").exists()
+    assert run("--input in --output out") == 0
+    assert [p.name for p in Path("out").iterdir()] == ["horse.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  No input is overwritten
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--input top/in --output top/in", "--output top/in: holds the --input"),
+        ("--input top/in --output top", "--output top: holds the --input"),
+        ("--input top/same --output top/in", "--output top/in: holds the --input"),
+        ("--input top/in --output top/out", "--output top/out: top/out/a.png is an input"),
+        ("--input top/in/a.png --output top/in", "--output top/in: top/in/a.png is an input"),
+        ("--input top/in/a.png --output top/same", "--output top/same: top/same/a.png is an input"),
+    ],
+)
+def test_inputs_are_not_overwritten(net, capsys, arguments, message):
+    save(noise(0), Path("top/in/a.png"))
+    save(noise(1), Path("top/in/sub/b.png"))
+    Path("top/same").symlink_to("in")
+    Path("top/out").mkdir()
+    Path("top/out/a.png").symlink_to("../in/a.png")
+    before = below(Path("top"))
+    for masks in ("", " --masks"):
+        assert run(arguments + masks) == 2
+        assert message in capsys.readouterr().err
+        assert below(Path("top")) == before
+
+
+def test_a_single_picture_of_another_format_may_stay_beside_its_translation(net):
+    source = save(noise(0), Path("in/a.jpg"))
+    before = source.read_bytes()
+    assert run("--input in/a.jpg --output in") == 0
+    assert source.read_bytes() == before
+    assert_shows("in/a.png", by_hand(net, source))
+
+
+@pytest.mark.parametrize("recursive", ["", " --recursive"])
+def test_an_output_inside_the_input_is_no_input(net, capsys, recursive):
+    save(noise(0), Path("in/a.png"))
+    save(noise(1), Path("in/sub/b.png"))
+    n = 2 if recursive else 1
+    after = []
+    for _ in range(2):
+        assert run(f"--input in --output in/out{recursive}") == 0
+        assert capsys.readouterr().out == f"{n} of {n} pictures translated into in/out\n"
+        after.append(below(Path("in")))
+    assert after[0] == after[1]
+    assert [name for name, content in after[0].items() if content and name.startswith("out/")] == (
+        ["out/a.png", "out/sub/b.png"] if recursive else ["out/a.png"]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Batches and memory
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_have_one_size_and_the_largest_come_last():
+    sizes = [(8, 16), (32, 32), (16, 8), (8, 16), (8, 16), (32, 32), (4, 4), (1, 200)]
+    tasks = [Task(Picture(Path(str(i))), size, Path(f"{i}.png")) for i, size in enumerate(sizes)]
+    batches = make_batches(tasks, batch_size=2)
+    assert [[tasks.index(task) for task in batch] for batch in batches] == [[6], [0, 3], [4], [2], [7], [1, 5]]
+
+
+class Limited(nn.Module):
+    """A generator with memory for ``most`` pixels at once; it keeps the shapes that it was given."""
+
+    size_multiple, min_size = 4, 8
+
+    def __init__(self, generator, most, error):
+        super().__init__()
+        self.generator, self.settings, self.most, self.error, self.seen = generator, generator.settings, most, error, []
+
+    def forward(self, x):
+        self.seen.append((len(x), *x.shape[2:]))
+        if len(x) * x.shape[2] * x.shape[3] > self.most:
+            raise self.error
+        return self.generator(x)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+        MemoryError(),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch, capsys, error):
+    save(noise(9, (40, 32)), Path("in/0.png"))
+    for i in (1, 2, 3):
+        save(noise(i, (16, 16)), Path(f"in/{i}.png"))
+    limited = Limited(net, most=300, error=error)
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {}))
+    assert run("--input in --output out --batch_size 2") == 1
+    out, err = capsys.readouterr()
+    assert out == "3 of 4 pictures translated into out\n"
+    assert err == "not translated: in/0.png: out of memory at 40 x 32 pixels; --max_size shrinks\n"
+    assert limited.seen == [(2, 16, 16), (1, 16, 16), (1, 16, 16), (1, 16, 16), (1, 32, 40)]
+    assert below(Path("out")).keys() == {"1.png", "2.png", "3.png"}
+    for i in (1, 2, 3):
+        assert_shows(f"out/{i}.png", by_hand(net, noise(i, (16, 16))))
+    assert run("--input in --output out --max_size 16") == 0
+    assert read("out/0.png").shape == (3, 13, 16)
+
+
+def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
+    save(noise(0), Path("in/a.png"))
+    limited = Limited(net, most=0, error=RuntimeError("shapes do not fit"))
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {}))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run("--input in --output out")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Options
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("", "expected --input and --output, or --export"),
+        ("--output out", "expected --input and --output, or --export"),
+        ("--input in", "expected --input and --output, or --export"),
+        ("--export m.onnx --input in", "--export writes a model, --input is for translating"),
+        ("--export m.onnx --output out", "--export writes a model, --output is for translating"),
+        ("--export m.pt", "--export m.pt: expected a name ending in .onnx, in a folder that exists"),
+        ("--export nowhere/m.onnx", "--export nowhere/m.onnx: expected a name ending in .onnx, in a folder that"),
+        ("--input in --output out --batch_size 0", "--batch_size 0: expected at least 1"),
+        ("--input in --output out --max_size 0", "--max_size 0: expected at least 1"),
+        ("--input in --output notes.txt", "--output notes.txt: is a file, expected a folder"),
+        ("--input in --output out --device quantum", "--device quantum: not usable here"),
+        ("--input in --output out --checkpoint nowhere", "nowhere: no generator for AtoB found"),
+        ("--input in --output out --checkpoint net --direction BtoA", "net: no generator for BtoA found"),
+        ("--input in --output out --checkpoint notes.txt", "notes.txt: not a readable weights file"),
+        ("--input in --output out --checkpoint net/AtoB.pt --direction BtoA", "translates AtoB, expected BtoA"),
+        ("--input nowhere --output out", "--input nowhere: no such file or folder"),
+        ("--input empty --output out", "--input empty: no pictures in it\n"),
+        ("--input empty --output out --recursive", "--input empty: no pictures in it\n"),
+        ("--input outer --output out", "no pictures in it; its sub-folders have some (--recursive)\n"),
+        ("--input alike --output out", "--input alike: 2 pictures would be written to out/a.jpg.png; rename all but"),
+    ],
+)
+def test_what_does_not_fit_is_named(net, capsys, arguments, message):
+    for name in ("in/a.png", "outer/inner/a.png", "alike/a.jpg", "alike/a.webp", "alike/a.jpg.bmp"):
+        save(noise(0), Path(name))
+    Path("empty").mkdir()
+    Path("notes.txt").write_text("milk, bread")
+    before = below(Path())
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("translate.py: error: ") and message in err
+    assert below(Path()) == before
+
+
+def test_a_checkpoint_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        translate.main(["--input", "in", "--output", "out"])
+    assert stop.value.code == 2
+    assert "--checkpoint" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  ONNX
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "network, names", [(AttentionGenerator, ["translation", "attention"]), (ResNetGenerator, ["translation"])]
+)
+def test_onnx_computes_the_same_at_any_size(network, names, capsys):
+    generator = tiny(network=network)
+    store(AtoB=generator)
+    assert run("--export model.onnx") == 0
+    assert capsys.readouterr().out.startswith("model.onnx: image to translation")
+    assert {p.name for p in Path().iterdir()} == {"net", "model.onnx"}  # the weights are in it
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["image"]
+    assert [o.name for o in session.get_outputs()] == names
+    for size in ((1, 3, 32, 48), (3, 3, 33, 50), (2, 3, 5, 300)):
+        images = torch.rand(size)
+        with torch.no_grad():
+            translation, expected = translate_any_size(generator, 2 * images - 1), OnUnitRange(generator)(images)
+        assert len(expected) == len(names)
+        assert torch.equal(expected[0], (translation.image + 1) / 2)
+        if "attention" in names:
+            assert torch.equal(expected[1], 1 - translation.attention[:, -1:])
+        for found, part in zip(session.run(None, {"image": images.numpy()}), expected, strict=True):
+            assert found.shape == part.shape and found.shape[2:] == size[2:]
+            assert found.min() >= -1e-5 and found.max() <= 1 + 1e-5 and found.std() > 0.02
+            assert np.abs(found - part.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_without_its_packages_the_export_says_how_to_get_them(net, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    assert run("--export model.onnx") == 2
+    err = capsys.readouterr().err
+    assert f"--export needs {package}" in err and "pip install -r requirements-extras.txt" in err
+    assert re.search(rf"^{package}\b", (ROOT / "requirements-extras.txt").read_text(), re.MULTILINE)
+    assert not Path("model.onnx").exists()
+
+
+def test_needed_packages_are_handed_over_or_named():
+    assert utils.need("json", "--this").dumps([1]) == "[1]"
+    with pytest.raises(InputError, match=r"^--this needs no_such_package, .*requirements-extras\.txt$"):
+        utils.need("no_such_package", "--this")
