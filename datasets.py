@@ -186,24 +186,42 @@ def quantise(images: Tensor) -> Tensor:
 class UnpairedDataset(Dataset):
     """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
 
-    Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3,
-    ``how`` to resize (see ``resize``) and a ``seed``. Raises InputError when a side is missing or empty.
+    Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3, ``how`` to
+    resize (see ``resize``), a ``seed``, and whether to ``hold_out`` a seeded tenth of either side, at least two
+    pictures. Raises InputError when a side is missing, empty or too small for that.
 
     ``dataset[epoch, index]`` is {"A": uint8 (channels, height, width), "B": likewise}, resized to 1.12 × the
     size, randomly cropped and flipped.
     """
 
-    def __init__(self, root: Path, size: tuple[int, int], channels: int = 3, how: str = "squash", seed: int = 0):
+    def __init__(
+        self,
+        root: Path,
+        size: tuple[int, int],
+        channels: int = 3,
+        how: str = "squash",
+        seed: int = 0,
+        hold_out: bool = False,
+    ):
         self.root, self.size, self.channels, self.how, self.seed = root, size, channels, how, seed
         self.sides = {side: find_side(root, "train", side) for side in "AB"}
-        for side, pictures in self.sides.items():
+        self.held_out: dict[str, list[Picture]] = {"A": [], "B": []}
+        for d, (side, pictures) in enumerate(self.sides.items()):
             if not pictures:
                 raise InputError(missing(root, side))
+            if hold_out:
+                if len(pictures) < 3:
+                    raise InputError(f"{root / f'train{side}'}: {len(pictures)} pictures, --eval_interval needs 3")
+                n = max(2, round(len(pictures) / 10))
+                out = set(np.random.default_rng((8, seed, d)).permutation(len(pictures))[:n].tolist())
+                self.held_out[side] = [p for i, p in enumerate(pictures) if i in out]
+                self.sides[side] = [p for i, p in enumerate(pictures) if i not in out]
 
     def check(self) -> None:
         """Decode every picture, the test pictures too; InputError names those that cannot be read."""
         tests = [p for side in "AB" for p in find_side(self.root, "test", side)]
-        refuse_unreadable(unreadable([*self.sides["A"], *self.sides["B"], *tests]))
+        trains = [p for pictures in (*self.sides.values(), *self.held_out.values()) for p in pictures]
+        refuse_unreadable(unreadable(sorted([*trains, *tests])))
 
     def __len__(self) -> int:
         return max(map(len, self.sides.values()))

@@ -220,7 +220,7 @@ class Extractor:
         self.network.to(device).eval()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, batch_size: int = 32) -> Features:
+    def __call__(self, images: Tensor, batch_size: int = 8) -> Features:
         """uint8 (N, 1 or 3, H, W) to ``Features`` on the CPU."""
         parts = [self.network(batch.expand(-1, 3, -1, -1).to(self.device)) for batch in images.split(batch_size)]
         columns = [torch.cat(column).float().cpu() for column in zip(*parts, strict=True)]

@@ -33,7 +33,10 @@ from datasets import (
     fixed_batch,
     make_loader,
     normalise,
+    quantise,
+    unaugmented,
 )
+from metrics import EFFICIENTNET, INCEPTION, Extractor, kernel_distance
 from models import open_generator, pack_generator
 from systems import SYSTEMS, Batch, System
 from utils import SAVED_MODELS, InputError, say
@@ -56,7 +59,16 @@ SYSTEM_HELP = {
     "pool_size": "generated pictures each replay buffer keeps; 0 turns it off",
 }
 # What a resumed run may change without ceasing to be the same run.
-FREE_ON_RESUME = ("n_epochs", "decay_epoch", "n_cpu", "data_dir", "device", "checkpoint_interval", "checkpoint_minutes")
+FREE_ON_RESUME = (
+    "n_epochs",
+    "decay_epoch",
+    "n_cpu",
+    "data_dir",
+    "device",
+    "checkpoint_interval",
+    "checkpoint_minutes",
+    "inception",
+)
 DEFAULT_SYSTEM, DEFAULT_DATASET = "attentiongan", "horse2zebra"
 # What says how to start and is no property of the run.
 HOW_TO_START = ("name", "resume", "overwrite", "init_from")
@@ -123,6 +135,24 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add("--checkpoint_minutes", type=float, default=15, help="minutes between checkpoints amid an epoch; 0: none")
     add(
         "--sample_interval", type=int, default=1000, help="steps between picture sheets; 0: at the end of the run alone"
+    )
+    add(
+        "--eval_interval",
+        type=int,
+        default=0,
+        help="epochs between evaluations on a tenth of the training pictures, which is then held out of training: the "
+        "generators of the least KID (mean of both directions) are kept in the run's folder best; 0: none",
+    )
+    add(
+        "--extractor",
+        default=INCEPTION,
+        help=f"whose features that KID compares (as in evaluate.py: {EFFICIENTNET}, ...)",
+    )
+    add("--inception", help="file with the extractor's weights, instead of fetching them")
+    add(
+        "--keep_evaluated",
+        action="store_true",
+        help="keep the generators of every evaluation, for evaluate.py --oracle",
     )
     add("--log_interval", type=int, default=50, help="steps between lines of log.jsonl")
     add = parser.add_argument_group("machine").add_argument
@@ -194,7 +224,14 @@ def parse_options(
 def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None:
     """Raise InputError for values that cannot be meant, alone or together."""
     least = {"n_epochs": at_least_epochs, "decay_epoch": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "n_cpu": 0}
-    least |= {"sample_interval": 0, "checkpoint_interval": 0, "checkpoint_minutes": 0, "lr": 0, "pool_size": 0}
+    least |= {
+        "sample_interval": 0,
+        "eval_interval": 0,
+        "checkpoint_interval": 0,
+        "checkpoint_minutes": 0,
+        "lr": 0,
+        "pool_size": 0,
+    }
     least |= {"ngf": 1, "ndf": 1, "n_masks": 2, "n_residual_blocks": 0, "n_layers_D": 1}
     for key, bound in least.items():
         if not getattr(options, key, bound) >= bound:  # nan is not
@@ -234,9 +271,8 @@ def build_system(options: argparse.Namespace) -> System:
 
 def build_dataset(options: argparse.Namespace) -> UnpairedDataset:
     root = Path(options.data_dir) / options.dataset_name
-    return UnpairedDataset(
-        root, (options.img_height, options.img_width), options.channels, options.resize, options.seed
-    )
+    size = options.img_height, options.img_width
+    return UnpairedDataset(root, size, options.channels, options.resize, options.seed, options.eval_interval > 0)
 
 
 def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
@@ -308,6 +344,20 @@ class Run:
         self.networks = [name for turn in system.turns for name in turn.networks]
         self.checkpoints = utils.Checkpoints(SAVED_MODELS / options.name)
         self.saved_at = time.monotonic()
+        self.best = float("inf")  # of the evaluations so far
+
+    def save_generators(self, folder: Path, step: int) -> None:
+        """Write the generators' small files, each with what it needs to be used rightly."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for direction, name in self.system.generators.items():
+            packed = pack_generator(self.system.get_submodule(name))
+            about = {"direction": direction, "options": self.own_options(), "step": step}
+            utils.save_atomically({**packed, **about}, folder / f"{direction}.pt")
+
+    def own_options(self) -> dict[str, Any]:
+        """The options that make the run what it is: none of a launcher's, nor how it was started."""
+        keys = vars(make_parser(self.options.system).parse_args([])).keys() - set(HOW_TO_START)
+        return {key: getattr(self.options, key) for key in sorted(keys)}
 
     def save(self, record: utils.Record) -> None:
         """Write the checkpoint and the generators' small files. Every rank calls this; rank 0 writes."""
@@ -322,22 +372,18 @@ class Run:
         self.saved_at = time.monotonic()
         if ranks is None:
             return
-        keys = vars(make_parser(self.options.system).parse_args([])).keys() - set(HOW_TO_START)  # no launcher's
-        options = {key: getattr(self.options, key) for key in sorted(keys)}
         self.checkpoints.save(
             {
-                "options": options,
+                "options": self.own_options(),
                 "step": record.step,
                 "steps_per_epoch": self.steps_per_epoch,
+                "best": self.best,
                 "networks": {name: self.system.get_submodule(name).state_dict() for name in self.networks},
                 "optimizers": {player: optimizer.state_dict() for player, optimizer in self.optimizers.items()},
                 "ranks": ranks,
             }
         )
-        for direction, name in self.system.generators.items():
-            packed = pack_generator(self.system.get_submodule(name))
-            about = {"direction": direction, "options": options, "step": record.step}
-            utils.save_atomically({**packed, **about}, SAVED_MODELS / self.options.name / f"{direction}.pt")
+        self.save_generators(SAVED_MODELS / self.options.name, record.step)
 
     def load(self) -> dict[str, Any]:
         """Restore everything but the record; returns the checkpoint. Raises InputError where it does not fit."""
@@ -351,6 +397,7 @@ class Run:
         for player, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][player])
             take_layout(optimizer)
+        self.best = state.get("best", self.best)
         own = state["ranks"][utils.rank()]
         for name, child in own["children"].items():
             self.system.get_submodule(name).load_state_dict(child)
@@ -363,6 +410,49 @@ class Run:
         """Whether it is time for a checkpoint amid an epoch, by rank 0's clock."""
         minutes = self.options.checkpoint_minutes
         return utils.rank() == 0 and minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+
+class Validation:
+    """How near the translations of held-out training pictures come to held-out pictures of the other side.
+
+    Test pictures take no part, so generators may be chosen by it. Raises InputError when the extractor cannot be had.
+    """
+
+    def __init__(self, options: argparse.Namespace, dataset: UnpairedDataset, device: torch.device):
+        self.device = device
+        with torch.random.fork_rng(devices=[]):  # building a network draws weights; the run must not notice
+            self.extractor = Extractor(options.extractor, options.inception and Path(options.inception), device)
+        self.images = {
+            side: torch.stack([unaugmented(p, dataset.size, dataset.channels, dataset.how) for p in pictures])
+            for side, pictures in dataset.held_out.items()
+        }
+        self.features = {side: self.extractor(images).vectors for side, images in self.images.items()}
+
+    @torch.no_grad()
+    def __call__(self, system: System) -> dict[str, float]:
+        """The KID of every direction, in float32."""
+        figures = {}
+        for direction, name in system.generators.items():
+            generator = system.get_submodule(name)
+            reals = (normalise(batch.to(self.device)) for batch in self.images[direction[0]].split(8))
+            fakes = torch.cat([quantise(generator(real).image).cpu() for real in reals])
+            distance = kernel_distance(self.extractor(fakes).vectors, self.features[direction[-1]])
+            figures[f"KID{self.extractor.suffix}_{direction}"] = distance
+        return figures
+
+
+def validate(validation: Validation, run: Run, record: utils.Record, epoch: int) -> None:
+    """Evaluate, log, and keep the generators if they are the best so far. For rank 0 alone."""
+    start = time.perf_counter()
+    figures = validation(run.system)
+    mean = sum(figures.values()) / len(figures)
+    folder = SAVED_MODELS / run.options.name
+    if mean < run.best:
+        run.best = mean
+        run.save_generators(folder / "best", record.step)
+    if run.options.keep_evaluated:
+        run.save_generators(folder / "kept" / f"{record.step:08d}", record.step)
+    record.note_validation(figures, epoch, time.perf_counter() - start)
 
 
 def take_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -442,6 +532,7 @@ def train(
     }
 
     dataset = build_dataset(options)
+    validation = Validation(options, dataset, device) if options.eval_interval and utils.rank() == 0 else None
     sampler = EpochSampler(len(dataset), options.seed, utils.rank(), utils.world_size())
     loader = make_loader(dataset, sampler, options.batch_size, options.n_cpu, pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -490,6 +581,8 @@ def train(
             if stopped:
                 break
             done = 0
+            if validation is not None and time_for(epoch + 1, options.eval_interval, options.n_epochs):
+                validate(validation, run, record, epoch)
             record.page()
             if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
                 run.save(record)

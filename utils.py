@@ -313,6 +313,7 @@ class Record:
         self.sums: Tensor | None = None
         self.count = 0
         self.history: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
         self.stride = 1  # the history holds every stride-th line
         self.lines = 0
         self.images_since = 0
@@ -356,7 +357,10 @@ class Record:
                 if entry["step"] > step:
                     break
                 kept.append(line)
-                self._remember(entry)
+                if "validation" in entry:
+                    self.validations.append(entry)
+                else:
+                    self._remember(entry)
         fresh = self.log_path.with_suffix(".partial")
         fresh.write_text("".join(line + "\n" for line in kept))
         os.replace(fresh, self.log_path)
@@ -394,9 +398,20 @@ class Record:
         self.count = self.images_since = 0
         self.since = time.perf_counter()
         if rank() == 0:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            self._append(entry)
             self._remember(entry)
+
+    def note_validation(self, figures: Mapping[str, float], epoch: int, seconds: float) -> None:
+        """Take the figures of an evaluation, which took ``seconds`` that do not count as training's. Rank 0 alone."""
+        entry = {"step": self.step, "epoch": epoch + 1, "validation": dict(figures)}
+        self._append(entry)
+        self.validations.append(entry)
+        self.since += seconds
+        say(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def _remember(self, entry: dict[str, Any]) -> None:
         if self.lines % self.stride == 0:
@@ -429,7 +444,7 @@ class Record:
         if rank() != 0:
             return
         if self.history:
-            draw_curves(self.history, self.folder / "curves.png")
+            draw_curves(self.history, self.validations, self.folder / "curves.png")
         sheets = sorted(p.name for p in self.folder.glob("[0-9]*.png"))
         shown = sheets[:: max(1, -(-len(sheets) // self.SHEETS_SHOWN))]
         if sheets and shown[-1] != sheets[-1]:
@@ -506,28 +521,31 @@ def draw_sheet(columns: Mapping[str, Tensor], title: str = "", least_width: int 
     return sheet
 
 
-def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """One plot for every family of scalars (the part of their names before "_"), one for every vector."""
+def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]], path: Path) -> None:
+    """One plot for every family of scalars (the part of their names before "_"), for every vector, for validation."""
     families: dict[str, list[str]] = defaultdict(list)
     for name, value in history[-1].items():
         if name not in ("step", "epoch"):
             families[name if isinstance(value, list) or name in ("lr", "images_per_s") else name.split("_")[0]].append(
                 name
             )
-    n_rows = -(-len(families) // 3)
+    plots = {family: [(name, history) for name in names] for family, names in families.items()}
+    if validations:
+        flat = [{"step": entry["step"], **entry["validation"]} for entry in validations]
+        plots["validation"] = [(name, flat) for name in validations[-1]["validation"]]
+    n_rows = -(-len(plots) // 3)
     figure = Figure(figsize=(15, 3 * n_rows), layout="constrained")
-    steps = [entry["step"] for entry in history]
-    for i, (family, names) in enumerate(families.items()):
+    for i, (family, curves) in enumerate(plots.items()):
         axes = figure.add_subplot(n_rows, 3, i + 1)
         axes.set_title(family)
-        for name in names:
-            values = [entry.get(name, float("nan")) for entry in history]
-            lines = axes.plot(steps, values, linewidth=0.8)
+        for name, entries in curves:
+            values = [entry.get(name, float("nan")) for entry in entries]
+            lines = axes.plot([entry["step"] for entry in entries], values, linewidth=0.8)
             labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
             for line, label in zip(lines, labels, strict=True):
                 line.set_label(label)
         axes.grid(alpha=0.3)
-        if len(names) > 1 or len(axes.lines) > 1:
+        if len(axes.lines) > 1:
             axes.legend(fontsize="xx-small", ncols=2)
     figure.savefig(path, dpi=80)
 
