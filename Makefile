@@ -10,7 +10,7 @@ DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO) --name demo --overwrite
-	$(BIN)/python evaluate.py --dataset_name solid2striped --checkpoint demo
+	$(BIN)/python evaluate.py --dataset_name solid2striped --checkpoint demo --extractor none
 	@echo "Pictures: images/demo/index.html (open it in a browser). Weights: saved_models/demo. Next: inference.ipynb."
 
 # The demo from five seeds, and the median and worst of its figures.
@@ -18,7 +18,8 @@ demo-seeds: .venv/installed
 	for seed in 0 1 2 3 4; do \
 	    $(BIN)/python train.py $(DEMO) --seed $$seed --name demo_$$seed --overwrite || exit; \
 	done
-	$(BIN)/python evaluate.py --dataset_name solid2striped --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
+	$(BIN)/python evaluate.py --dataset_name solid2striped --extractor none --spread \
+	    --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
 
 test: .venv/installed-dev
 	$(BIN)/pytest -q -n 2
@@ -31,9 +32,9 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-extras.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet -r requirements-extras.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed

@@ -573,6 +573,8 @@ def train(
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
                     with autocast():
                         record.sheet(system.sheet(samples))
+                if validation is not None and time_for(record.step, options.eval_interval * len(loader), total):
+                    validate(validation, run, record, epoch)
                 stopped, save = utils.any_rank([stop.signal is not None, run.due()])
                 if stopped or save:
                     run.save(record)
@@ -581,8 +583,6 @@ def train(
             if stopped:
                 break
             done = 0
-            if validation is not None and time_for(epoch + 1, options.eval_interval, options.n_epochs):
-                validate(validation, run, record, epoch)
             record.page()
             if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
                 run.save(record)

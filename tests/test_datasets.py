@@ -1118,3 +1118,17 @@ def test_command_wants_a_plain_name(own, tmp_path, name):
 def test_command_turns_errors_into_one_message(tmp_path):
     message = refusal("--dataset_name", "cat2dog", "--data_dir", tmp_path)
     assert message.startswith("datasets.py: error: --dataset_name cat2dog: not a public set")
+
+
+def test_a_seeded_tenth_is_held_out_of_training(tmp_path):
+    root = make_set(tmp_path, 30, 6)
+    dataset = UnpairedDataset(root, (16, 16), seed=1, hold_out=True)
+    assert {side: len(pictures) for side, pictures in dataset.held_out.items()} == {"A": 3, "B": 2}
+    for side in "AB":
+        assert sorted(dataset.sides[side] + dataset.held_out[side]) == find_side(root, "train", side)
+    assert len(dataset) == 27
+    again, other = (UnpairedDataset(root, (16, 16), seed=seed, hold_out=True).held_out for seed in (1, 2))
+    assert dataset.held_out == again != other
+    assert UnpairedDataset(root, (16, 16), seed=1).held_out == {"A": [], "B": []}
+    with pytest.raises(InputError, match=r"trainB: 2 pictures, --eval_interval needs 3"):
+        UnpairedDataset(make_set(tmp_path / "few", 5, 2), (16, 16), hold_out=True)

@@ -17,6 +17,8 @@ from PIL import Image
 
 import train
 import utils
+from datasets import UnpairedDataset, normalise, quantise, unaugmented
+from metrics import Features, kernel_distance
 from models import AttentionGenerator, load_generator, pack_generator
 from utils import InputError
 
@@ -311,6 +313,67 @@ def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
     torch.save({**checkpoint("r"), "format": 99}, "saved_models/r/checkpoint.pt")
     assert run("--name r --resume") == 2
     assert "checkpoint format 99, this code reads format 1" in capsys.readouterr().err
+
+
+class PixelExtractor:
+    """Stands for metrics.Extractor: means and deviations of the colours; building it draws random numbers."""
+
+    suffix = "-pixels"
+
+    def __init__(self, name, weights, device):
+        assert (name, weights) == ("some", None)
+        torch.rand(3)
+
+    def __call__(self, images):
+        pixels = images.float().flatten(2) / 255
+        return Features(torch.cat([pixels.mean(2), pixels.std(2)], dim=1), None)
+
+
+EVALUATE = f"{QUICK} --n_epochs 3 --decay_epoch 3 --eval_interval 1 --keep_evaluated --extractor some"
+
+
+def test_held_out_pictures_choose_the_best_generators(small_set, monkeypatch):
+    monkeypatch.setattr(train, "Extractor", PixelExtractor)
+    assert run(f"{EVALUATE} --name r") == 0
+    dataset = UnpairedDataset(small_set, (12, 12), hold_out=True)
+    reals = {
+        side: torch.stack([unaugmented(p, (12, 12)) for p in pictures]) for side, pictures in dataset.held_out.items()
+    }
+    extract, sums = PixelExtractor("some", None, None), {}
+    entries = [entry for entry in log("r") if "validation" in entry]
+    assert [(e["step"], e["epoch"]) for e in entries] == [(4, 1), (8, 2), (12, 3)]  # 2 of 6 are held out
+    for entry in entries:
+        figures = {}
+        for direction in ("AtoB", "BtoA"):
+            generator, about = load_generator(f"saved_models/r/kept/{entry['step']:08d}/{direction}.pt")
+            assert about["step"] == entry["step"]
+            with torch.no_grad():
+                fakes = quantise(generator(normalise(reals[direction[0]])).image)
+            distance = kernel_distance(extract(fakes).vectors, extract(reals[direction[-1]]).vectors)
+            figures[f"KID-pixels_{direction}"] = pytest.approx(distance, abs=1e-9)
+            sums[entry["step"]] = sums.get(entry["step"], 0) + distance
+        assert entry["validation"] == figures
+    best = min(sums, key=sums.get)
+    for direction in ("AtoB", "BtoA"):
+        _, about = load_generator(f"saved_models/r/best/{direction}.pt")
+        assert about["step"] == best
+    assert checkpoint("r")["best"] == pytest.approx(sums[best] / 2)
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_evaluations_go_on_after_a_stop(small_set, monkeypatch, step):
+    monkeypatch.setattr(train, "Extractor", PixelExtractor)
+    assert run(f"{EVALUATE} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(f"{EVALUATE} --name stopped") == 128 + signal.SIGTERM
+    assert run("--name stopped --resume") == 0
+    same_run("straight", "stopped")
+    assert checkpoint("straight")["best"] == checkpoint("stopped")["best"]
+    for direction in ("AtoB", "BtoA"):
+        one, other = (load_generator(f"saved_models/{name}/best/{direction}.pt") for name in ("straight", "stopped"))
+        assert one[1]["step"] == other[1]["step"]
+        same(one[0].state_dict(), other[0].state_dict())
 
 
 def test_killed_outright_and_resumed_is_straight_through(small_set):
