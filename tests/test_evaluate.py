@@ -1,104 +1,919 @@
-import re
-from pathlib import Path
+"""Checkpoints measured on the test pictures: the protocol, the figures, the table and what is written."""
 
+import json
+import math
+import re
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image, ImageFilter
+from test_datasets import below, make_set, noise, save
+from test_metrics import CPU, Classifier
+from torch import nn
+from torch_fidelity import feature_extractor_inceptionv3
 
 import evaluate
-from datasets import draw_built_in, find_pictures, normalise, unaugmented
-from metrics import intersection_over_union, mean_absolute_error
+import metrics
+import utils
+from datasets import Picture, draw_built_in, find_pictures, load_masks, unaugmented
+from evaluate import Exam, find_entries, judge
+from metrics import EFFICIENTNET, Extractor
 from models import AttentionGenerator, ResNetGenerator, Translation, pack_generator
 
-
-def test_intersection_over_union():
-    attention = torch.zeros(4, 1, 4, 4)
-    masks = torch.zeros(4, 1, 4, 4)
-    attention[0, :, :2], masks[0, :, 1:3] = 0.6, 1  # two rows each, one shared: 1 / 3
-    attention[1], masks[1] = 0.5, 1  # 0.5 is not above the threshold
-    attention[2], masks[2] = 0.7, 1
-    assert intersection_over_union(attention, masks).tolist() == pytest.approx([1 / 3, 0, 1, 1])
-    assert intersection_over_union(attention, masks, threshold=0.65).tolist() == pytest.approx([0, 0, 1, 1])
+SMALL = Path("data/small")
 
 
-def test_mean_absolute_error_is_per_picture():
-    errors = mean_absolute_error(torch.tensor([[[[0.0, 1.0]]], [[[2.0, 2.0]]]]), torch.zeros(2, 1, 1, 2))
-    assert errors.tolist() == [0.5, 2.0]
+def tiny(seed=0, network=AttentionGenerator, **settings):
+    """A small generator, far from the start, where all masks are alike; of two masks neither is always the larger."""
+    torch.manual_seed(seed)
+    if network is AttentionGenerator:
+        settings = {"n_masks": 2, **settings}
+    generator = network(ngf=4, n_residual_blocks=1, **settings).eval()
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return generator
 
 
-class Perfect(torch.nn.Module):
-    """Stands for a trained generator: finds the brown pixels and knows the truth of each test picture."""
+def fading(keep, towards=0.0, **settings):
+    """A generator that makes ``keep`` · x + (1 - ``keep``) · ``towards``; 1 copies to the last bit."""
+    generator = tiny(**settings)
+    for head in (generator.content_head, generator.attention_head):
+        nn.init.zeros_(head[-1].weight)
+        nn.init.zeros_(head[-1].bias)
+    nn.init.constant_(generator.content_head[-1].bias, 100 * towards)
+    last = generator.attention_head[-1].bias.data
+    last[-1] = 1000 if keep == 1 else math.log((len(last) - 1) * keep / (1 - keep))
+    return generator
+
+
+def store(folder="net", size=(32, 32), how="squash", **generators):
+    """``folder/<direction>.pt`` for each, as train.py writes them."""
+    Path(folder).mkdir(parents=True)
+    options = {"img_height": size[0], "img_width": size[1], "resize": how}
+    for direction, generator in generators.items():
+        about = {"direction": direction, "options": options, "step": 7}
+        torch.save({**pack_generator(generator), **about}, f"{folder}/{direction}.pt")
+
+
+def run(command: str, dataset="small", extractor="none") -> int:
+    options = ["--dataset_name", dataset, "--device", "cpu", "--checkpoint", *command.split()]
+    return evaluate.main([*options, "--extractor", extractor])
+
+
+def report(name="net") -> dict:
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(Path(f"images/{name}/evaluation.json").read_text(), parse_constant=refuse)
+
+
+def row(direction="AtoB", name="net", weights="last") -> dict:
+    (found,) = [r for r in report(name)["rows"] if (r["direction"], r["weights"]) == (direction, weights)]
+    return found
+
+
+def figures(direction="AtoB", name="net", weights="last") -> dict:
+    return row(direction, name, weights)["figures"]
+
+
+def table(out: str) -> dict:
+    """The printed cells by direction, label and heading, the rows in their order."""
+    found = {}
+    for part in out.split("\n\n")[:-1]:
+        first, *lines = [re.split(r" {2,}", line.strip()) for line in part.splitlines()]
+        for direction, label, *cells in lines:
+            found.setdefault((direction, label), {}).update(zip(first[1:], cells, strict=True))
+    return found
+
+
+def read(path, size=(32, 32), channels=3, resample=Image.Resampling.BICUBIC) -> torch.Tensor:
+    """A picture at a size, (channels, H, W) in [0, 255]."""
+    with Image.open(path) as file:
+        image = file.convert("RGB" if channels == 3 else "L").resize(size[::-1], resample)
+    return torch.from_numpy(np.array(image)).reshape(*size, channels).permute(2, 0, 1).float()
+
+
+def side(name, root=SMALL, **options) -> torch.Tensor:
+    """All pictures of a folder, (N, channels, H, W) in [0, 255]."""
+    return torch.stack([read(p, **options) for p in sorted((root / name).iterdir())])
+
+
+@torch.no_grad()
+def by_hand(generator, images):
+    """Translations in whole levels and the foreground of a batch in levels."""
+    translation = generator(images / 127.5 - 1)
+    return ((translation.image + 1) * 127.5).round().clamp(0, 255), translation.foreground
+
+
+def distance(a, b) -> float:
+    """Mean absolute difference of two batches in levels, on [-1, 1]."""
+    return (a - b).abs().mean().item() / 127.5
+
+
+def judged(where="net", root=SMALL, extractor=None, direction="AtoB", **options):
+    """What becomes of one checkpoint, without the script; also what it was compared with."""
+    exam = Exam(root, extractor, **options)
+    entry = find_entries(where, [direction], CPU)[0]
+    reference = exam.reference(direction, entry.reading)
+    return judge(entry, reference, CPU), reference
+
+
+def blobs(folder, stems, seed=0, size=(40, 36)):
+    """Object masks of about half of the picture, in soft patches."""
+    for i, stem in enumerate(stems):
+        grey = noise(seed + i, size).convert("L").filter(ImageFilter.GaussianBlur(5))
+        middle = int(np.median(np.asarray(grey)))
+        save(grey.point(lambda v, middle=middle: 255 * (v > middle)), Path(folder) / f"{stem}.png")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Known answers
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Perfect(nn.Module):
+    """Stands for a trained generator: finds the objects and knows the truth of each test picture."""
 
     def __init__(self, root: Path):
         super().__init__()
         self.settings = {"channels": 3}
-        self.answers = []
-        for name in ("testA", "testA_truth", "testA_mask"):
-            pictures = find_pictures(root / name)
-            self.answers.append(
-                [normalise(unaugmented(p, (64, 64), 1 if name == "testA_mask" else 3)) for p in pictures]
-            )
+        self.inputs, self.truths = (side(name, root, size=(64, 64)) for name in ("testA", "testA_truth"))
+        grey = side("testA_mask", root, size=(64, 64), channels=1, resample=Image.Resampling.BILINEAR)
+        self.masks = (grey > 127).float()
 
     def forward(self, x):
-        for real, truth, mask in zip(*self.answers, strict=True):
-            if torch.equal(real, x[0]):
-                foreground = mask[None] / 2 + 0.5
-                return Translation(truth[None], torch.cat([foreground, 1 - foreground], dim=1))
-        raise AssertionError("a picture that is no test picture")
+        levels = (x + 1) * 127.5
+        chosen = [[torch.allclose(image, known, atol=0.1) for known in self.inputs].index(True) for image in levels]
+        foreground = self.masks[chosen]
+        return Translation(self.truths[chosen] / 127.5 - 1, torch.cat([foreground, 1 - foreground], dim=1))
 
 
-def test_a_perfect_translator_is_measured_as_perfect(tmp_path, monkeypatch):
-    root = tmp_path / "data" / "solid2striped"
-    draw_built_in(root, n_train=1, n_test=3)
+@pytest.fixture
+def perfect(monkeypatch):
+    """The built-in set with nine test pictures and what ``open_generators`` finds for it."""
+    root = Path("data/solid2striped")
+    draw_built_in(root, n_train=2, n_test=9)
     about = {"options": {"img_height": 64, "img_width": 64}}
-    monkeypatch.setattr(evaluate, "open_generator", lambda *_: (Perfect(root), about))
-    figures = evaluate.evaluate(root, "any", "AtoB", torch.device("cpu"))
-    assert figures["iou"] == 1 and figures["error"] == 0
-    assert 0.05 < figures["untranslated"] < 0.5
+    monkeypatch.setattr(evaluate, "open_generators", lambda *_: {"AtoB": (Perfect(root), about)})
+    return root
 
 
-def save(folder: str, generator, **about) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
+def test_a_perfect_translator_is_measured_as_perfect(perfect):
+    found, _ = judged(root=perfect)
+    f = found.figures
+    assert f["IoU"] == f["AP"] == 1 and f["background attention"] == 0
+    assert f["L1"] == 0 and f["SSIM"] == pytest.approx(1) and f["PSNR"] in (None, math.inf)
+    # All that it changes, soft edges apart, is on the objects; not all of an object changes much.
+    assert 0 < f["background error"] < 0.05 < f["change"]
+    assert 0.3 < f["change IoU"] < 1 and 0.9 < f["change AP"] < 1
+    assert found.scores.tolist() == [0] * 9
+
+
+def test_a_figure_without_bounds_is_still_json(perfect, capsys):
+    assert run("perfect", dataset="solid2striped") == 0
+    found = row(name="perfect")
+    assert found["figures"]["L1"] == 0 and found["figures"]["PSNR"] is None
+    assert 5 < found["untranslated"]["PSNR"] < 30
+    assert table(capsys.readouterr().out)["AtoB", "perfect"]["PSNR"] == "-"
+
+
+def test_a_copy_is_measured_as_the_input(capsys):
+    draw_built_in(Path("data/solid2striped"), n_train=3, n_test=3)
+    store(AtoB=fading(1), BtoA=fading(1))
+    assert run("net", dataset="solid2striped", extractor="tiny") == 0
     for direction in ("AtoB", "BtoA"):
-        options = {"options": {"img_height": 32, "img_width": 32}}
-        torch.save(
-            {**pack_generator(generator), "direction": direction, **options, **about}, f"{folder}/{direction}.pt"
-        )
+        found = row(direction)
+        f, copied = found["figures"], found["untranslated"]
+        assert {"L1", "PSNR", "SSIM", "FID-tiny", "KID-tiny", "KID-tiny blocks of 10"} <= copied.keys()
+        assert {key: f[key] for key in copied} == copied
+        assert 0.05 < f["L1"] < 0.5 and 0.2 < f["SSIM"] < 0.95
+        assert f["change"] == f["cycle error"] == f["background attention"] == f["background error"] == 0
+        assert f["IoU"] == f["change IoU"] == 0  # nothing is found
+    truth = Path("data/solid2striped")
+    expected = distance(side("testA", truth), side("testA_truth", truth))
+    assert figures()["L1"] == pytest.approx(expected, rel=1e-5)
+    cells = table(capsys.readouterr().out)
+    assert cells["AtoB", "net"]["L1"] == cells["AtoB", "untranslated"]["L1"] == f"{expected:.3f}"
 
 
-def test_the_table_has_a_row_for_each_checkpoint_then_median_and_worst(tmp_path, capsys):
-    draw_built_in(tmp_path / "data" / "solid2striped", n_train=1, n_test=2)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        save(f"saved_models/run_{seed}", AttentionGenerator(ngf=4, n_residual_blocks=1))
-    assert evaluate.main(["--checkpoint", "run_0", "run_1", "run_2", "--device", "cpu"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["checkpoint", "direction", "iou", "error", "untranslated"]
-    assert [r[:2] for r in rows[1:6]] == [[n, "AtoB"] for n in ("run_0", "run_1", "run_2", "median", "worst")]
-    assert [r[1] for r in rows[6:]] == ["BtoA"] * 5
-    values = [[float(v) for v in r[2:]] for r in rows[1:6]]
-    for column, worst in ((0, min), (1, max)):
-        singly = sorted(v[column] for v in values[:3])
-        assert values[3][column] == singly[1] and values[4][column] == worst(singly)
-    assert len({v[1] for v in values[:3]}) == 3
+def test_the_same_pictures_are_near_and_noise_is_far():
+    root = Path("data/solid2striped")
+    draw_built_in(root, n_train=6, n_test=6)
+    for split in ("train", "test"):
+        shutil.rmtree(root / f"{split}B")
+        shutil.copytree(root / f"{split}A", root / f"{split}B")
+    store(AtoB=fading(1), BtoA=tiny(network=ResNetGenerator))
+    assert run("net", dataset="solid2striped", extractor="tiny") == 0
+    copy, far, floor = figures("AtoB"), figures("BtoA"), row("AtoB")["floor"]
+    assert copy["FID-tiny"] == pytest.approx(0, abs=1e-4) and copy["KID-tiny"] < 0
+    assert floor["FID-tiny"] > 1e-3
+    assert far["FID-tiny"] > 5 * floor["FID-tiny"] and far["KID-tiny"] > 5 * abs(floor["KID-tiny"])
+    assert far["KID-tiny low"] > 0
 
 
-def test_generators_without_masks_have_no_iou(tmp_path, capsys):
-    draw_built_in(tmp_path / "data" / "solid2striped", n_train=1, n_test=1)
-    save("folder", ResNetGenerator(ngf=4, n_residual_blocks=1))
-    assert evaluate.main(["--checkpoint", "folder", "--direction", "BtoA"]) == 0
-    assert re.search(r"folder +BtoA +- +\d\.\d{3} +\d\.\d{3}\n$", capsys.readouterr().out)
+# ----------------------------------------------------------------------------------------------------------
+#  Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["squash", "short_side"])
+def test_translations_are_of_upright_whole_pictures_in_8_bits(small_set, how):
+    generator, size = tiny(), (24, 32)
+    store(AtoB=generator, size=size, how=how)
+    assert run("net") == 0
+    paths = sorted((SMALL / "testA").iterdir())
+    if how == "squash":
+        images = torch.stack([read(path, size) for path in paths])
+    else:
+        images = torch.stack([unaugmented(Picture(path), size, how=how) for path in paths]).float()
+        assert (images - torch.stack([read(path, size) for path in paths])).abs().mean() > 5
+    expected, _ = by_hand(generator, images)
+    written = Path("images/net/translated_AtoB")
+    assert {p.name for p in written.iterdir()} == {"0.png", "1.png"}
+    found = side("translated_AtoB", Path("images/net"), size=size)
+    assert torch.equal(found, expected) and found.std() > 5
+    assert row()["size"] == [24, 32] and row()["resize"] == how
+    assert figures()["change"] == pytest.approx(distance(expected, images), rel=1e-5)
+
+
+def test_grey_generators_are_measured_on_grey_pictures(small_set):
+    generator = tiny(channels=1)
+    store(AtoB=generator)
+    assert run("net", extractor="tiny") == 0
+    images = side("testA", channels=1)
+    expected, _ = by_hand(generator, images)
+    with Image.open("images/net/translated_AtoB/0.png") as file:
+        assert file.mode == "L"
+    assert torch.equal(side("translated_AtoB", Path("images/net"), channels=1), expected)
+    extractor = Extractor("tiny", None, CPU)
+    colours = [extractor(f.to(torch.uint8).repeat(1, 3, 1, 1)).vectors for f in (expected, side("testB", channels=1))]
+    assert figures()["KID-tiny"] == pytest.approx(metrics.kernel_distance(*colours), rel=1e-4)
+
+
+def test_pictures_of_one_name_are_all_written(tmp_path):
+    make_set(SMALL, tests=1)
+    for i, name in enumerate(("deep/0.png", "one.png")):
+        save(noise(i), SMALL / "testA" / name)
+    store(AtoB=fading(1))
+    assert run("net") == 0
+    written = Path("images/net/translated_AtoB")
+    assert {p.name for p in written.iterdir()} == {"0000_0.png", "0001_0.png", "0002_one.png"}
+    for path, source in (("0000_0", "0"), ("0001_0", "deep/0"), ("0002_one", "one")):
+        assert torch.equal(read(written / f"{path}.png"), read(SMALL / "testA" / f"{source}.png"))
+
+
+def test_pictures_that_also_stand_in_train_are_counted_and_left_out_on_demand(capsys):
+    make_set(SMALL, nA=4, nB=4, tests=4)
+    shutil.copy(SMALL / "testA/1.png", SMALL / "trainA/again.png")
+    shutil.copy(SMALL / "testA/3.png", SMALL / "trainB/again.png")
+    shutil.copy(SMALL / "testB/0.png", SMALL / "trainB/too.png")
+    store(AtoB=fading(0.5))
+    assert run("net") == 0
+    whole = report()
+    assert whole["protocol"]["test_pictures_also_in_train"] == {"A": 2, "B": 1}
+    assert row()["pictures"] == {"translated": 4, "target": 4} and whole["protocol"]["dedup"] is False
+    assert "AtoB: 4 pictures of testA (2 that also stand in train among them)" in capsys.readouterr().out
+    shutil.rmtree("images")
+    assert run("net --dedup", extractor="tiny") == 0
+    assert report()["protocol"]["test_pictures_also_in_train"] == {"A": 2, "B": 1}
+    assert row()["pictures"] == {"translated": 2, "target": 3} and report()["protocol"]["dedup"] is True
+    out = capsys.readouterr().out
+    assert "2 pictures of testA (2 that also stand in train left out), against 3 of testB (1 left out)" in out
+    assert {p.name for p in Path("images/net/translated_AtoB").iterdir()} == {"0.png", "2.png"}
+    kept = side("testA")[[0, 2]]
+    assert figures()["change"] == pytest.approx(distance(by_hand(fading(0.5), kept)[0], kept), rel=1e-5)
+    for i in range(4):
+        shutil.copy(SMALL / f"testA/{i}.png", SMALL / f"trainA/all{i}.png")
+    assert run("net --dedup") == 2
+    message = "data/small/testA: every test picture also stands in train, --dedup leaves none"
+    assert message in capsys.readouterr().err
+
+
+def test_the_truth_of_pictures_side_by_side_is_the_other_half():
+    root = Path("data/facades")
+    for split, n in (("train", 2), ("test", 3)):
+        for i in range(n):
+            save(noise(10 * n + i, (64, 30)), root / split / f"{i}.png")
+    store(AtoB=fading(0.5), BtoA=fading(1))
+    assert run("net", dataset="facades", extractor="tiny") == 0
+    halves = {"left": [], "right": []}
+    for i in range(3):
+        image = Image.open(root / f"test/{i}.png")
+        for half, box in (("left", (0, 0, 32, 30)), ("right", (32, 0, 64, 30))):
+            save(image.crop(box), Path(half) / f"{i}.png")
+            halves[half].append(read(Path(half) / f"{i}.png"))
+    left, right = (torch.stack(halves[half]) for half in ("left", "right"))
+    faded, _ = by_hand(fading(0.5), left)
+    assert figures("AtoB")["L1"] == pytest.approx(distance(faded, right), rel=1e-5)
+    assert figures("BtoA")["L1"] == pytest.approx(distance(right, left), rel=1e-5)
+    assert distance(faded, right) < 0.9 * distance(left, right)
+    extractor = Extractor("tiny", None, CPU)
+    kid = metrics.kernel_distance(*(extractor(f.to(torch.uint8)).vectors for f in (faded, right)))
+    assert figures("AtoB")["KID-tiny"] == pytest.approx(kid, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Masks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def iou(found, mask) -> float:
+    found, mask = found > 0.5, mask > 127
+    return ((found & mask).sum() / (found | mask).sum()).item()
+
+
+def precision(found, mask) -> float:
+    """Average precision from the ranks of the object's pixels, ties apart."""
+    order = found.flatten().argsort(descending=True)
+    hits = (mask > 127).flatten()[order].double()
+    return ((hits.cumsum(0) / torch.arange(1, len(hits) + 1))[hits > 0]).mean().item()
+
+
+def test_attention_and_change_are_held_against_the_masks_of_the_set(capsys):
+    make_set(SMALL, tests=3)
+    blobs(SMALL / "testA_mask", "012")
+    generator = tiny()
+    store(AtoB=generator, BtoA=tiny(1))
+    assert run("net") == 0
+    inputs = side("testA")
+    outputs, foreground = by_hand(generator, inputs)
+    masks = side("testA_mask", channels=1, resample=Image.Resampling.BILINEAR)
+    change = (outputs - inputs).abs().mean(dim=1, keepdim=True)
+    change = change / change.amax(dim=(1, 2, 3), keepdim=True)
+    outside = masks <= 127
+    f = figures()
+    assert f["IoU"] == pytest.approx(np.mean([iou(a, m) for a, m in zip(foreground, masks, strict=True)]))
+    assert f["change IoU"] == pytest.approx(np.mean([iou(a, m) for a, m in zip(change, masks, strict=True)]), abs=0.003)
+    expected = np.mean([precision(a, m) for a, m in zip(foreground, masks, strict=True)])
+    assert f["AP"] == pytest.approx(expected, abs=0.002) and 0.3 < f["AP"] < 0.8
+    expected = np.mean([precision(a, m) for a, m in zip(change, masks, strict=True)])
+    assert f["change AP"] == pytest.approx(expected, abs=0.02)  # of whole levels many are equal
+    expected = np.mean([a[m].mean().item() for a, m in zip(foreground, outside, strict=True)])
+    assert f["background attention"] == pytest.approx(expected, rel=1e-5)
+    error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
+    expected = np.mean([e[m].mean().item() for e, m in zip(error, outside, strict=True)])
+    assert f["background error"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < f["IoU"] < 1 and 0 < f["change IoU"] < 1
+    assert row()["masks"] == 3 and row("BtoA")["masks"] == 0 and "IoU" not in figures("BtoA")
+    assert "object masks for 3" in capsys.readouterr().out
+
+
+def test_masks_of_some_pictures_measure_those_alone():
+    make_set(SMALL, tests=4)
+    blobs(SMALL / "testA_mask", "0123", seed=5)  # --mask_dir comes first
+    blobs("masks/testA", ["1", "3", "no such picture"])
+    generator = tiny()
+    store(AtoB=generator)
+    assert run("net --mask_dir masks") == 0
+    inputs = side("testA")
+    outputs, foreground = by_hand(generator, inputs)
+    masks = [read(f"masks/testA/{i}.png", channels=1, resample=Image.Resampling.BILINEAR) for i in (1, 3)]
+    expected = np.mean([iou(foreground[i], m) for i, m in zip((1, 3), masks, strict=True)])
+    assert figures()["IoU"] == pytest.approx(expected) and row()["masks"] == 2
+    error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
+    expected = np.mean([error[i][m <= 127].mean().item() for i, m in zip((1, 3), masks, strict=True)])
+    assert figures()["background error"] == pytest.approx(expected, rel=1e-5)
+    assert figures()["change"] == pytest.approx(distance(outputs, inputs), rel=1e-5)  # of all four
+
+
+def encode(mask) -> dict:
+    """COCO's uncompressed run lengths of a mask, (H, W) of bool: down the columns, background first."""
+    counts, value = [0], False
+    for column in mask.T.tolist():
+        for pixel in column:
+            if pixel != value:
+                counts.append(0)
+                value = pixel
+            counts[-1] += 1
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def test_run_lengths_come_back_as_the_masks_that_they_were():
+    rng = np.random.default_rng(0)
+    masks = {"a": rng.random((5, 8)) > 0.5, "b": np.ones((4, 3), bool), "c": np.zeros((3, 4), bool)}
+    masks["d"] = np.arange(12).reshape(3, 4) % 4 < 2
+    Path("masks.json").write_text(json.dumps({"testA": {name: encode(mask) for name, mask in masks.items()}}))
+    found = load_masks(Path("masks.json"), "testA")
+    assert found.keys() == masks.keys()
+    for name, mask in masks.items():
+        assert found[name].mode == "L" and np.array_equal(np.asarray(found[name]), 255 * mask.astype(np.uint8))
+    assert load_masks(Path("masks.json"), "testB") == {}
+
+
+def test_the_shipped_masks_belong_to_horse2zebra(capsys):
+    shipped = load_masks(ROOT / "data/horse2zebra_masks.json", "testA")
+    assert len(shipped) == 90 and {mask.size for mask in shipped.values()} == {(256, 256)}
+    shares = [(np.asarray(mask) > 127).mean() for mask in shipped.values()]
+    assert all(set(np.unique(np.asarray(mask))) == {0, 255} for mask in shipped.values())
+    assert min(shares) > 0.002 and max(shares) < 0.95 and 0.1 < np.mean(shares) < 0.5
+
+    root, generator = Path("data/horse2zebra"), tiny()
+    names = sorted(shipped)[3:5]
+    for i, name in enumerate([*names, "of no mask"]):
+        save(noise(i, (256, 256)), root / f"testA/{name}.jpg")
+    save(noise(9, (256, 256)), root / "testB/0.jpg")
+    store(AtoB=generator)
+    assert run("net", dataset="horse2zebra") == 0
+    assert "object masks for 2" in capsys.readouterr().out
+    masks = [shipped[name].resize((32, 32), Image.Resampling.BILINEAR) for name in names]
+    _, foreground = by_hand(generator, torch.stack([read(root / f"testA/{name}.jpg") for name in names]))
+    tensors = [torch.from_numpy(np.array(mask))[None] for mask in masks]
+    expected = np.mean([iou(a, m) for a, m in zip(foreground, tensors, strict=True)])
+    assert figures()["IoU"] == pytest.approx(expected) and 0 < expected < 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Figures of sets
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_sets_are_compared_by_their_features():
+    make_set(SMALL, nA=5, nB=5, tests=12)
+    generator = tiny()
+    store(AtoB=generator)
+    assert run("net", extractor="tiny") == 0
+    inputs, targets = side("testA"), side("testB")
+    parts = [by_hand(generator, part)[0] for part in inputs.split(8)]
+    extractor = Extractor("tiny", None, CPU)
+    x, y, source = (extractor(f.to(torch.uint8)).vectors for f in (torch.cat(parts), targets, inputs))
+    f = figures()
+    assert f["FID-tiny"] == pytest.approx(metrics.frechet_distance(x, y), rel=1e-4)
+    assert f["KID-tiny"] == pytest.approx(metrics.kernel_distance(x, y), rel=1e-5)
+    assert [f["KID-tiny low"], f["KID-tiny high"]] == pytest.approx(metrics.kernel_distance_interval(x, y), rel=1e-4)
+    blocks = f["KID-tiny blocks of 10"], f["KID-tiny blocks of 10 error"]
+    assert blocks == pytest.approx(metrics.kernel_distance_in_blocks(x, y), rel=1e-4)
+    assert f["KID-tiny U-GAT-IT"] == pytest.approx(metrics.ugatit_kernel_distance(x, y, source), rel=1e-4)
+    assert row()["untranslated"]["KID-tiny"] == pytest.approx(metrics.kernel_distance(source, y), rel=1e-5)
+    assert "FID" not in f and "KID" not in f  # those are Inception's
+
+
+def floor_by_hand(n_draws, index, n):
+    """KID and FID of each draw of n training pictures of B."""
+    extractor, train = Extractor("tiny", None, CPU), side("trainB")
+    target = extractor(side("testB").to(torch.uint8)).vectors
+    rng = np.random.default_rng((7, index))
+    draws = [extractor(train[rng.permutation(len(train))[:n]].to(torch.uint8)).vectors for _ in range(n_draws)]
+    return [(metrics.kernel_distance(d, target), metrics.frechet_distance(d, target)) for d in draws]
+
+
+def test_the_floor_is_the_mean_and_deviation_over_draws_of_real_pictures(capsys):
+    make_set(SMALL, nA=4, nB=9, tests=5)
+    store(AtoB=fading(0.5))
+    assert run("net --floor_draws 3", extractor="tiny") == 0
+    found = row()
+    kids, fids = zip(*floor_by_hand(3, 0, n=5), strict=True)
+    assert found["floor"]["KID-tiny"] == pytest.approx(np.mean(kids), rel=1e-4)
+    assert found["floor_deviation"]["KID-tiny"] == pytest.approx(np.std(kids), rel=1e-3) and np.std(kids) > 0
+    assert found["floor"]["FID-tiny"] == pytest.approx(np.mean(fids), rel=1e-3)
+    assert found["floor_deviation"]["FID-tiny"] == pytest.approx(np.std(fids), rel=1e-3)
+    cells = table(capsys.readouterr().out)["AtoB", "real training pictures"]
+    assert cells["FID-tiny"] == f"{np.mean(fids):.1f} ± {np.std(fids):.1f}"
+    assert cells["100 KID-tiny"] == f"{100 * np.mean(kids):.2f} ± {100 * np.std(kids):.2f}"
+    assert cells["95 % interval"] == cells["as U-GAT-IT"] == "-"
+    shutil.rmtree("images")
+    assert run("net --floor_draws 3", extractor="tiny") == 0
+    assert row()["floor"] == found["floor"] and row()["floor_deviation"] == found["floor_deviation"]
+
+
+def test_the_floor_draws_no_more_than_there_are(capsys):
+    make_set(SMALL, nA=3, nB=3, tests=5)
+    store(AtoB=fading(0.5))
+    assert run("net", extractor="tiny") == 0
+    kids, _ = zip(*floor_by_hand(1, 0, n=3), strict=True)
+    assert row()["floor"]["KID-tiny"] == pytest.approx(kids[0], rel=1e-4)
+    assert row()["floor_deviation"]["KID-tiny"] == pytest.approx(0, abs=1e-9)  # all draws take all
+    capsys.readouterr()
+    assert run("net --floor_draws 0", extractor="tiny") == 0
+    assert row()["floor"] == row()["floor_deviation"] == {}
+    assert [label for _, label in table(capsys.readouterr().out)] == ["untranslated", "net"]
+    shutil.rmtree(SMALL / "trainB")
+    assert run("net", extractor="tiny") == 0
+    assert row()["floor"] == {}
+
+
+def test_sets_too_unlike_for_blocks_have_the_other_figures(capsys):
+    make_set(SMALL, nA=3, nB=4, tests=3)
+    for i in range(3, 21):
+        save(noise(500 + i), SMALL / f"testB/{i}.png")
+    store(AtoB=fading(0.5))
+    assert run("net", extractor="tiny") == 0
+    assert figures()["KID-tiny blocks of 10"] is None and figures()["KID-tiny U-GAT-IT"] is None
+    assert figures()["KID-tiny"] > 0 and row()["floor"]["FID-tiny"] > 0
+    cells = table(capsys.readouterr().out)
+    assert cells["AtoB", "net"]["blocks of 10"] == cells["AtoB", "real training pictures"]["blocks of 10"] == "-"
+
+
+def test_a_classifier_counts_the_pictures_of_the_targets_class(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Extractor", Classifier)
+    root = Path("data/horse2zebra")
+    for name, bright in {"trainA": "0010", "trainB": "110", "testA": "0100", "testB": "11110"}.items():
+        for i, b in enumerate(bright):
+            image = noise(i + 10 * len(name) + ord(name[-1])).point(lambda v, b=b: v // 4 + 180 * (b == "1"))
+            save(image, root / name / f"{i}.png")
+    store(AtoB=fading(1), BtoA=fading(0.1, towards=-1.0))
+    assert run("net", dataset="horse2zebra", extractor="any") == 0
+    there, back = row("AtoB"), row("BtoA")
+    assert there["figures"]["zebra rate"] == there["untranslated"]["zebra rate"] == 0.25
+    assert there["floor"]["zebra rate"] == pytest.approx(2 / 3) and there["floor_deviation"]["zebra rate"] < 1e-6
+    assert back["figures"]["sorrel rate"] == 1 and back["untranslated"]["sorrel rate"] == pytest.approx(0.2)
+    assert there["sheet_ordered_by"] == "probability of 'zebra'" and "sorrel rate" not in there["figures"]
+    cells = table(capsys.readouterr().out)
+    assert cells["AtoB", "net"]["zebra rate"] == "0.250" and cells["BtoA", "net"]["sorrel rate"] == "1.000"
+    assert "FID-bright" in there["figures"]
+
+    shutil.copytree(root, SMALL)
+    assert run("net", extractor="any") == 0  # no known classes
+    assert not any(key.endswith("rate") for key in figures())
+    assert run("net --class_B sorrel", extractor="any") == 0
+    assert figures()["sorrel rate"] == 0.75 and "sorrel rate" not in figures("BtoA")
+    assert run("net --class_A horse", extractor="any") == 2
+    assert "horse: no class of brightness, expected a name like zebra" in capsys.readouterr().err
+
+
+def test_cycle_errors_are_of_the_pictures_in_8_bits_and_back():
+    make_set(SMALL, tests=3)
+    generators = {"AtoB": tiny(0), "BtoA": tiny(1)}
+    store(**generators)
+    assert run("net") == 0
+    for first, second in (("AtoB", "BtoA"), ("BtoA", "AtoB")):
+        inputs = side(f"test{first[0]}")
+        there, _ = by_hand(generators[first], inputs)
+        back, _ = by_hand(generators[second], there)
+        assert figures(first)["cycle error"] == pytest.approx(distance(back, inputs), rel=1e-5)
+    assert abs(figures("AtoB")["cycle error"] - figures("BtoA")["cycle error"]) > 1e-3
+    assert run("net --direction BtoA") == 0  # the way back is there all the same
+    assert [r["direction"] for r in report()["rows"]] == ["BtoA"]
+    assert figures("BtoA")["cycle error"] > 0.01
+
+
+def test_a_single_file_serves_its_own_direction_and_has_no_way_back(small_set, capsys):
+    store(AtoB=tiny(0), BtoA=tiny(1))
+    assert run("net/BtoA.pt") == 0
+    assert [r["direction"] for r in report("net_BtoA")["rows"]] == ["BtoA"]
+    assert "cycle error" not in figures("BtoA", "net_BtoA")
+    assert table(capsys.readouterr().out).keys() == {("BtoA", "net_BtoA")}
+
+
+def test_generators_without_masks_have_figures_of_change_alone():
+    make_set(SMALL, tests=3)
+    blobs(SMALL / "testA_mask", "012")
+    store(AtoB=tiny(network=ResNetGenerator))
+    assert run("net") == 0
+    assert figures().keys() == {"change IoU", "change AP", "background error", "change"}
+    assert 0 < figures()["change IoU"] < 1 and 0 < figures()["background error"] < 2
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Rows
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_what_is_written(capsys):
+    make_set(SMALL, nA=13, nB=13, tests=12)
+    blobs(SMALL / "testA_mask", map(str, range(12)))
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    store("saved_models/one", AtoB=tiny(0), BtoA=tiny(1))
+    store("two", AtoB=tiny(2, ResNetGenerator))
+    assert run("one two", extractor="tiny") == 0
+    out = capsys.readouterr().out
+    cells = table(out)
+    labels = ["real training pictures", "untranslated", "one", "two"]
+    expected = [("AtoB", label) for label in labels] + [("BtoA", label) for label in labels[:3]]
+    assert list(cells) == expected
+    assert out.count(" one ") == 2 + 1 + 2  # realism both ways, masks of A, truth of A and change of both
+
+    def shown(value, digits, beside=None):
+        return "-" if value is None else f"{value:.{digits}f}" + ("" if beside is None else f" ± {beside:.{digits}f}")
+
+    for (direction, label), row_of in cells.items():
+        if label in ("one", "two"):
+            f = figures(direction, label)
+        elif label == "untranslated":
+            f = row(direction, "one")["untranslated"]
+        else:
+            continue
+        kid = "KID-tiny"
+        hundred = {key: 100 * value for key, value in f.items() if key.startswith(kid)}
+        assert row_of["FID-tiny"] == shown(f["FID-tiny"], 1) and row_of[f"100 {kid}"] == shown(hundred[kid], 2)
+        assert row_of["95 % interval"] == f"{hundred[f'{kid} low']:.2f} to {hundred[f'{kid} high']:.2f}"
+        blocks = hundred[f"{kid} blocks of 10"], 2, hundred[f"{kid} blocks of 10 error"]
+        assert row_of["blocks of 10"] == shown(*blocks)
+        assert row_of["as U-GAT-IT"] == shown(hundred[f"{kid} U-GAT-IT"], 2)
+        for key in ("IoU", "AP", "background attention", "change IoU", "change AP", "background error"):
+            assert row_of.get(key, "-") == shown(f.get(key), 3)
+        for key, digits in {"L1": 3, "PSNR": 2, "SSIM": 3, "cycle error": 3, "change": 3}.items():
+            assert row_of.get(key, "-") == shown(f.get(key), digits)
+    assert cells["AtoB", "one"]["IoU"] != "-" and cells["AtoB", "two"]["IoU"] == "-"
+    assert report("one")["rows"][0]["floor"] == report("two")["rows"][0]["floor"]
+    assert [r["direction"] for r in report("one")["rows"]] == ["AtoB", "BtoA"]
+    assert all(len(line) < 160 for line in out.splitlines())
+
+
+def test_the_report_names_its_protocol(small_set, capsys):
+    store(AtoB=fading(0.5))
+    assert run("net --floor_draws 2", extractor="tiny") == 0
+    protocol = report()["protocol"]
+    assert protocol["dataset"] == "small" and protocol["extractor"] == "tiny" and protocol["floor_draws"] == 2
+    assert protocol["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"torchvision", "pillow", "torch-fidelity", "torchmetrics"} <= protocol["versions"].keys()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", protocol["date"])
+    assert row()["step"] == 7 and row()["pictures"] == {"translated": 2, "target": 2}
+    out = capsys.readouterr().out
+    assert "features: tiny\n" in out and out.endswith("images/net: evaluation.json, sheets and translations\n")
+
+
+def test_the_median_and_the_worst_stand_below_the_checkpoints(capsys):
+    make_set(SMALL, tests=4)
+    blobs(SMALL / "testA_mask", "0123")
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    names = [f"run_{seed}" for seed in range(3)]
+    for seed, name in enumerate(names):
+        store(name, AtoB=tiny(seed), BtoA=tiny(10 + seed))
+    assert run(f"{' '.join(names)} --spread", extractor="tiny") == 0
+    cells = table(capsys.readouterr().out)
+    assert [label for d, label in cells if d == "AtoB"][2:] == [*names, "median", "worst"]
+    lower = {"FID-tiny": 1, "100 KID-tiny": 1, "L1": 1, "background attention": 1, "background error": 1}
+    lower["cycle error"] = 1
+    higher = ("IoU", "AP", "change IoU", "change AP", "PSNR", "SSIM")
+    for key in (*lower, *higher):
+        values = [float(cells["AtoB", name][key]) for name in names]
+        assert len(set(values)) > 1
+        assert float(cells["AtoB", "median"][key]) == statistics.median(values), key
+        assert float(cells["AtoB", "worst"][key]) == (max if key in lower else min)(values), key
+    both = [float(cells["BtoA", name]["cycle error"]) for name in names]
+    assert float(cells["BtoA", "worst"]["cycle error"]) == max(both)
+    assert run(f"{names[0]} --spread") == 0  # of one alone there is none
+    assert "median" not in capsys.readouterr().out
+
+
+def test_the_worst_class_rate_is_the_least(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Extractor", Classifier)
+    make_set(SMALL, tests=2)
+    for name, towards in (("bright", 1.0), ("dark", -1.0)):
+        store(name, AtoB=fading(0.1, towards))
+    assert run("bright dark --spread --class_B zebra", extractor="any") == 0
+    cells = table(capsys.readouterr().out)
+    rates = {label: cells["AtoB", label]["zebra rate"] for label in ("bright", "dark", "median", "worst")}
+    assert rates == {"bright": "1.000", "dark": "0.000", "median": "0.500", "worst": "0.000"}
+
+
+def test_the_spread_is_of_what_all_checkpoints_have(capsys):
+    make_set(SMALL, tests=3)
+    blobs(SMALL / "testA_mask", "012")
+    store("one", AtoB=tiny(0), BtoA=tiny(1))
+    store("two", AtoB=tiny(2, ResNetGenerator))
+    for order in ("one two", "two one"):
+        assert run(f"{order} --spread") == 0
+        cells = table(capsys.readouterr().out)
+        errors = [float(cells["AtoB", name]["background error"]) for name in ("one", "two")]
+        assert float(cells["AtoB", "worst"]["background error"]) == max(errors)
+        assert cells["AtoB", "worst"]["IoU"] == cells["AtoB", "median"]["IoU"] == "-"
+
+
+def test_the_best_by_validation_has_a_row_of_its_own(small_set, capsys):
+    generators = {"last": tiny(0), "best": tiny(1)}
+    store("saved_models/run", AtoB=generators["last"])
+    store("saved_models/run/best", AtoB=generators["best"])
+    assert run("run") == 0
+    assert list(table(capsys.readouterr().out)) == [("AtoB", "run"), ("AtoB", "run, best by validation")]
+    inputs = side("testA")
+    for key, weights, folder in (("last", "last", "AtoB"), ("best", "best by validation", "AtoB_best")):
+        expected, _ = by_hand(generators[key], inputs)
+        assert torch.equal(side(f"translated_{folder}", Path("images/run")), expected)
+        assert figures(name="run", weights=weights)["change"] == pytest.approx(distance(expected, inputs), rel=1e-5)
+        assert Path(f"images/run/evaluation_{folder}.png").exists()
+
+
+@pytest.fixture
+def kept():
+    """A run with three kept generators; nearer to the input (more kept) is nearer to the target, further from truth."""
+    make_set(SMALL, tests=4)
+    for side_ in "AB":  # distances grow as pictures fade, both ways
+        shutil.rmtree(SMALL / f"test{side_}")
+        for i in range(4):
+            save(noise(i), SMALL / f"test{side_}/{i}.png")
+            save(Image.new("RGB", (40, 36), (128, 128, 128)), SMALL / f"test{side_}_truth/{i}.png")
+    store("saved_models/run", AtoB=fading(0.7), BtoA=fading(0.7))
+    shares = {"000100": (0.95, 0.3), "000200": (0.8, 0.9), "000300": (0.4, 0.35)}
+    for step, (there, back) in shares.items():
+        store(f"saved_models/run/kept/{step}", AtoB=fading(there), BtoA=fading(back))
+    return shares
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "extra, extractor, chosen",
     [
-        ("--checkpoint nowhere", "nowhere: no generator for AtoB found"),
-        ("--checkpoint folder/BtoA.pt", "folder/BtoA.pt: translates BtoA, expected AtoB (a folder serves both)"),
-        ("--checkpoint folder --dataset_name other", "data/other/testA: no test pictures there"),
-        ("--checkpoint folder --dataset_name small", "data/small/testA_mask: 0 pictures, expected 2"),
+        ("", "none", "000300"),  # L1 0.4 + 0.35
+        ("--direction BtoA", "none", "000100"),  # L1 0.3
+        ("", "tiny", "000200"),  # KID comes first
+        ("--direction AtoB", "tiny", "000100"),
     ],
 )
-def test_what_does_not_fit_is_named(small_set, capsys, arguments, message):
-    save("folder", AttentionGenerator(ngf=4, n_residual_blocks=1))
-    assert evaluate.main(arguments.split()) == 2
-    assert message in capsys.readouterr().err
+def test_the_oracle_is_the_kept_generator_that_is_best_in_sum(kept, capsys, extra, extractor, chosen):
+    assert run(f"run --oracle {extra}", extractor=extractor) == 0
+    out = capsys.readouterr().out
+    for i, direction in enumerate(("AtoB", "BtoA")):
+        if direction in extra or not extra:
+            expected, _ = by_hand(fading(kept[chosen][i]), side(f"test{direction[0]}"))
+            found = side(f"translated_{direction}_oracle", Path("images/run"))
+            assert torch.equal(found, expected)
+            assert figures(direction, "run", "best by test (oracle)")["L1"] == pytest.approx(
+                distance(expected, side(f"test{direction[0]}_truth")), rel=1e-5
+            )
+            assert (direction, "run, best by test (oracle)") in table(out)
+            assert figures(direction, "run", "last")["L1"] > 0  # the last stands beside it
+        else:
+            assert not Path(f"images/run/translated_{direction}_oracle").exists()
+
+
+def test_an_oracle_needs_something_to_choose_from_and_by(kept, capsys):
+    for side_ in "AB":
+        shutil.rmtree(SMALL / f"test{side_}_truth")
+    assert run("run --oracle") == 2
+    assert "--oracle chooses by KID or L1: needs an --extractor or true translations" in capsys.readouterr().err
+    shutil.rmtree("saved_models/run/kept")
+    assert run("run --oracle", extractor="tiny") == 2
+    assert "--oracle: nothing in saved_models/run/kept; train.py --keep_evaluated keeps" in capsys.readouterr().err
+
+
+def test_checkpoints_of_other_sizes_have_rows_of_their_own(small_set, capsys):
+    store("one", AtoB=fading(1))
+    store("two", AtoB=fading(1), size=(16, 24))
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    assert run("one two") == 0
+    cells = table(capsys.readouterr().out)
+    assert [label for _, label in cells] == ["untranslated at 32 x 32", "one", "untranslated at 16 x 24", "two"]
+    assert cells["AtoB", "two"]["L1"] == cells["AtoB", "untranslated at 16 x 24"]["L1"]
+    assert row(name="two")["size"] == [16, 24]
+    expected = distance(side("testA", size=(16, 24)), side("testA_truth", size=(16, 24)))
+    assert figures(name="two")["L1"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_names_with_a_dot_stay_apart(small_set, capsys):
+    for name, keep in (("weight_0.1", 0.3), ("weight_0.5", 0.8)):
+        store(f"saved_models/{name}", AtoB=fading(keep))
+    assert run("weight_0.1 weight_0.5") == 0
+    assert list(table(capsys.readouterr().out)) == [("AtoB", "weight_0.1"), ("AtoB", "weight_0.5")]
+    assert figures(name="weight_0.1")["change"] > figures(name="weight_0.5")["change"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The sheet
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sheet_shows_the_best_the_median_and_the_worst(monkeypatch):
+    make_set(SMALL, tests=11)
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    store(AtoB=tiny(0), BtoA=tiny(1))
+    drawn = []
+    draw = utils.draw_sheet
+    monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append((columns, o)) or draw(columns, **o))
+    assert run("net --direction AtoB") == 0
+    ((columns, options),) = drawn
+    assert list(columns) == ["input", "output", "attention", "truth", "recovered"]
+    assert options["title"] == "best, median and worst by mean absolute error to the true translation"
+    assert options["title"].endswith(row()["sheet_ordered_by"])
+
+    paths = sorted((SMALL / "testA").iterdir())
+    outputs = torch.stack([read(f"images/net/translated_AtoB/{p.stem}.png") for p in paths])
+    inputs, truths = (torch.stack([read(SMALL / name / p.name) for p in paths]) for name in ("testA", "testA_truth"))
+    order = (outputs - truths).abs().mean(dim=(1, 2, 3)).argsort()
+    chosen = order[[0, 1, 2, 4, 5, 6, 8, 9, 10]]
+    for name, images in (("input", inputs), ("output", outputs), ("truth", truths)):
+        assert torch.allclose((columns[name] + 1) * 127.5, images[chosen], atol=0.01), name
+    parts = [by_hand(tiny(0), images)[1] for images in inputs.split(8)]
+    assert torch.allclose(columns["attention"], 2 * torch.cat(parts)[chosen] - 1, atol=1e-5)
+    back = torch.cat([by_hand(tiny(1), images)[0] for images in outputs.split(8)])
+    assert ((columns["recovered"] + 1) * 127.5 - back[chosen]).abs().max() < 1.01
+    with Image.open("images/net/evaluation_AtoB.png") as sheet:
+        assert sheet.width > 5 * 96 and sheet.height > 9 * 96
+
+
+def test_few_pictures_stand_on_the_sheet_once(small_set, monkeypatch):
+    store(AtoB=tiny(network=ResNetGenerator))
+    drawn = []
+    draw = utils.draw_sheet
+    monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append(columns) or draw(columns, **o))
+    assert run("net") == 0
+    assert list(drawn[0]) == ["input", "output"] and len(drawn[0]["output"]) == 2
+
+
+def test_what_orders_the_sheet_depends_on_what_there_is():
+    make_set(SMALL, tests=4)
+    store(AtoB=tiny())
+    found, reference = judged()
+    changes = (found.images.float() - reference.inputs.float()).abs().mean(dim=(1, 2, 3)) / 127.5
+    assert found.rule == "mean change of the input" and torch.allclose(found.scores, changes, atol=1e-6)
+
+    blobs("masks/testA", ["0", "2", "3"])
+    found, reference = judged(mask_dir=Path("masks"))
+    assert found.rule == "IoU of attention and object" and found.scores[1] == -1
+    expected = [iou(found.foreground[i], 255 * reference.masks[j]) for j, i in enumerate((0, 2, 3))]
+    assert found.scores[[0, 2, 3]].tolist() == pytest.approx(expected)
+
+    extractor = Extractor("tiny", None, CPU)
+    found, reference = judged(mask_dir=Path("masks"), extractor=extractor)
+    assert found.rule.startswith("likeness to the target's test pictures")
+    sets = (extractor(images).vectors for images in (found.images, reference.targets, reference.inputs))
+    assert torch.allclose(found.scores, metrics.resemblance(*sets), rtol=1e-4)
+
+    found, _ = judged(extractor=Classifier(), classes={"B": "zebra"})
+    odds = found.images.float().mean(dim=(1, 2, 3)) / 127.5 - 1
+    assert found.rule == "probability of 'zebra'"
+    assert torch.allclose(found.scores, torch.sigmoid(2 * odds).log(), atol=1e-5)
+
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    found, reference = judged(extractor=Classifier(), classes={"B": "zebra"}, mask_dir=Path("masks"))
+    errors = (found.images.float() - reference.truths.float()).abs().mean(dim=(1, 2, 3)) / 127.5
+    assert found.rule == "mean absolute error to the true translation"
+    assert torch.allclose(found.scores, -errors, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Options and what does not fit
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_an_extractor_no_extra_package_is_needed(small_set, monkeypatch, capsys):
+    store(AtoB=tiny())
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("torch_fidelity", "torchmetrics"):
+            monkeypatch.setitem(sys.modules, name, None)
+    assert run("net") == 0
+    assert figures().keys() == {"change"} and report()["protocol"]["extractor"] == "none"
+    assert run("net", extractor="tiny") == 2
+    assert "--extractor tiny needs torch_fidelity.utils" in capsys.readouterr().err
+
+
+def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", unreachable)
+    store(AtoB=tiny())
+    assert evaluate.main(["--dataset_name", "small", "--checkpoint", "net", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert "--extractor inception-v3-compat: cannot be made" in err and f"--extractor {EFFICIENTNET}" in err
+    assert "--inception PATH" in err and not Path("images").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, extractor, message",
+    [
+        ("nowhere", "none", "nowhere: no generator for AtoB found"),
+        ("net nowhere", "none", "nowhere: no generator for AtoB found"),
+        ("net/AtoB.pt --direction BtoA", "none", "net/AtoB.pt: translates AtoB, expected BtoA (a folder serves both)"),
+        ("half --direction AtoB BtoA", "none", "half: translates AtoB, expected BtoA (a folder serves both)"),
+        ("net --mask_dir nowhere", "none", "--mask_dir nowhere: no such folder"),
+        ("net --mask_dir masks", "none", "masks/testA: no mask there is named as a test picture, as 0"),
+        ("net --floor_draws -1", "none", "--floor_draws -1: expected at least 0"),
+        ("net", "huge", "--extractor huge: unknown, expected none, "),
+        ("net --inception notes.txt", "inception-v3-compat", "--inception notes.txt: not a readable weights file"),
+        ("net --oracle", "none", "--oracle: nothing in saved_models/net/kept"),
+        ("net --data_dir elsewhere", "none", "elsewhere/small/testA: no test pictures there"),
+        ("notes.txt", "none", "notes.txt: not a readable weights file"),
+    ],
+)
+def test_what_does_not_fit_is_named(small_set, capsys, arguments, extractor, message):
+    store(AtoB=tiny(), BtoA=tiny())
+    store("half", AtoB=tiny())
+    blobs("masks/testA", ["another"])
+    Path("notes.txt").write_text("milk, bread")
+    before = below(Path())
+    assert run(arguments, extractor=extractor) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("evaluate.py: error: ") and message in err
+    assert below(Path()) == before
+
+
+@pytest.mark.parametrize("folder", ["testA", "testB"])
+def test_both_sides_need_test_pictures(small_set, capsys, folder):
+    store(AtoB=tiny())
+    shutil.rmtree(SMALL / folder)
+    assert run("net") == 2
+    assert f"data/small/{folder}: no test pictures there" in capsys.readouterr().err
+
+
+def test_a_truth_that_is_missing_is_named(small_set, capsys):
+    store(AtoB=tiny())
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    (SMALL / "testA_truth/1.png").unlink()
+    assert run("net") == 2
+    assert "data/small/testA_truth: no picture named 1, expected one for each test picture" in capsys.readouterr().err
+    assert len(find_pictures(SMALL / "testA")) == 2
+
+
+def test_kid_needs_two_pictures(small_set, capsys):
+    store(AtoB=tiny())
+    (SMALL / "testA/1.png").unlink()
+    assert run("net") == 0
+    assert run("net", extractor="tiny") == 2
+    assert "KID of 1 and 2 pictures: expected at least 2 each" in capsys.readouterr().err
