@@ -120,6 +120,8 @@ class Exam:
     ):
         self.root, self.extractor, self.mask_dir = root, extractor, mask_dir
         self.classes = {side: (classes or {}).get(side) for side in "AB"}
+        if any(self.classes.values()) and not (extractor and extractor.categories):
+            raise InputError(f"--class_A and --class_B need a classifier, --extractor {EFFICIENTNET}")
         if extractor is not None and extractor.categories:
             known = dict(zip("AB", CLASSES.get(root.name, (None, None)), strict=True))
             self.classes = {side: given or known[side] for side, given in self.classes.items()}
@@ -230,6 +232,8 @@ class Exam:
         if self.extractor is None or not pictures or n_draws == 0:
             return {}, {}
         n = min(len(reference.inputs), len(pictures))
+        if n < 2:
+            return {}, {}
         rng = np.random.default_rng((7, DIRECTIONS.index(direction)))  # 7: see datasets.py, "Randomness"
         draws = [rng.permutation(len(pictures))[:n] for _ in range(n_draws)]
         union = sorted(set(np.concatenate(draws).tolist()))
@@ -239,7 +243,8 @@ class Exam:
             taken = torch.tensor([union.index(i) for i in draw.tolist()])
             part = Features(features.vectors[taken], None if features.logits is None else features.logits[taken])
             rows.append(realism(part, reference))
-        keys = [key for key in rows[0] if not key.endswith(("low", "high", "error")) and "U-GAT-IT" not in key]
+        left_out = ("low", "high", "error", "U-GAT-IT")
+        keys = [k for k in rows[0] if not k.endswith(left_out) and all(row[k] is not None for row in rows)]
         mean: Figures = {key: statistics.mean(row[key] for row in rows) for key in keys}
         spread: Figures = {key: statistics.pstdev(row[key] for row in rows) for key in keys}
         return mean, spread
@@ -313,8 +318,8 @@ def means(figures: Mapping[str, Tensor]) -> Figures:
 
 
 def without_nan(figures: Figures) -> Figures:
-    """None for what could not be measured, as JSON has no nan."""
-    return {key: None if value is None or math.isnan(value) else value for key, value in figures.items()}
+    """None for what has no number, as JSON has neither nan nor infinity (PSNR of equal pictures)."""
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in figures.items()}
 
 
 class Judged(NamedTuple):
@@ -386,8 +391,9 @@ def find_entries(where: str, wanted: Sequence[str] | None, device: torch.device)
     """
     name = output_name(where)
     entries = entries_of(where, name, LAST, wanted, device)
-    if (utils.SAVED_MODELS / where / "best").is_dir():
-        entries += entries_of(f"{where}/best", name, BEST, wanted, device)
+    best = run_folder(where) / "best"
+    if best.is_dir():
+        entries += entries_of(str(best), name, BEST, wanted, device)
     return entries
 
 
@@ -412,16 +418,25 @@ def find_oracle(
     where: str, wanted: Sequence[str] | None, device: torch.device, compare: Callable[[Entry], float]
 ) -> list[Entry]:
     """Of the generators that ``--keep_evaluated`` kept, those with the least sum of ``compare`` over the directions."""
-    kept = sorted((utils.SAVED_MODELS / where / "kept").glob("*"))
+    folder = run_folder(where) / "kept"
+    kept = sorted(folder.glob("*"))
     if not kept:
-        raise InputError(f"--oracle: nothing in {utils.SAVED_MODELS / where / 'kept'}; train.py --keep_evaluated keeps")
+        raise InputError(f"--oracle: nothing in {folder}; train.py --keep_evaluated keeps")
     choices = [entries_of(str(folder), output_name(where), ORACLE, wanted, device) for folder in kept]
     return min(choices, key=lambda entries: sum(map(compare, entries)))
 
 
+def run_folder(where: str) -> Path:
+    """The folder that may hold ``best`` and ``kept``, for a run by its name or its path."""
+    return Path(where) if Path(where).is_dir() else utils.SAVED_MODELS / where
+
+
 def output_name(where: str) -> str:
     """The folder below ``images`` for what is measured of a checkpoint: the run's, or one named after the path."""
-    return "_".join(part for part in Path(where).with_suffix("").parts[-2:] if part not in ("/", ".", ".."))
+    parts = Path(where.removesuffix(".pth").removesuffix(".pt")).parts
+    if parts[:1] == utils.SAVED_MODELS.parts:
+        parts = parts[1:]
+    return "_".join(part for part in parts[-3:] if part not in ("/", ".", ".."))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -512,7 +527,7 @@ def print_table(rows: Sequence[Row]) -> None:
 def spread_rows(rows: Sequence[Row]) -> Iterator[Row]:
     """The median and the worst of each figure over the rows of one direction."""
     better_low = ("FID", "KID", "L1", "background", "cycle error")
-    columns = {key: [row.figures[key] for row in rows] for key in rows[0].figures}
+    columns = {key: [row.figures.get(key) for row in rows] for key in rows[0].figures}
     whole = {key: values for key, values in columns.items() if None not in values and key != "change"}
     yield Row("median", rows[0].direction, {key: statistics.median(v) for key, v in whole.items()}, {})
     worst = {key: (max if key.startswith(better_low) else min)(values) for key, values in whole.items()}
@@ -625,8 +640,9 @@ def evaluate(options: argparse.Namespace) -> None:
                     }
                 )
             rows += measured
-            if options.spread and len(measured) > 1:
-                rows += spread_rows(measured)
+            last = [row for row, entry in zip(measured, mine, strict=True) if entry.weights == LAST]
+            if options.spread and len(last) > 1:
+                rows += spread_rows(last)
     print_table(rows)
     print(exam.describe(references))
     protocol = {
@@ -677,14 +693,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for values that cannot be meant, alone or together."""
+    if options.floor_draws < 0:
+        raise InputError(f"--floor_draws {options.floor_draws}: expected at least 0")
+    if options.mask_dir is not None and not any((options.mask_dir / f"test{side}").is_dir() for side in "AB"):
+        raise InputError(f"--mask_dir {options.mask_dir}: expected a folder with testA, testB or both")
+    if options.inception is not None and options.extractor in ("none", EFFICIENTNET):
+        raise InputError(f"--inception is for torch-fidelity's extractors, found --extractor {options.extractor}")
+    names: dict[str, str] = {}
+    for where in options.checkpoint:
+        if names.setdefault(output_name(where), where) != where:
+            other = names[output_name(where)]
+            raise InputError(f"--checkpoint {other} and {where} would both be written to images/{output_name(where)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
 
     def work() -> int:
-        if options.floor_draws < 0:
-            raise InputError(f"--floor_draws {options.floor_draws}: expected at least 0")
-        if options.mask_dir is not None and not options.mask_dir.is_dir():
-            raise InputError(f"--mask_dir {options.mask_dir}: no such folder")
+        check_options(options)
         evaluate(options)
         return 0
 

@@ -109,8 +109,8 @@ def kernel_distance_interval(
     """A percentile bootstrap interval of ``kernel_distance``: both sets are drawn again, with replacement."""
     rng = np.random.default_rng((6, seed))  # 6: see datasets.py, "Randomness"
     counts = [torch.from_numpy(rng.multinomial(len(f), np.full(len(f), 1 / len(f)), n_draws)).double() for f in (x, y)]
-    draws = weighted_kernel_distance(x, y, *counts)
-    low, high = draws.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    draws = weighted_kernel_distance(x, y, *counts)  # nan for a draw of one vector alone
+    low, high = draws.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -142,7 +142,7 @@ def kernel_distance_in_blocks(x: Tensor, y: Tensor, most: int = 10) -> tuple[flo
         return float("nan"), float("nan")
     # Blocks of nearly equal size, the larger ones last.
     blocks = zip(x.flip(0).tensor_split(n_blocks), y.flip(0).tensor_split(n_blocks), strict=True)
-    distances = torch.tensor([kernel_distance(*pair) for pair in blocks])
+    distances = torch.tensor([kernel_distance(*pair) for pair in blocks], dtype=torch.float64)
     error = (distances.std() / n_blocks**0.5).item() if n_blocks > 1 else float("nan")
     return distances.mean().item(), error
 

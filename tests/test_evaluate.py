@@ -872,12 +872,12 @@ def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, ca
         ("net nowhere", "none", "nowhere: no generator for AtoB found"),
         ("net/AtoB.pt --direction BtoA", "none", "net/AtoB.pt: translates AtoB, expected BtoA (a folder serves both)"),
         ("half --direction AtoB BtoA", "none", "half: translates AtoB, expected BtoA (a folder serves both)"),
-        ("net --mask_dir nowhere", "none", "--mask_dir nowhere: no such folder"),
+        ("net --mask_dir nowhere", "none", "--mask_dir nowhere: expected a folder with testA, testB or both"),
         ("net --mask_dir masks", "none", "masks/testA: no mask there is named as a test picture, as 0"),
         ("net --floor_draws -1", "none", "--floor_draws -1: expected at least 0"),
         ("net", "huge", "--extractor huge: unknown, expected none, "),
         ("net --inception notes.txt", "inception-v3-compat", "--inception notes.txt: not a readable weights file"),
-        ("net --oracle", "none", "--oracle: nothing in saved_models/net/kept"),
+        ("net --oracle", "none", "--oracle: nothing in net/kept"),
         ("net --data_dir elsewhere", "none", "elsewhere/small/testA: no test pictures there"),
         ("notes.txt", "none", "notes.txt: not a readable weights file"),
     ],
@@ -917,3 +917,38 @@ def test_kid_needs_two_pictures(small_set, capsys):
     assert run("net") == 0
     assert run("net", extractor="tiny") == 2
     assert "KID of 1 and 2 pictures: expected at least 2 each" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, extractor, message",
+    [
+        ("x/net x_net", "none", "x/net and x_net would both be written to images/x_net"),
+        ("net --inception w.pth", "none", "--inception is for torch-fidelity's extractors, found --extractor none"),
+        ("net --class_B zebra", "tiny", "--class_A and --class_B need a classifier"),
+    ],
+)
+def test_what_would_be_ignored_or_lost_is_refused(small_set, capsys, arguments, extractor, message):
+    store(AtoB=tiny())
+    assert run(arguments, extractor=extractor) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_by_its_path_has_its_best_row_and_spread_is_of_the_last_ones(small_set, capsys):
+    for seed in (0, 1):
+        store(f"saved_models/run_{seed}", AtoB=tiny(seed), BtoA=tiny(seed))
+        store(f"saved_models/run_{seed}/best", AtoB=tiny(seed + 2), BtoA=tiny(seed + 2))
+    assert run("saved_models/run_0 run_1 --spread --direction AtoB") == 0
+    out = capsys.readouterr().out
+    assert "run_0, best by validation" in out and "run_1, best by validation" in out
+    errors = [figures(name=f"run_{seed}")["cycle error"] for seed in (0, 1)]
+    assert f"median  {'':<20}{sum(errors) / 2:.3f}".split() == re.search(r"median +[\d.]+", out)[0].split()
+    assert f"worst {max(errors):.3f}".split() == re.search(r"worst +[\d.]+", out)[0].split()
+
+
+def test_one_training_picture_makes_no_floor(small_set):
+    store(AtoB=tiny())
+    for path in sorted((SMALL / "trainB").iterdir())[1:]:
+        path.unlink()
+    assert run("net", extractor="tiny") == 0
+    (row,) = json.loads(Path("images/net/evaluation.json").read_text())["rows"]
+    assert row["floor"] == {} and "KID-tiny" in row["figures"]
