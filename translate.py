@@ -29,6 +29,7 @@ from datasets import Picture, find_pictures, normalise, quantise, resize, to_ten
 from models import Translation, open_generator, translate_any_size
 from utils import InputError, say
 
+MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
 AHEAD = 2  # batches that are decoded, and that may wait to be written, while the generator works
 
 
@@ -72,14 +73,19 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_m
     a mask beside it, would overwrite an input or another output.
     """
     places = [output / (p.path.name if source.is_file() else p.path.relative_to(source)) for p in pictures]
-    alike = Counter(place.with_suffix("") for place in places)
+    alike = Counter(str(place.with_suffix("")).casefold() for place in places)  # some disks ignore case
     targets = [
-        place.with_suffix(".png") if alike[place.with_suffix("")] == 1 else place.with_name(f"{place.name}.png")
+        place.with_suffix(".png")
+        if alike[str(place.with_suffix("")).casefold()] == 1
+        else place.with_name(f"{place.name}.png")
         for place in places
     ]
-    for target, count in Counter(targets).items():
-        if count > 1:
-            raise InputError(f"--input {source}: {count} pictures would be written to {target}; rename all but one")
+    counts = Counter(str(target).casefold() for target in targets)
+    for target in targets:
+        if counts[str(target).casefold()] > 1:
+            raise InputError(f"--input {source}: two pictures would be written to {target}; rename one")
+        if source.is_file() and target.exists() and output.resolve() == source.parent.resolve():
+            raise InputError(f"--output {output}: {target} stands there already, expected a folder of its own")
     # Files are compared, not paths: links and letter case give one file several.
     inputs = {identity(p.path) for p in pictures} - {None}
     folders = {path.parent.resolve() for path in (*targets, *(p.path for p in pictures))}
@@ -123,12 +129,18 @@ def plan(
 
 
 def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
-    """Equal sizes together, the largest pictures last: what runs out of memory then costs no other its turn."""
+    """Equal sizes together, at most ``batch_size`` pictures and, but for single ones, ``MOST_PIXELS`` pixels.
+
+    The largest pictures come last: what runs out of memory then costs no other its turn.
+    """
     groups = defaultdict(list)
     for task in tasks:
         groups[task.size].append(task)
-    ordered = sorted(groups.values(), key=lambda group: group[0].size[0] * group[0].size[1])
-    return [group[i : i + batch_size] for group in ordered for i in range(0, len(group), batch_size)]
+    batches = []
+    for (height, width), group in sorted(groups.items(), key=lambda item: item[0][0] * item[0][1]):
+        n = max(1, min(batch_size, MOST_PIXELS // (height * width)))
+        batches += [group[i : i + n] for i in range(0, len(group), n)]
+    return batches
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,7 +178,7 @@ def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, 
         image = quantise(translation.image).cpu()
         if not with_masks:
             return [Translation(i) for i in image]
-        # Masks from [0, 1] to the pictures' [-1, 1]; all to the CPU as uint8.
+        # quantise takes [-1, 1]; uint8 is a quarter of what would wait in memory to be written.
         attention, content = quantise(2 * translation.attention - 1).cpu(), quantise(translation.content).cpu()
         return [Translation(*parts) for parts in zip(image, attention, content, strict=True)]
     except (MemoryError, RuntimeError) as error:
@@ -286,7 +298,9 @@ def export(generator: nn.Module, path: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Translate pictures with a trained generator, or export it to ONNX.", allow_abbrev=False
+        description="Translate pictures with a trained generator, or export it to ONNX.",
+        formatter_class=utils.HelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, official ones too")
@@ -295,7 +309,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="folder for the translations")
     add("--recursive", action="store_true", help="the pictures in sub-folders too; the output has the same folders")
     add("--masks", action="store_true", help="write every mask and content as well, to NAME_masks beside NAME.png")
-    add("--batch_size", type=int, default=8, help="pictures of equal size that are translated at once (default: 8)")
+    add(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="pictures of equal size that are translated at once, fewer of large ones",
+    )
     add(
         "--max_size",
         type=int,
@@ -308,7 +327,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="MODEL.onnx",
         help="write the generator as ONNX instead, RGB in [0, 1] in and out",
     )
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto (default: auto)")
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     return parser
 
 

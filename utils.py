@@ -5,6 +5,7 @@ Nothing here knows a network or a data set.
 
 from __future__ import annotations
 
+import argparse
 import html
 import importlib
 import json
@@ -172,14 +173,12 @@ def exit_status(number: int) -> int:
     return 128 + number if number else 0
 
 
-def need(package: str, what_for: str) -> ModuleType:
+def need(package: str, what_for: str, how: str = "pip install -r requirements-extras.txt") -> ModuleType:
     """Import a package that only some uses need; InputError says how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(
-            f"{what_for} needs {package}, which cannot be imported ({error}): pip install -r requirements-extras.txt"
-        ) from error
+        raise InputError(f"{what_for} needs {package}, which cannot be imported ({error}): {how}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -272,8 +271,7 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
     """
     any_file, direction = direction is None, direction or "AtoB"
     official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}[direction]
-    places = [Path(where), SAVED_MODELS / where, SAVED_MODELS / "pretrained" / where]
-    for place in places:
+    for place in places(where):
         if place.is_file():
             if not any_file and place.name.startswith("latest_net_G_") and place.name != official:
                 raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
@@ -281,10 +279,15 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
         for name in (f"{direction}.pt", official):
             if (place / name).is_file():
                 return place / name
-    looked = ", ".join(dict.fromkeys(str(p) for p in places))
+    looked = ", ".join(dict.fromkeys(map(str, places(where))))
     raise InputError(
         f"{where}: no generator for {direction} found. Looked for a file, or {direction}.pt or {official} in {looked}"
     )
+
+
+def places(where: str | Path) -> list[Path]:
+    """Where a checkpoint may lie: the path itself, a run, shipped weights."""
+    return [Path(where), SAVED_MODELS / where, SAVED_MODELS / "pretrained" / where]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -548,6 +551,14 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
         if len(axes.lines) > 1:
             axes.legend(fontsize="xx-small", ncols=2)
     figure.savefig(path, dpi=80)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and leaves the epilog's lines as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or action.default is False or "(default" in (action.help or "")
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def to_device(
