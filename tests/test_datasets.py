@@ -1132,3 +1132,13 @@ def test_a_seeded_tenth_is_held_out_of_training(tmp_path):
     assert UnpairedDataset(root, (16, 16), seed=1).held_out == {"A": [], "B": []}
     with pytest.raises(InputError, match=r"trainB: 2 pictures, --eval_interval needs 3"):
         UnpairedDataset(make_set(tmp_path / "few", 5, 2), (16, 16), hold_out=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_halves_of_a_picture_are_held_out(tmp_path, seed):
+    for i in range(30):
+        plain(tmp_path / "train" / f"{i}.png", size=(16, 8))
+    dataset = UnpairedDataset(tmp_path, (16, 16), seed=seed, hold_out=True)
+    for sides, n in ((dataset.held_out, 3), (dataset.sides, 27)):
+        assert [p.path for p in sides["A"]] == [p.path for p in sides["B"]] and len(sides["A"]) == n
+        assert {p.half for p in sides["A"]} == {"left"} and {p.half for p in sides["B"]} == {"right"}

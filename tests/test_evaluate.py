@@ -1,5 +1,6 @@
 """Checkpoints measured on the test pictures: the protocol, the figures, the table and what is written."""
 
+import hashlib
 import json
 import math
 import re
@@ -74,13 +75,18 @@ def report(name="net") -> dict:
     return json.loads(Path(f"images/{name}/evaluation.json").read_text(), parse_constant=refuse)
 
 
-def row(direction="AtoB", name="net", weights="last") -> dict:
-    (found,) = [r for r in report(name)["rows"] if (r["direction"], r["weights"]) == (direction, weights)]
+def row(direction="AtoB", name="net", weights="last", **others) -> dict:
+    wanted = {"direction": direction, "weights": weights, **others}
+    (found,) = [r for r in report(name)["rows"] if wanted.items() <= r.items()]
     return found
 
 
 def figures(direction="AtoB", name="net", weights="last") -> dict:
     return row(direction, name, weights)["figures"]
+
+
+def protocol(direction="AtoB", name="net", weights="last") -> dict:
+    return row(direction, name, weights)["protocol"]
 
 
 def table(out: str) -> dict:
@@ -93,10 +99,10 @@ def table(out: str) -> dict:
     return found
 
 
-def read(path, size=(32, 32), channels=3, resample=Image.Resampling.BICUBIC) -> torch.Tensor:
+def read(path, size=(32, 32), channels=3) -> torch.Tensor:
     """A picture at a size, (channels, H, W) in [0, 255]."""
     with Image.open(path) as file:
-        image = file.convert("RGB" if channels == 3 else "L").resize(size[::-1], resample)
+        image = file.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).reshape(*size, channels).permute(2, 0, 1).float()
 
 
@@ -145,7 +151,7 @@ class Perfect(nn.Module):
         super().__init__()
         self.settings = {"channels": 3}
         self.inputs, self.truths = (side(name, root, size=(64, 64)) for name in ("testA", "testA_truth"))
-        grey = side("testA_mask", root, size=(64, 64), channels=1, resample=Image.Resampling.BILINEAR)
+        grey = side("testA_mask", root, size=(64, 64), channels=1)
         self.masks = (grey > 127).float()
 
     def forward(self, x):
@@ -155,13 +161,19 @@ class Perfect(nn.Module):
         return Translation(self.truths[chosen] / 127.5 - 1, torch.cat([foreground, 1 - foreground], dim=1))
 
 
+def stand_in(monkeypatch, generator, size=(64, 64), how="squash"):
+    """Every checkpoint is ``generator``, from A to B."""
+    about = {"options": {"img_height": size[0], "img_width": size[1], "resize": how}}
+    monkeypatch.setattr(evaluate, "open_generators", lambda *_: {"AtoB": (generator, about)})
+    monkeypatch.setattr(utils, "find_generator", lambda where, _: Path(where, "AtoB.pt"))
+
+
 @pytest.fixture
 def perfect(monkeypatch):
     """The built-in set with nine test pictures and what ``open_generators`` finds for it."""
     root = Path("data/solid2striped")
     draw_built_in(root, n_train=2, n_test=9)
-    about = {"options": {"img_height": 64, "img_width": 64}}
-    monkeypatch.setattr(evaluate, "open_generators", lambda *_: {"AtoB": (Perfect(root), about)})
+    stand_in(monkeypatch, Perfect(root))
     return root
 
 
@@ -239,7 +251,7 @@ def test_translations_are_of_upright_whole_pictures_in_8_bits(small_set, how):
     assert {p.name for p in written.iterdir()} == {"0.png", "1.png"}
     found = side("translated_AtoB", Path("images/net"), size=size)
     assert torch.equal(found, expected) and found.std() > 5
-    assert row()["size"] == [24, 32] and row()["resize"] == how
+    assert protocol()["size"] == [24, 32] and protocol()["resize"] == how
     assert figures()["change"] == pytest.approx(distance(expected, images), rel=1e-5)
 
 
@@ -276,17 +288,21 @@ def test_pictures_that_also_stand_in_train_are_counted_and_left_out_on_demand(ca
     shutil.copy(SMALL / "testB/0.png", SMALL / "trainB/too.png")
     store(AtoB=fading(0.5))
     assert run("net") == 0
-    whole = report()
-    assert whole["protocol"]["test_pictures_also_in_train"] == {"A": 2, "B": 1}
-    assert row()["pictures"] == {"translated": 4, "target": 4} and whole["protocol"]["dedup"] is False
+    whole = protocol()
+    assert whole["also_in_train"] == {"A": 2, "B": 1} and whole["dedup"] is False
+    assert (whole["translated"], whole["target"]) == (4, 4)
+    assert {p.name for p in Path("images/net/translated_AtoB").iterdir()} == {f"{i}.png" for i in range(4)}
     assert "AtoB: 4 pictures of testA (2 that also stand in train among them)" in capsys.readouterr().out
-    shutil.rmtree("images")
-    assert run("net --dedup", extractor="tiny") == 0
-    assert report()["protocol"]["test_pictures_also_in_train"] == {"A": 2, "B": 1}
-    assert row()["pictures"] == {"translated": 2, "target": 3} and report()["protocol"]["dedup"] is True
+    Path("images/net/translated_BtoA").mkdir()
+    save(noise(0), Path("images/net/translated_BtoA/0.png"))  # what belongs to no row of this one stays
+    assert run("net --dedup") == 0
+    less = protocol()
+    assert less["also_in_train"] == {"A": 2, "B": 1} and less["dedup"] is True
+    assert (less["translated"], less["target"]) == (2, 3)
     out = capsys.readouterr().out
     assert "2 pictures of testA (2 that also stand in train left out), against 3 of testB (1 left out)" in out
     assert {p.name for p in Path("images/net/translated_AtoB").iterdir()} == {"0.png", "2.png"}
+    assert Path("images/net/translated_BtoA/0.png").exists()
     kept = side("testA")[[0, 2]]
     assert figures()["change"] == pytest.approx(distance(by_hand(fading(0.5), kept)[0], kept), rel=1e-5)
     for i in range(4):
@@ -344,7 +360,7 @@ def test_attention_and_change_are_held_against_the_masks_of_the_set(capsys):
     assert run("net") == 0
     inputs = side("testA")
     outputs, foreground = by_hand(generator, inputs)
-    masks = side("testA_mask", channels=1, resample=Image.Resampling.BILINEAR)
+    masks = side("testA_mask", channels=1)
     change = (outputs - inputs).abs().mean(dim=1, keepdim=True)
     change = change / change.amax(dim=(1, 2, 3), keepdim=True)
     outside = masks <= 127
@@ -361,7 +377,7 @@ def test_attention_and_change_are_held_against_the_masks_of_the_set(capsys):
     expected = np.mean([e[m].mean().item() for e, m in zip(error, outside, strict=True)])
     assert f["background error"] == pytest.approx(expected, rel=1e-5)
     assert 0 < f["IoU"] < 1 and 0 < f["change IoU"] < 1
-    assert row()["masks"] == 3 and row("BtoA")["masks"] == 0 and "IoU" not in figures("BtoA")
+    assert protocol()["masks"] == 3 and protocol("BtoA")["masks"] == 0 and "IoU" not in figures("BtoA")
     assert "object masks for 3" in capsys.readouterr().out
 
 
@@ -374,13 +390,81 @@ def test_masks_of_some_pictures_measure_those_alone():
     assert run("net --mask_dir masks") == 0
     inputs = side("testA")
     outputs, foreground = by_hand(generator, inputs)
-    masks = [read(f"masks/testA/{i}.png", channels=1, resample=Image.Resampling.BILINEAR) for i in (1, 3)]
+    masks = [read(f"masks/testA/{i}.png", channels=1) for i in (1, 3)]
     expected = np.mean([iou(foreground[i], m) for i, m in zip((1, 3), masks, strict=True)])
-    assert figures()["IoU"] == pytest.approx(expected) and row()["masks"] == 2
+    assert figures()["IoU"] == pytest.approx(expected) and protocol()["masks"] == 2
     error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
     expected = np.mean([error[i][m <= 127].mean().item() for i, m in zip((1, 3), masks, strict=True)])
     assert figures()["background error"] == pytest.approx(expected, rel=1e-5)
     assert figures()["change"] == pytest.approx(distance(outputs, inputs), rel=1e-5)  # of all four
+
+
+class FindsWhite(nn.Module):
+    """Copies pictures; its attention is on what is brighter than the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = {"channels": 3}
+
+    def forward(self, x):
+        foreground = (x[:, :1] > 0).float()
+        return Translation(x, torch.cat([foreground, 1 - foreground], dim=1))
+
+
+@pytest.mark.parametrize("how", ["squash", "short_side"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 24), (16, 40)])
+@pytest.mark.parametrize("shape, box", [((96, 32), (56, 0, 96, 32)), ((32, 96), (0, 0, 32, 50))])
+def test_masks_lie_on_their_pictures_at_any_size(monkeypatch, how, size, shape, box):
+    for i in range(2):
+        image = Image.new("RGB", shape)
+        image.paste((255, 255, 255), (box[0] + i, *box[1:]))
+        save(image, SMALL / f"testA/{i}.png")
+        save(image.convert("L"), SMALL / f"testA_mask/{i}.png")
+        save(noise(i), SMALL / f"testB/{i}.png")
+    stand_in(monkeypatch, FindsWhite(), size, how)
+    found, reference = judged()
+    assert reference.masks.dtype == reference.masked.dtype == torch.bool
+    assert reference.masks.shape == (2, 1, *size) and reference.masked.tolist() == [True, True]
+    assert 0.1 < reference.masks.float().mean() < 0.9
+    assert found.figures["IoU"] == found.figures["AP"] == 1 and found.figures["background attention"] == 0
+
+
+def test_a_mask_that_covers_everything_says_nothing_of_the_background():
+    make_set(SMALL, tests=2)
+    save(Image.new("L", (40, 36), 255), SMALL / "testA_mask/0.png")
+    store(AtoB=tiny())
+    found, reference = judged()
+    assert reference.masked.tolist() == [True, False] and reference.masks[0].all() and not reference.masks[1].any()
+    assert found.figures["background attention"] is None and found.figures["background error"] is None
+    assert 0 < found.figures["IoU"] < 1
+    save(Image.new("L", (40, 36)), SMALL / "testA_mask/1.png")
+    found, _ = judged()  # now the second has a background, all of it
+    assert found.figures["background attention"] == pytest.approx(found.foreground[1].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", ["", " --mask_dir masks"])
+def test_a_folder_of_empty_masks_is_refused(small_set, capsys, options):
+    folder = Path("masks/testA") if options else SMALL / "testA_mask"
+    for i in range(2):
+        blobs(folder, [str(i)], seed=i)
+        with Image.open(folder / f"{i}.png") as file:
+            save(file.point(lambda v: v // 255), folder / f"{i}.png")
+    store(AtoB=tiny())
+    assert run(f"net{options}") == 2
+    message = "testA_mask: every mask is empty, expected objects above grey 127"
+    assert message.replace("testA_mask", str(folder).removeprefix("data/small/")) in capsys.readouterr().err
+    blobs(folder, ["0"])  # one that has an object is enough
+    assert run(f"net{options}") == 0 and protocol()["masks"] == 2
+
+
+@pytest.mark.parametrize("kind", ["mask", "truth"])
+def test_pictures_of_one_name_cannot_have_masks_or_truths(small_set, capsys, kind):
+    save(noise(5), SMALL / "testA/deep/0.png")
+    shutil.copytree(SMALL / "testB", SMALL / f"testA_{kind}")
+    store(AtoB=tiny())
+    assert run("net") == 2
+    message = f"data/small/testA_{kind}: 2 test pictures are named 0, expected names of their own"
+    assert message in capsys.readouterr().err
 
 
 def encode(mask) -> dict:
@@ -422,7 +506,7 @@ def test_the_shipped_masks_belong_to_horse2zebra(capsys):
     store(AtoB=generator)
     assert run("net", dataset="horse2zebra") == 0
     assert "object masks for 2" in capsys.readouterr().out
-    masks = [shipped[name].resize((32, 32), Image.Resampling.BILINEAR) for name in names]
+    masks = [shipped[name].resize((32, 32), Image.Resampling.BICUBIC) for name in names]
     _, foreground = by_hand(generator, torch.stack([read(root / f"testA/{name}.jpg") for name in names]))
     tensors = [torch.from_numpy(np.array(mask))[None] for mask in masks]
     expected = np.mean([iou(a, m) for a, m in zip(foreground, tensors, strict=True)])
@@ -447,7 +531,7 @@ def test_sets_are_compared_by_their_features():
     assert f["FID-tiny"] == pytest.approx(metrics.frechet_distance(x, y), rel=1e-4)
     assert f["KID-tiny"] == pytest.approx(metrics.kernel_distance(x, y), rel=1e-5)
     assert [f["KID-tiny low"], f["KID-tiny high"]] == pytest.approx(metrics.kernel_distance_interval(x, y), rel=1e-4)
-    blocks = f["KID-tiny blocks of 10"], f["KID-tiny blocks of 10 error"]
+    blocks = f["KID-tiny blocks of 10"], f["KID-tiny blocks of 10, error of blocks"]
     assert blocks == pytest.approx(metrics.kernel_distance_in_blocks(x, y), rel=1e-4)
     assert f["KID-tiny U-GAT-IT"] == pytest.approx(metrics.ugatit_kernel_distance(x, y, source), rel=1e-4)
     assert row()["untranslated"]["KID-tiny"] == pytest.approx(metrics.kernel_distance(source, y), rel=1e-5)
@@ -470,16 +554,49 @@ def test_the_floor_is_the_mean_and_deviation_over_draws_of_real_pictures(capsys)
     found = row()
     kids, fids = zip(*floor_by_hand(3, 0, n=5), strict=True)
     assert found["floor"]["KID-tiny"] == pytest.approx(np.mean(kids), rel=1e-4)
-    assert found["floor_deviation"]["KID-tiny"] == pytest.approx(np.std(kids), rel=1e-3) and np.std(kids) > 0
+    by_kid, by_fid = statistics.stdev(kids), statistics.stdev(fids)
+    assert found["floor_deviation"]["KID-tiny"] == pytest.approx(by_kid, rel=1e-3) and by_kid > 0
     assert found["floor"]["FID-tiny"] == pytest.approx(np.mean(fids), rel=1e-3)
-    assert found["floor_deviation"]["FID-tiny"] == pytest.approx(np.std(fids), rel=1e-3)
+    assert found["floor_deviation"]["FID-tiny"] == pytest.approx(by_fid, rel=1e-3)
+    assert found["floor"].keys() == found["floor_deviation"].keys() == {"FID-tiny", "KID-tiny", "KID-tiny blocks of 10"}
     cells = table(capsys.readouterr().out)["AtoB", "real training pictures"]
-    assert cells["FID-tiny"] == f"{np.mean(fids):.1f} ± {np.std(fids):.1f}"
-    assert cells["100 KID-tiny"] == f"{100 * np.mean(kids):.2f} ± {100 * np.std(kids):.2f}"
+    assert cells["FID-tiny"] == f"{np.mean(fids):.1f} ± {by_fid:.1f}"
+    assert cells["100 KID-tiny"] == f"{100 * np.mean(kids):.2f} ± {100 * by_kid:.2f}"
     assert cells["95 % interval"] == cells["as U-GAT-IT"] == "-"
     shutil.rmtree("images")
     assert run("net --floor_draws 3", extractor="tiny") == 0
     assert row()["floor"] == found["floor"] and row()["floor_deviation"] == found["floor_deviation"]
+    capsys.readouterr()
+    assert run("net --floor_draws 1", extractor="tiny") == 0  # one draw has no deviation
+    assert row()["floor"]["KID-tiny"] == pytest.approx(kids[0], rel=1e-4) and row()["floor_deviation"] == {}
+    assert table(capsys.readouterr().out)["AtoB", "real training pictures"]["FID-tiny"] == f"{fids[0]:.1f}"
+
+
+def test_the_floor_leaves_out_training_pictures_that_also_stand_in_test():
+    make_set(SMALL, nA=4, nB=7, tests=5)
+    copies = {"testB/0.png": "00.png", "testB/3.png": "33.png", "testA/1.png": "44.png"}
+    for source, name in copies.items():
+        shutil.copy(SMALL / source, SMALL / "trainB" / name)
+    store(AtoB=fading(0.5))
+    assert run("net --floor_draws 3", extractor="tiny") == 0
+    for name in copies.values():
+        (SMALL / "trainB" / name).unlink()
+    kids, fids = zip(*floor_by_hand(3, 0, n=5), strict=True)
+    assert row()["floor"]["KID-tiny"] == pytest.approx(np.mean(kids), rel=1e-4)
+    assert row()["floor"]["FID-tiny"] == pytest.approx(np.mean(fids), rel=1e-3)
+    assert row()["floor_deviation"]["KID-tiny"] == pytest.approx(statistics.stdev(kids), rel=1e-3)
+
+
+def test_a_figure_that_one_draw_lacks_is_none_of_the_floors(monkeypatch):
+    make_set(SMALL, nA=4, nB=9, tests=5)
+    store(AtoB=fading(0.5))
+    exam = Exam(SMALL, Extractor("tiny", None, CPU))
+    reading = find_entries("net", ["AtoB"], CPU)[0].reading
+    reference = exam.reference("AtoB", reading)
+    draws = iter([{"KID": 1.0, "FID": 5.0}, {"KID": None, "FID": 7.0}, {"KID": 2.0, "FID": 12.0}])
+    monkeypatch.setattr(evaluate, "realism", lambda *_: next(draws))
+    mean, deviation = exam.floor("AtoB", reading, reference, 3)
+    assert mean == {"FID": 8.0} and deviation == {"FID": pytest.approx(math.sqrt((9 + 1 + 16) / 2))}
 
 
 def test_the_floor_draws_no_more_than_there_are(capsys):
@@ -488,7 +605,8 @@ def test_the_floor_draws_no_more_than_there_are(capsys):
     assert run("net", extractor="tiny") == 0
     kids, _ = zip(*floor_by_hand(1, 0, n=3), strict=True)
     assert row()["floor"]["KID-tiny"] == pytest.approx(kids[0], rel=1e-4)
-    assert row()["floor_deviation"]["KID-tiny"] == pytest.approx(0, abs=1e-9)  # all draws take all
+    assert row()["floor_deviation"] == {}  # all draws take all
+    assert "±" not in table(capsys.readouterr().out)["AtoB", "real training pictures"]["FID-tiny"]
     capsys.readouterr()
     assert run("net --floor_draws 0", extractor="tiny") == 0
     assert row()["floor"] == row()["floor_deviation"] == {}
@@ -521,14 +639,16 @@ def test_a_classifier_counts_the_pictures_of_the_targets_class(monkeypatch, caps
     assert run("net", dataset="horse2zebra", extractor="any") == 0
     there, back = row("AtoB"), row("BtoA")
     assert there["figures"]["zebra rate"] == there["untranslated"]["zebra rate"] == 0.25
-    assert there["floor"]["zebra rate"] == pytest.approx(2 / 3) and there["floor_deviation"]["zebra rate"] < 1e-6
+    assert there["floor"]["zebra rate"] == pytest.approx(2 / 3) and there["floor_deviation"] == {}
     assert back["figures"]["sorrel rate"] == 1 and back["untranslated"]["sorrel rate"] == pytest.approx(0.2)
-    assert there["sheet_ordered_by"] == "probability of 'zebra'" and "sorrel rate" not in there["figures"]
+    assert there["protocol"]["sheet_ordered_by"] == "probability of 'zebra'"
+    assert "sorrel rate" not in there["figures"]
     cells = table(capsys.readouterr().out)
     assert cells["AtoB", "net"]["zebra rate"] == "0.250" and cells["BtoA", "net"]["sorrel rate"] == "1.000"
     assert "FID-bright" in there["figures"]
 
     shutil.copytree(root, SMALL)
+    shutil.rmtree("images")
     assert run("net", extractor="any") == 0  # no known classes
     assert not any(key.endswith("rate") for key in figures())
     assert run("net --class_B sorrel", extractor="any") == 0
@@ -549,8 +669,7 @@ def test_cycle_errors_are_of_the_pictures_in_8_bits_and_back():
         assert figures(first)["cycle error"] == pytest.approx(distance(back, inputs), rel=1e-5)
     assert abs(figures("AtoB")["cycle error"] - figures("BtoA")["cycle error"]) > 1e-3
     assert run("net --direction BtoA") == 0  # the way back is there all the same
-    assert [r["direction"] for r in report()["rows"]] == ["BtoA"]
-    assert figures("BtoA")["cycle error"] > 0.01
+    assert figures("BtoA")["cycle error"] == pytest.approx(distance(back, inputs), rel=1e-5)
 
 
 def test_a_single_file_serves_its_own_direction_and_has_no_way_back(small_set, capsys):
@@ -603,7 +722,7 @@ def test_the_table_is_what_is_written(capsys):
         hundred = {key: 100 * value for key, value in f.items() if key.startswith(kid)}
         assert row_of["FID-tiny"] == shown(f["FID-tiny"], 1) and row_of[f"100 {kid}"] == shown(hundred[kid], 2)
         assert row_of["95 % interval"] == f"{hundred[f'{kid} low']:.2f} to {hundred[f'{kid} high']:.2f}"
-        blocks = hundred[f"{kid} blocks of 10"], 2, hundred[f"{kid} blocks of 10 error"]
+        blocks = hundred[f"{kid} blocks of 10"], 2, hundred[f"{kid} blocks of 10, error of blocks"]
         assert row_of["blocks of 10"] == shown(*blocks)
         assert row_of["as U-GAT-IT"] == shown(hundred[f"{kid} U-GAT-IT"], 2)
         for key in ("IoU", "AP", "background attention", "change IoU", "change AP", "background error"):
@@ -619,14 +738,106 @@ def test_the_table_is_what_is_written(capsys):
 def test_the_report_names_its_protocol(small_set, capsys):
     store(AtoB=fading(0.5))
     assert run("net --floor_draws 2", extractor="tiny") == 0
-    protocol = report()["protocol"]
-    assert protocol["dataset"] == "small" and protocol["extractor"] == "tiny" and protocol["floor_draws"] == 2
-    assert protocol["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert {"torchvision", "pillow", "torch-fidelity", "torchmetrics"} <= protocol["versions"].keys()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", protocol["date"])
-    assert row()["step"] == 7 and row()["pictures"] == {"translated": 2, "target": 2}
+    assert report().keys() == {"rows"}
+    found = row()
+    about = found.pop("protocol")
+    measured = {"figures", "untranslated", "floor", "floor_deviation"}
+    assert {key: value for key, value in found.items() if key not in measured} == {
+        "dataset": "small",
+        "extractor": "tiny",
+        "direction": "AtoB",
+        "weights": "last",
+        "step": 7,
+    }
+    assert measured <= found.keys()
+    found_versions, day = about.pop("versions"), about.pop("date")
+    assert found_versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"torchvision", "pillow", "torch-fidelity", "torchmetrics"} <= found_versions.keys()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", day)
+    assert about.pop("sheet_ordered_by").startswith("likeness to the target's test pictures")
+    assert about == {
+        "size": [32, 32],
+        "resize": "squash",
+        "translated": 2,
+        "target": 2,
+        "masks": 0,
+        "also_in_train": {"A": 0, "B": 0},
+        "dedup": False,
+        "floor_draws": 2,
+        "inception_sha256": None,
+    }
     out = capsys.readouterr().out
-    assert "features: tiny\n" in out and out.endswith("images/net: evaluation.json, sheets and translations\n")
+    assert "features: tiny\n" in out
+    assert out.endswith("written: evaluation.json, sheets and translations in images/net\n")
+
+
+def test_the_report_names_the_file_of_weights(small_set, monkeypatch):
+    monkeypatch.setattr(evaluate, "Extractor", Classifier)
+    Path("w.pth").write_bytes(b"weights")
+    store(AtoB=fading(0.5))
+    assert run("net --inception w.pth", extractor="any") == 0
+    assert protocol()["inception_sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_a_report_keeps_the_rows_of_other_evaluations(small_set):
+    def kinds():
+        return [(r["dataset"], r["extractor"], r["direction"], r["protocol"]["floor_draws"]) for r in report()["rows"]]
+
+    store(AtoB=tiny(0), BtoA=tiny(1))
+    assert run("net --direction AtoB --floor_draws 1") == 0
+    first = row()
+    assert run("net --direction BtoA --floor_draws 2") == 0
+    assert kinds() == [("small", "none", "AtoB", 1), ("small", "none", "BtoA", 2)] and row() == first
+    assert run("net --direction AtoB --floor_draws 3", extractor="tiny") == 0
+    shutil.copytree(SMALL, "data/other")
+    assert run("net --direction AtoB --floor_draws 4", dataset="other") == 0
+    assert kinds()[2:] == [("small", "tiny", "AtoB", 3), ("other", "none", "AtoB", 4)]
+    before = row(dataset="other")
+    assert row(dataset="small", extractor="none") == first
+    assert "KID-tiny" in row(extractor="tiny")["figures"] and "KID-tiny" not in first["figures"]
+
+    store("new", AtoB=tiny(2), BtoA=tiny(3))
+    shutil.copytree("new", "net", dirs_exist_ok=True)
+    assert run("net --floor_draws 5") == 0
+    assert kinds() == [
+        ("small", "tiny", "AtoB", 3),
+        ("other", "none", "AtoB", 4),
+        ("small", "none", "AtoB", 5),
+        ("small", "none", "BtoA", 5),
+    ]
+    assert row(dataset="small", extractor="none")["figures"]["change"] != first["figures"]["change"]
+    assert row(dataset="other") == before
+
+
+def test_the_best_by_validation_is_kept_apart_in_the_report(small_set):
+    store("saved_models/run", AtoB=tiny(0))
+    assert run("run") == 0
+    store("saved_models/run/best", AtoB=tiny(1))
+    for _ in range(2):
+        assert run("run") == 0
+        assert [r["weights"] for r in report("run")["rows"]] == ["last", "best by validation"]
+
+
+@pytest.mark.parametrize("before", ["", "milk, bread", "{}"])
+def test_a_file_that_is_no_report_gives_way(small_set, before):
+    store(AtoB=tiny())
+    path = Path("images/net/evaluation.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(before)
+    assert run("net") == 0
+    assert [r["direction"] for r in report()["rows"]] == ["AtoB"]
+
+
+def test_reports_are_there_before_the_table(small_set, monkeypatch):
+    def broken(*_):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "ordinal not in range(128)")
+
+    store("one", AtoB=tiny(0))
+    store("two", AtoB=tiny(1))
+    monkeypatch.setattr(evaluate, "print_table", broken)
+    with pytest.raises(UnicodeEncodeError):
+        run("one two")
+    assert all(figures(name=name)["change"] > 0 for name in ("one", "two"))
 
 
 def test_the_median_and_the_worst_stand_below_the_checkpoints(capsys):
@@ -649,8 +860,36 @@ def test_the_median_and_the_worst_stand_below_the_checkpoints(capsys):
         assert float(cells["AtoB", "worst"][key]) == (max if key in lower else min)(values), key
     both = [float(cells["BtoA", name]["cycle error"]) for name in names]
     assert float(cells["BtoA", "worst"]["cycle error"]) == max(both)
-    assert run(f"{names[0]} --spread") == 0  # of one alone there is none
-    assert "median" not in capsys.readouterr().out
+    for label in ("median", "worst"):
+        for key in ("95 % interval", "as U-GAT-IT", "change"):
+            assert cells["AtoB", label].get(key, "-") == "-" != cells["AtoB", names[0]][key]
+
+
+def test_the_spread_leaves_out_what_is_no_better_or_worse():
+    figures_of = [
+        {
+            "KID": 0.1,
+            "KID low": 0.0,
+            "KID high": 0.2,
+            "KID blocks of 10": 0.3,
+            "KID blocks of 10, error of blocks": 0.1,
+        },
+        {
+            "KID": 0.4,
+            "KID low": 0.1,
+            "KID high": 0.5,
+            "KID blocks of 10": 0.5,
+            "KID blocks of 10, error of blocks": 0.2,
+        },
+    ]
+    for found in figures_of:
+        found |= {"KID U-GAT-IT": 2.0, "change": 0.3, "change IoU": found["KID"], "zebra rate": found["KID"]}
+    rows = [evaluate.Row("x", "AtoB", found, {}) for found in figures_of]
+    median, worst = evaluate.spread_rows(rows)
+    assert median.figures == pytest.approx(
+        {"KID": 0.25, "KID blocks of 10": 0.4, "change IoU": 0.25, "zebra rate": 0.25}
+    )
+    assert worst.figures == {"KID": 0.4, "KID blocks of 10": 0.5, "change IoU": 0.1, "zebra rate": 0.1}
 
 
 def test_the_worst_class_rate_is_the_least(monkeypatch, capsys):
@@ -733,6 +972,29 @@ def test_the_oracle_is_the_kept_generator_that_is_best_in_sum(kept, capsys, extr
             assert not Path(f"images/run/translated_{direction}_oracle").exists()
 
 
+@pytest.mark.parametrize("extractor, keep, chosen", [("none", 0.1, "000300"), ("tiny", 0.99, "000200")])
+def test_the_oracle_has_all_wanted_directions(kept, extractor, keep, chosen):
+    store("saved_models/run/kept/000400", AtoB=fading(keep))  # better than all others, one way
+    Path("saved_models/run/kept/000500").mkdir()
+
+    def translations(direction):
+        return side(f"translated_{direction}_oracle", Path("images/run"))
+
+    assert run("run --oracle", extractor=extractor) == 0
+    for direction, share in zip(("AtoB", "BtoA"), kept[chosen], strict=True):
+        assert torch.equal(translations(direction), by_hand(fading(share), side(f"test{direction[0]}"))[0])
+    assert run("run --oracle --direction AtoB", extractor=extractor) == 0
+    assert torch.equal(translations("AtoB"), by_hand(fading(keep), side("testA"))[0])
+
+
+def test_an_oracle_needs_a_kept_folder_with_all_wanted_directions(kept, capsys):
+    for folder in Path("saved_models/run/kept").iterdir():
+        (folder / "BtoA.pt").unlink()
+    assert run("run --oracle", extractor="tiny") == 2
+    assert "--oracle: nothing in saved_models/run/kept; train.py --keep_evaluated keeps" in capsys.readouterr().err
+    assert run("run --oracle --direction AtoB", extractor="tiny") == 0
+
+
 def test_an_oracle_needs_something_to_choose_from_and_by(kept, capsys):
     for side_ in "AB":
         shutil.rmtree(SMALL / f"test{side_}_truth")
@@ -751,7 +1013,7 @@ def test_checkpoints_of_other_sizes_have_rows_of_their_own(small_set, capsys):
     cells = table(capsys.readouterr().out)
     assert [label for _, label in cells] == ["untranslated at 32 x 32", "one", "untranslated at 16 x 24", "two"]
     assert cells["AtoB", "two"]["L1"] == cells["AtoB", "untranslated at 16 x 24"]["L1"]
-    assert row(name="two")["size"] == [16, 24]
+    assert protocol(name="one")["size"] == [32, 32] and protocol(name="two")["size"] == [16, 24]
     expected = distance(side("testA", size=(16, 24)), side("testA_truth", size=(16, 24)))
     assert figures(name="two")["L1"] == pytest.approx(expected, rel=1e-5)
 
@@ -780,7 +1042,7 @@ def test_the_sheet_shows_the_best_the_median_and_the_worst(monkeypatch):
     ((columns, options),) = drawn
     assert list(columns) == ["input", "output", "attention", "truth", "recovered"]
     assert options["title"] == "best, median and worst by mean absolute error to the true translation"
-    assert options["title"].endswith(row()["sheet_ordered_by"])
+    assert options["title"].endswith(protocol()["sheet_ordered_by"])
 
     paths = sorted((SMALL / "testA").iterdir())
     outputs = torch.stack([read(f"images/net/translated_AtoB/{p.stem}.png") for p in paths])
@@ -816,7 +1078,8 @@ def test_what_orders_the_sheet_depends_on_what_there_is():
     blobs("masks/testA", ["0", "2", "3"])
     found, reference = judged(mask_dir=Path("masks"))
     assert found.rule == "IoU of attention and object" and found.scores[1] == -1
-    expected = [iou(found.foreground[i], 255 * reference.masks[j]) for j, i in enumerate((0, 2, 3))]
+    assert reference.masked.tolist() == [True, False, True, True]
+    expected = [iou(found.foreground[i], 255 * reference.masks[i]) for i in (0, 2, 3)]
     assert found.scores[[0, 2, 3]].tolist() == pytest.approx(expected)
 
     extractor = Extractor("tiny", None, CPU)
@@ -848,7 +1111,7 @@ def test_without_an_extractor_no_extra_package_is_needed(small_set, monkeypatch,
         if name.split(".")[0] in ("torch_fidelity", "torchmetrics"):
             monkeypatch.setitem(sys.modules, name, None)
     assert run("net") == 0
-    assert figures().keys() == {"change"} and report()["protocol"]["extractor"] == "none"
+    assert figures().keys() == {"change"} and row()["extractor"] == "none"
     assert run("net", extractor="tiny") == 2
     assert "--extractor tiny needs torch_fidelity.utils" in capsys.readouterr().err
 
@@ -872,10 +1135,12 @@ def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, ca
         ("net nowhere", "none", "nowhere: no generator for AtoB found"),
         ("net/AtoB.pt --direction BtoA", "none", "net/AtoB.pt: translates AtoB, expected BtoA (a folder serves both)"),
         ("half --direction AtoB BtoA", "none", "half: translates AtoB, expected BtoA (a folder serves both)"),
-        ("net --mask_dir nowhere", "none", "--mask_dir nowhere: expected a folder with testA, testB or both"),
+        ("net --mask_dir nowhere", "none", "--mask_dir nowhere: no folder testA or testB in it"),
+        ("half --mask_dir nowhere", "none", "--mask_dir nowhere: no folder testA in it"),
+        ("net --mask_dir masks --direction BtoA", "none", "--mask_dir masks: no folder testB in it"),
         ("net --mask_dir masks", "none", "masks/testA: no mask there is named as a test picture, as 0"),
         ("net --floor_draws -1", "none", "--floor_draws -1: expected at least 0"),
-        ("net", "huge", "--extractor huge: unknown, expected none, "),
+        ("net", "huge", f"--extractor huge: unknown, expected {EFFICIENTNET}, "),
         ("net --inception notes.txt", "inception-v3-compat", "--inception notes.txt: not a readable weights file"),
         ("net --oracle", "none", "--oracle: nothing in net/kept"),
         ("net --data_dir elsewhere", "none", "elsewhere/small/testA: no test pictures there"),
@@ -924,7 +1189,13 @@ def test_kid_needs_two_pictures(small_set, capsys):
     [
         ("x/net x_net", "none", "x/net and x_net would both be written to images/x_net"),
         ("net --inception w.pth", "none", "--inception is for torch-fidelity's extractors, found --extractor none"),
+        ("net --inception w.pth", EFFICIENTNET, f"found --extractor {EFFICIENTNET}"),
         ("net --class_B zebra", "tiny", "--class_A and --class_B need a classifier"),
+        ("net --spread", "none", "--spread is over several checkpoints, found one"),
+        ("net net --spread", "none", "--checkpoint net and net would both be written to images/net"),
+        ("run saved_models/run", "none", "--checkpoint run and saved_models/run would both be written to images/run"),
+        (".", "none", "--checkpoint .: has no name to write under, expected a run or a longer path"),
+        ("net ../..", "none", "--checkpoint ../..: has no name to write under"),
     ],
 )
 def test_what_would_be_ignored_or_lost_is_refused(small_set, capsys, arguments, extractor, message):
@@ -943,6 +1214,63 @@ def test_a_run_by_its_path_has_its_best_row_and_spread_is_of_the_last_ones(small
     errors = [figures(name=f"run_{seed}")["cycle error"] for seed in (0, 1)]
     assert f"median {sum(errors) / 2:.3f}".split() == re.search(r"median +[\d.]+", out)[0].split()
     assert f"worst {max(errors):.3f}".split() == re.search(r"worst +[\d.]+", out)[0].split()
+
+
+def test_the_best_row_is_found_where_the_generators_lie(small_set, capsys):
+    store("saved_models/run", AtoB=tiny(0))
+    store("saved_models/run/best", AtoB=tiny(1))
+    store("run/best", AtoB=tiny(2))  # a plain folder of the run's name; no generators lie in it
+    assert [entry.folder for entry in find_entries("run", None, CPU)] == [
+        Path("saved_models/run"),
+        Path("saved_models/run/best"),
+    ]
+    assert run("run") == 0
+    inputs = side("testA")
+    changes = [distance(by_hand(tiny(seed), inputs)[0], inputs) for seed in (0, 1)]
+    found = [figures(name="run", weights=weights)["change"] for weights in ("last", "best by validation")]
+    assert found == pytest.approx(changes, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["run/BtoA.pt", "saved_models/run/BtoA.pt"])
+def test_a_file_of_a_run_is_found_by_the_runs_name(small_set, where):
+    store("saved_models/run", AtoB=tiny(0), BtoA=tiny(1))
+    store("saved_models/run/best", AtoB=tiny(2), BtoA=tiny(3))
+    assert run(where) == 0
+    assert [(r["direction"], r["weights"]) for r in report("run_BtoA")["rows"]] == [("BtoA", "last")]
+    inputs = side("testB")
+    expected = distance(by_hand(tiny(1), inputs)[0], inputs)
+    assert figures("BtoA", "run_BtoA")["change"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "where, name",
+    [
+        ("run", "run"),
+        ("./run/", "run"),
+        ("saved_models/run", "run"),
+        ("saved_models/run/AtoB.pt", "run_AtoB"),
+        ("saved_models/run/kept/000100", "run_kept_000100"),
+        ("saved_models/pretrained/run", "pretrained_run"),
+        ("weight_0.1", "weight_0.1"),
+        ("../official/latest_net_G_A.pth", "official_latest_net_G_A"),
+        ("/a/b/c/d", "b_c_d"),
+        (".", ""),
+        ("saved_models", ""),
+    ],
+)
+def test_the_folder_of_a_checkpoint_is_named_after_it(where, name):
+    assert evaluate.output_name(where) == name
+
+
+def test_help_shows_defaults(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--help"])
+    assert stop.value.code == 0
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for default in ("horse2zebra", "data", "inception-v3-compat", "5", "auto", "all a checkpoint has"):
+        assert f"(default: {default})" in shown
+    assert "(default: False)" not in shown and "(default: None)" not in shown
 
 
 def test_one_training_picture_makes_no_floor(small_set):

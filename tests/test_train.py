@@ -239,6 +239,18 @@ def test_a_run_is_never_overwritten_unasked(small_set, capsys):
     assert checkpoint("r")["options"]["seed"] == 9
 
 
+@pytest.mark.parametrize("place", ["best/AtoB.pt", "kept/00000004/BtoA.pt"])
+def test_a_name_is_taken_where_other_weights_than_the_last_lie(small_set, capsys, place):
+    path = Path("saved_models/r") / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 2
+    error = capsys.readouterr().err
+    assert "a run named r stands already" in error and "(--overwrite)" in error and "--resume" not in error
+    assert path.read_bytes() == b"weights"
+    assert run(f"{QUICK} --n_epochs 1 --name r --overwrite") == 0
+
+
 def test_what_is_refused_costs_no_earlier_run(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name r") == 0
     for flags in ("--init_from nowhere", "--batch_size 7", "--device nonsense", "--ngf 8 --init_from r"):
@@ -497,6 +509,13 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--lr nan", r"--lr nan: expected at least 0"),
         ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
         ("--resume --overwrite", r"no such checkpoint, nothing to resume"),
+        ("--keep_evaluated", r"--keep_evaluated is for evaluations while training, expected --eval_interval with it"),
+        ("--inception w.pth", r"--inception is for evaluations while training, expected --eval_interval with it"),
+        ("--eval_interval 1 --extractor none", r"--extractor none: --eval_interval compares features"),
+        (
+            "--eval_interval 1 --inception w.pth --extractor efficientnet-lite0",
+            r"--inception is for torch-fidelity's extractors, found --extractor efficientnet-lite0",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_named(small_set, capsys, flags, message):

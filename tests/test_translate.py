@@ -18,7 +18,7 @@ import translate
 import utils
 from datasets import Picture, resize
 from models import AttentionGenerator, ResNetGenerator, pack_generator, translate_any_size
-from translate import OnUnitRange, Task, make_batches
+from translate import OnUnitRange, Task, make_batches, name_outputs
 from utils import InputError
 
 
@@ -318,8 +318,9 @@ def test_generators_without_masks_are_refused(capsys):
         ("--input top/in --output top", "--output top: holds the --input"),
         ("--input top/same --output top/in", "--output top/in: holds the --input"),
         ("--input top/in --output top/out", "--output top/out: top/out/a.png is an input"),
-        ("--input top/in/a.png --output top/in", "--output top/in: top/in/a.png is an input"),
-        ("--input top/in/a.png --output top/same", "--output top/same: top/same/a.png is an input"),
+        ("--input top/in/a.png --output top/in", "--output top/in: top/in/a.png stands there already"),
+        ("--input top/in/a.png --output top/same", "--output top/same: top/same/a.png stands there already"),
+        ("--input top/in/a.png --output top/out", "--output top/out: top/out/a.png is an input"),
     ],
 )
 def test_inputs_are_not_overwritten(net, capsys, arguments, message):
@@ -341,6 +342,31 @@ def test_a_single_picture_of_another_format_may_stay_beside_its_translation(net)
     assert run("--input in/a.jpg --output in") == 0
     assert source.read_bytes() == before
     assert_shows("in/a.png", by_hand(net, source))
+
+
+def test_a_picture_beside_the_input_is_not_overwritten_by_its_translation(net, capsys):
+    source, other = save(noise(0), Path("in/a.jpg")), save(noise(1), Path("in/a.png"))
+    before = below(Path("in"))
+    assert run("--input in/a.jpg --output in") == 2
+    message = "translate.py: error: --output in: in/a.png stands there already, expected a folder of its own\n"
+    assert capsys.readouterr().err == message and below(Path("in")) == before
+    for _ in range(2):  # elsewhere an earlier translation gives way
+        assert run("--input in/a.jpg --output out") == 0
+    assert_shows("out/a.png", by_hand(net, source))
+    assert run(f"--input {other} --output out") == 0
+    assert_shows("out/a.png", by_hand(net, other))
+
+
+def test_names_that_differ_in_letter_case_alone_are_alike():
+    def names(*sources):
+        return list(map(str, name_outputs([Picture(Path("in") / s) for s in sources], Path("in"), Path("out"), False)))
+
+    assert names("A.jpg", "a.png", "b.png") == ["out/A.jpg.png", "out/a.png.png", "out/b.png"]
+    assert names("One/a.jpg", "one/A.png") == ["out/One/a.jpg.png", "out/one/A.png.png"]
+    for pair in (("a.png", "A.png"), ("One/a.png", "one/a.png"), ("a.jpg", "A.JPG")):
+        expected = f"^--input in: two pictures would be written to out/{pair[0]}.*; rename one$"
+        with pytest.raises(InputError, match=expected):
+            names(*pair)
 
 
 @pytest.mark.parametrize("recursive", ["", " --recursive"])
@@ -369,6 +395,24 @@ def test_batches_have_one_size_and_the_largest_come_last():
     tasks = [Task(Picture(Path(str(i))), size, Path(f"{i}.png")) for i, size in enumerate(sizes)]
     batches = make_batches(tasks, batch_size=2)
     assert [[tasks.index(task) for task in batch] for batch in batches] == [[6], [0, 3], [4], [2], [7], [1, 5]]
+
+
+@pytest.mark.parametrize(
+    "size, batch_size, lengths",
+    [
+        ((256, 256), 8, [8, 1]),
+        ((512, 512), 8, [4, 4, 1]),
+        ((512, 512), 3, [3, 3, 3]),
+        ((512, 513), 8, [3, 3, 3]),
+        ((1024, 1024), 8, [1] * 9),
+        ((3000, 4000), 8, [1] * 9),
+    ],
+)
+def test_a_batch_has_no_more_than_a_million_pixels(size, batch_size, lengths):
+    tasks = [Task(Picture(Path(str(i))), size, Path(f"{i}.png")) for i in range(9)]
+    batches = make_batches(tasks, batch_size)
+    assert [len(batch) for batch in batches] == lengths
+    assert [task for batch in batches for task in batch] == tasks
 
 
 class Limited(nn.Module):
@@ -449,7 +493,7 @@ def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
         ("--input empty --output out", "--input empty: no pictures in it\n"),
         ("--input empty --output out --recursive", "--input empty: no pictures in it\n"),
         ("--input outer --output out", "no pictures in it; its sub-folders have some (--recursive)\n"),
-        ("--input alike --output out", "--input alike: 2 pictures would be written to out/a.jpg.png; rename all but"),
+        ("--input alike --output out", "--input alike: two pictures would be written to out/a.jpg.png; rename one\n"),
     ],
 )
 def test_what_does_not_fit_is_named(net, capsys, arguments, message):
@@ -462,6 +506,16 @@ def test_what_does_not_fit_is_named(net, capsys, arguments, message):
     err = capsys.readouterr().err
     assert err.startswith("translate.py: error: ") and message in err
     assert below(Path()) == before
+
+
+def test_help_shows_defaults(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        translate.main(["--help"])
+    assert stop.value.code == 0
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "fewer of large ones (default: 8)" in shown and "cpu, or auto (default: auto)" in shown
+    assert shown.count("(default: ") == 3  # the third is of --direction; None and False say nothing
 
 
 def test_a_checkpoint_is_asked_for(capsys):
