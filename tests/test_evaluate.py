@@ -816,6 +816,9 @@ def test_the_best_by_validation_is_kept_apart_in_the_report(small_set):
     for _ in range(2):
         assert run("run") == 0
         assert [r["weights"] for r in report("run")["rows"]] == ["last", "best by validation"]
+    shutil.rmtree("saved_models/run/best")
+    assert run("run") == 0
+    assert [r["weights"] for r in report("run")["rows"]] == ["best by validation", "last"]
 
 
 @pytest.mark.parametrize("before", ["", "milk, bread", "{}"])
