@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 3 --n_layers_D 2 \
         --lambda_id 5 --lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 250
 
-.PHONY: demo demo-seeds test lint format
+.PHONY: demo demo-seeds compare test lint format
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO) --name demo --overwrite
@@ -20,6 +20,10 @@ demo-seeds: .venv/installed
 	done
 	$(BIN)/python evaluate.py --dataset_name solid2striped --extractor none --spread \
 	    --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
+
+# AttentionGAN I and II, guided and not, and CycleGAN, three seeds each: docs/compare_systems.md.
+compare: .venv/installed
+	$(BIN)/python compare.py systems
 
 test: .venv/installed-dev
 	$(BIN)/pytest -q -n 2

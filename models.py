@@ -25,8 +25,8 @@ class Translation(NamedTuple):
     """What a generator made of a batch of pictures.
 
     image: (B, channels, H, W) in [-1, 1], the translated pictures.
-    attention: (B, n_masks, H, W), each pixel's masks sum to 1, the last one is the background; None where the
-        generator has no masks.
+    attention: (B, n_masks, H, W), each pixel's masks sum to 1, the last one is the background unless every mask has
+        a content; None where the generator has no masks.
     content: (B, n_masks - 1, channels, H, W) in [-1, 1], one picture per foreground mask; None likewise.
     """
 
@@ -36,8 +36,10 @@ class Translation(NamedTuple):
 
     @property
     def foreground(self) -> Tensor | None:
-        """(B, 1, H, W) in [0, 1]: the share of each pixel that is new, 1 - background mask."""
-        return None if self.attention is None else 1 - self.attention[:, -1:]
+        """(B, 1, H, W) in [0, 1]: the share of each pixel that is new, 1 - background mask; None without that mask."""
+        if self.attention is None or self.content is None or self.content.shape[1] == self.attention.shape[1]:
+            return None
+        return 1 - self.attention[:, -1:]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -83,12 +85,23 @@ def encoder(channels: int, ngf: int, n_residual_blocks: int) -> nn.Sequential:
     )
 
 
-def decoder(ngf: int, out_channels: int, kernel: int) -> nn.Sequential:
+def enlarge(dim: int, upsample: str) -> list[nn.Module]:
+    """(B, dim, H, W) to (B, dim/2, 2 H, 2 W) by a 3×3 convolution.
+
+    "transposed" as in the papers; "nearest" repeats pixels first (Odena et al., 2016), so that no pixel's place in
+    the grid tells it from its neighbours.
+    """
+    if upsample == "transposed":
+        return [nn.ConvTranspose2d(dim, dim // 2, 3, stride=2, padding=1, output_padding=1, bias=False)]
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1, padding_mode="reflect", bias=False)]
+
+
+def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transposed") -> nn.Sequential:
     """u(2 ngf), u(ngf), c{kernel}s1: (B, 4 ngf, H/4, W/4) to (B, out_channels, H, W), no activation."""
     return nn.Sequential(
-        nn.ConvTranspose2d(4 * ngf, 2 * ngf, 3, stride=2, padding=1, output_padding=1, bias=False),
+        *enlarge(4 * ngf, upsample),
         *norm_relu(2 * ngf),
-        nn.ConvTranspose2d(2 * ngf, ngf, 3, stride=2, padding=1, output_padding=1, bias=False),
+        *enlarge(2 * ngf, upsample),
         *norm_relu(ngf),
         nn.Conv2d(ngf, out_channels, kernel, padding=kernel // 2, padding_mode="reflect"),
     )
@@ -126,6 +139,8 @@ class AttentionGenerator(nn.Module):
     Takes (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size``
     (ValueError otherwise); returns a ``Translation`` with all three parts. ``attention_kernel`` is the size of
     the attention head's last convolution: 1 as in the official code, 7 as the paper writes it (c7s1-10).
+    Without ``background`` every mask has a content and nothing of the input is kept, the official code's variant
+    for changes of shape (selfie2anime). ``upsample``: see ``enlarge``.
     """
 
     size_multiple = 4
@@ -138,6 +153,8 @@ class AttentionGenerator(nn.Module):
         n_residual_blocks: int = 9,
         n_masks: int = 10,
         attention_kernel: int = 1,
+        background: bool = True,
+        upsample: str = "transposed",
     ):
         super().__init__()
         self.settings = dict(
@@ -146,10 +163,13 @@ class AttentionGenerator(nn.Module):
             n_residual_blocks=n_residual_blocks,
             n_masks=n_masks,
             attention_kernel=attention_kernel,
+            background=background,
+            upsample=upsample,
         )
+        n_contents = n_masks - 1 if background else n_masks
         self.encoder = encoder(channels, ngf, n_residual_blocks)
-        self.content_head = decoder(ngf, (n_masks - 1) * channels, kernel=7)
-        self.attention_head = decoder(ngf, n_masks, kernel=attention_kernel)
+        self.content_head = decoder(ngf, n_contents * channels, 7, upsample)
+        self.attention_head = decoder(ngf, n_masks, attention_kernel, upsample)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Translation:
@@ -158,8 +178,35 @@ class AttentionGenerator(nn.Module):
         content = torch.tanh(at_least_float32(self.content_head(features)))  # (B, (n - 1) channels, H, W)
         content = content.unflatten(1, (-1, x.shape[1]))  # (B, n - 1, channels, H, W)
         attention = at_least_float32(self.attention_head(features)).softmax(dim=1)  # (B, n, H, W)
-        foreground = (content * attention[:, :-1, None]).sum(dim=1)  # (B, channels, H, W)
-        return Translation(foreground + x * attention[:, -1:], attention, content)
+        image = (content * attention[:, : content.shape[1], None]).sum(dim=1)  # (B, channels, H, W)
+        if self.settings["background"]:
+            image = image + x * attention[:, -1:]
+        return Translation(image, attention, content)
+
+
+class SingleMaskGenerator(nn.Module):
+    """The generator of AttentionGAN, scheme I (Tang et al., TNNLS 2021, Sec. III-A): CycleGAN's with one output more.
+
+    One mask (sigmoid) and one content picture (tanh): content × mask + input × (1 - mask). Takes (B, channels, H, W)
+    in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size`` (ValueError otherwise); returns a
+    ``Translation`` whose masks are that one and the background, 1 - mask. ``upsample``: see ``enlarge``.
+    """
+
+    size_multiple = 4
+    min_size = 8
+
+    def __init__(self, channels: int = 3, ngf: int = 64, n_residual_blocks: int = 9, upsample: str = "transposed"):
+        super().__init__()
+        self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, upsample=upsample)
+        self.encoder = encoder(channels, ngf, n_residual_blocks)
+        self.decoder = decoder(ngf, 1 + channels, 7, upsample)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Translation:
+        check_size(x, self.size_multiple, self.min_size)
+        raw = at_least_float32(self.decoder(self.encoder(x)))  # (B, 1 + channels, H, W)
+        mask, content = torch.sigmoid(raw[:, :1]), torch.tanh(raw[:, 1:])
+        return Translation(content * mask + x * (1 - mask), torch.cat([mask, 1 - mask], dim=1), content[:, None])
 
 
 class ResNetGenerator(nn.Module):
@@ -167,17 +214,17 @@ class ResNetGenerator(nn.Module):
     c7s1-3, tanh.
 
     Takes (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size``
-    (ValueError otherwise); returns a ``Translation`` with the picture alone.
+    (ValueError otherwise); returns a ``Translation`` with the picture alone. ``upsample``: see ``enlarge``.
     """
 
     size_multiple = 4
     min_size = 8
 
-    def __init__(self, channels: int = 3, ngf: int = 64, n_residual_blocks: int = 9):
+    def __init__(self, channels: int = 3, ngf: int = 64, n_residual_blocks: int = 9, upsample: str = "transposed"):
         super().__init__()
-        self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks)
+        self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, upsample=upsample)
         self.encoder = encoder(channels, ngf, n_residual_blocks)
-        self.decoder = decoder(ngf, channels, kernel=7)
+        self.decoder = decoder(ngf, channels, 7, upsample)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Translation:
@@ -291,7 +338,9 @@ class ReplayBuffer(nn.Module):
 #  Generators on disk
 # ----------------------------------------------------------------------------------------------------------
 
-GENERATORS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (AttentionGenerator, ResNetGenerator)}
+GENERATORS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator)
+}
 
 
 def pack_generator(generator: nn.Module) -> dict[str, Any]:
@@ -361,7 +410,8 @@ def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, A
 def load_official(path: str | Path) -> nn.Module:
     """Open a generator of the official AttentionGAN or pytorch-CycleGAN-and-pix2pix code.
 
-    Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``) and the
+    Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``), with a background
+    mask or, as AttentionGAN-geo, without, and the
     ``resnet_6blocks`` / ``resnet_9blocks`` generators of CycleGAN (``model.1.weight`` …), each with or without
     a ``module.`` in front. Sizes are read from the weights. Biases (and running statistics) that InstanceNorm
     cancels are dropped, so the network computes the same function.
@@ -373,7 +423,11 @@ def load_official(path: str | Path) -> nn.Module:
     if "conv1.weight" in weights and "deconv3_attention.weight" in weights:
         n_blocks = sum(k.startswith("resnet_blocks.") and k.endswith(".conv1.weight") for k in weights)
         stem, head = weights["conv1.weight"], weights["deconv3_attention.weight"]
-        generator: nn.Module = AttentionGenerator(stem.shape[1], stem.shape[0], n_blocks, head.shape[0], head.shape[-1])
+        contents = weights.get("deconv3_content.weight", stem).shape[0] // stem.shape[1]
+        background = contents != head.shape[0]  # AttentionGAN-geo has a content for every mask
+        generator: nn.Module = AttentionGenerator(
+            stem.shape[1], stem.shape[0], n_blocks, head.shape[0], head.shape[-1], background
+        )
         names = [
             *(f"conv{i}.weight" for i in (1, 2, 3)),
             *(f"resnet_blocks.{i}.conv{j}.weight" for i in range(n_blocks) for j in (1, 2)),

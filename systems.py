@@ -11,13 +11,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models import AttentionGenerator, PatchDiscriminator, ReplayBuffer, ResNetGenerator, Translation
+from models import (
+    AttentionGenerator,
+    PatchDiscriminator,
+    ReplayBuffer,
+    ResNetGenerator,
+    SingleMaskGenerator,
+    Translation,
+)
+from utils import InputError
 
 Batch = Mapping[str, Tensor]
 
@@ -38,10 +47,11 @@ class Turn(NamedTuple):
 class System(nn.Module, ABC):
     """The interface between a game and the loop.
 
-    Children that stand in no turn (replay buffers) are each rank's own.
+    Children with parameters are the same on every rank; others (replay buffers) are each rank's own.
     """
 
-    generators: ClassVar[dict[str, str]]  # direction ("AtoB") to the name of the network that translates so
+    learners: dict[str, str]  # direction ("AtoB") to the name of the network that learns to translate so
+    generators: dict[str, str]  # direction to the one that is saved and shown: the learner, or an average of it
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
 
@@ -62,8 +72,8 @@ class System(nn.Module, ABC):
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         """Named columns of a picture sheet, each (B, channels or 1, H, W), masks too in [-1, 1]."""
 
-    def begin(self, epoch: int) -> None:
-        """Called before each epoch, counted from 0, for systems whose weights change as they train."""
+    def begin(self, epoch: int, step: int) -> None:
+        """Called before each step, epochs and steps counted from 0, for systems whose weights change as they train."""
 
     def settle(self) -> None:
         """Called after all turns of a step, for systems that keep parameters within bounds."""
@@ -98,12 +108,13 @@ def mask_measures(attention: Tensor) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  The two-way game: CycleGAN, AttentionGAN
+#  The two-way game: CycleGAN, AttentionGAN I and II
 # ----------------------------------------------------------------------------------------------------------
 
 
 class TwoWayFakes(NamedTuple):
-    """same_* are None where the identity terms have no weight; pooled_* are what the replay buffers handed back."""
+    """same_* are None where the identity terms have no weight; pooled_* are what the replay buffers handed back,
+    (B, channels, H, W), with the mask as one channel more where a guided discriminator wants it."""
 
     fake_A: Translation
     fake_B: Translation
@@ -122,46 +133,105 @@ def split(both: Translation) -> tuple[Translation, Translation]:
     return Translation(*first), Translation(*second)
 
 
+def total_variation(masks: Tensor) -> Tensor:
+    """The sum of |differences| of neighbours in (B, 1, H, W), mean over the batch (AttentionGAN, eq. 8)."""
+    down, across = masks.diff(dim=2).abs().sum(), masks.diff(dim=3).abs().sum()
+    return (down + across) / len(masks)
+
+
+class Weights(NamedTuple):
+    """Weights of the terms of each direction; a term of weight 0 is left out."""
+
+    gan: float = 1.0
+    cyc: float = 10.0
+    identity: float = 0.0
+    pixel: float = 0.0
+    tv: float = 0.0
+
+
 class TwoWay(System):
-    """Two generators, two discriminators, least-squares + cycle + identity (CycleGAN, eq. 3; AttentionGAN II).
+    """Two generators, two discriminators, least-squares + cycle + identity (CycleGAN, eq. 3; AttentionGAN).
 
     The terms are those of the official code, summed over both directions:
-    L_G = Σ [ LSGAN + lambda_cyc · |recovered - real|₁ + lambda_id · |same - real|₁ ],
+    L_G = Σ [ gan · LSGAN + cyc · |recovered - real|₁ + identity · |same - real|₁ + pixel · |fake - real|₁ + tv · TV ],
     L_D = Σ ½ [ (D(real) - 1)² + D(pooled)² ].
-    """
 
-    generators: ClassVar = {"AtoB": "G_AB", "BtoA": "G_BA"}
+    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III-B), which ``guided`` makes
+    and whose terms have the weight of the plain ones: it sees [mask, picture] ("concat") or mask × picture ("mask").
+    A translated picture comes with the foreground mask it was made with, and gradients reach the generator through
+    the mask too. A real picture comes with the mask that the generator *from* its side makes of it ("own"), or with
+    the mask of the translation it stands against ("partner", the paper's letter).
+
+    ``warmup``: over so many steps the terms that tie the output to the input (cycle, identity, pixel) grow from 0.05 of
+    their weights to all of it, so that the adversarial terms lead. ``curriculum``: as the official code of scheme I
+    does, these terms are weighed 0.01 and the others 0.99 for so many epochs, then all 0.5.
+
+    ``ema_decay``: the generators that are saved, shown and evaluated are exponential moving averages of those that
+    train.
+
+    Raises InputError for guidance by masks that the generator does not have.
+    """
 
     def __init__(
         self,
         generator: Callable[[], nn.Module],
-        discriminator: Callable[[], nn.Module],
-        lambda_cyc: float,
-        lambda_id: float,
+        discriminator: Callable[[int], nn.Module],
+        weights: Weights,
         pool_size: int,
         seed: Sequence[int],
+        channels: int,
+        attn_disc: str = "none",
+        attn_real: str = "own",
+        warmup: int = 0,
+        curriculum: int = 0,
+        ema_decay: float = 0.0,
     ):
         super().__init__()
         self.G_AB, self.G_BA = generator(), generator()
-        self.D_A, self.D_B = discriminator(), discriminator()
+        self.D_A, self.D_B = discriminator(channels), discriminator(channels)
+        if attn_disc != "none":
+            inputs = channels + 1 if attn_disc == "concat" else channels
+            self.guided_D_A, self.guided_D_B = discriminator(inputs), discriminator(inputs)
+        self.learners = self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
+        self.ema_decay = ema_decay
+        if ema_decay:
+            average = get_ema_multi_avg_fn(ema_decay)
+            self.ema_AB = AveragedModel(self.G_AB, multi_avg_fn=average)
+            self.ema_BA = AveragedModel(self.G_BA, multi_avg_fn=average)
+            self.generators = {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"}
         self.pool_A = ReplayBuffer(pool_size, (*seed, 0))
         self.pool_B = ReplayBuffer(pool_size, (*seed, 1))
-        self.lambda_cyc = lambda_cyc
-        self.lambda_id = lambda_id
+        self.weights, self.channels = weights, channels
+        self.attn_disc, self.attn_real = attn_disc, attn_real
+        self.warmup, self.curriculum = warmup, curriculum
         self.min_size = max(self.G_AB.min_size, self.D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
+        self.begin(0, 0)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
+        judges = ("D_A", "D_B") if self.attn_disc == "none" else ("D_A", "D_B", "guided_D_A", "guided_D_B")
         return (
             Turn("G", ("G_AB", "G_BA"), self.generators_losses),
-            Turn("D", ("D_A", "D_B"), self.discriminators_losses),
+            Turn("D", judges, self.discriminators_losses),
         )
+
+    def begin(self, epoch: int, step: int) -> None:
+        self.leading = self.tying = 1.0
+        if self.curriculum:
+            self.leading, self.tying = (0.99, 0.01) if epoch < self.curriculum else (0.5, 0.5)
+        if self.warmup:
+            self.tying *= min(1.0, 0.05 + step / self.warmup)
+
+    def settle(self) -> None:
+        if self.ema_decay:
+            self.ema_AB.update_parameters(self.G_AB)
+            self.ema_BA.update_parameters(self.G_BA)
 
     def forward(self, batch: Batch) -> TwoWayFakes:
         real_A, real_B = batch["A"], batch["B"]
         same_A = same_B = None
-        if self.lambda_id:
+        if self.weights.identity:
             # Translation and identity in one call: exact, as InstanceNorm sees each picture alone.
             fake_B, (same_B, *_) = split(self.G_AB(torch.cat([real_A, real_B])))
             fake_A, (same_A, *_) = split(self.G_BA(torch.cat([real_B, real_A])))
@@ -174,27 +244,54 @@ class TwoWay(System):
             recovered_B=self.G_AB(fake_A.image),
             same_A=same_A,
             same_B=same_B,
-            pooled_A=self.pool_A(fake_A.image),
-            pooled_B=self.pool_B(fake_B.image),
+            pooled_A=self.pool_A(self.remembered(fake_A)),
+            pooled_B=self.pool_B(self.remembered(fake_B)),
         )
 
+    def remembered(self, fake: Translation) -> Tensor:
+        """What the replay buffer keeps of a translation: the picture, and its mask where a discriminator wants it."""
+        return fake.image if self.attn_disc == "none" else torch.cat([fake.image, fake.foreground], dim=1)
+
+    def guide(self, images: Tensor, masks: Tensor) -> Tensor:
+        """What a guided discriminator sees of (B, channels, H, W) pictures and (B, 1, H, W) masks in [0, 1]."""
+        return torch.cat([masks, images], dim=1) if self.attn_disc == "concat" else masks * images
+
     def generators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        losses = {
-            "G_AB": least_squares(self.D_B(fakes.fake_B.image), 1.0),
-            "G_BA": least_squares(self.D_A(fakes.fake_A.image), 1.0),
-            "cycle_A": self.lambda_cyc * F.l1_loss(fakes.recovered_A.image, batch["A"]),
-            "cycle_B": self.lambda_cyc * F.l1_loss(fakes.recovered_B.image, batch["B"]),
-        }
-        if fakes.same_A is not None and fakes.same_B is not None:
-            losses["identity_A"] = self.lambda_id * F.l1_loss(fakes.same_A, batch["A"])
-            losses["identity_B"] = self.lambda_id * F.l1_loss(fakes.same_B, batch["B"])
+        gan, cyc, identity, pixel, tv = self.weights
+        ways = (
+            ("A", "B", batch["A"], fakes.fake_B, fakes.recovered_A, fakes.same_A),
+            ("B", "A", batch["B"], fakes.fake_A, fakes.recovered_B, fakes.same_B),
+        )
+        losses = {}
+        for source, target, real, fake, recovered, same in ways:
+            way = f"{source}{target}"
+            judge = self.get_submodule(f"D_{target}")
+            losses[f"G_{way}"] = self.leading * gan * least_squares(judge(fake.image), 1.0)
+            if self.attn_disc != "none":
+                judge = self.get_submodule(f"guided_D_{target}")
+                logits = judge(self.guide(fake.image, fake.foreground))
+                losses[f"guided_G_{way}"] = self.leading * gan * least_squares(logits, 1.0)
+            if tv:
+                losses[f"tv_{way}"] = self.leading * tv * total_variation(fake.foreground)
+            losses[f"cycle_{source}"] = self.tying * cyc * F.l1_loss(recovered.image, real)
+            if same is not None:
+                losses[f"identity_{source}"] = self.tying * identity * F.l1_loss(same, real)
+            if pixel:
+                losses[f"pixel_{way}"] = self.tying * pixel * F.l1_loss(fake.image, real)
         return losses
 
     def discriminators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        return {
-            "D_A": real_against_fake(self.D_A, batch["A"], fakes.pooled_A),
-            "D_B": real_against_fake(self.D_B, batch["B"], fakes.pooled_B),
-        }
+        losses = {}
+        sides = (("A", fakes.pooled_A, fakes.fake_B, fakes.fake_A), ("B", fakes.pooled_B, fakes.fake_A, fakes.fake_B))
+        for side, pooled, translated, partner in sides:
+            images, masks = pooled[:, : self.channels], pooled[:, self.channels :]
+            losses[f"D_{side}"] = real_against_fake(self.get_submodule(f"D_{side}"), batch[side], images)
+            if self.attn_disc != "none":
+                source = translated if self.attn_real == "own" else partner
+                real = self.guide(batch[side], source.foreground.detach())
+                judge = self.get_submodule(f"guided_D_{side}")
+                losses[f"guided_D_{side}"] = real_against_fake(judge, real, self.guide(images, masks))
+        return losses
 
     @torch.no_grad()
     def measures(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
@@ -210,8 +307,8 @@ class TwoWay(System):
     @torch.no_grad()
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         columns = {}
-        ways = (("A", "B", self.G_AB, self.G_BA), ("B", "A", self.G_BA, self.G_AB))
-        for source, target, there, back in ways:
+        G_AB, G_BA = (self.get_submodule(self.generators[direction]) for direction in ("AtoB", "BtoA"))
+        for source, target, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
             fake = there(batch[source])
             columns[f"real {source}"] = batch[source]
             columns[f"fake {target}"] = fake.image
@@ -235,19 +332,67 @@ def attentiongan(
     n_layers_D: int = 3,
     n_masks: int = 10,
     attention_kernel: int = 1,
+    no_background: bool = False,
+    upsample: str = "transposed",
+    attn_disc: str = "none",
+    attn_real: str = "own",
     lambda_cyc: float = 10.0,
     lambda_id: float = 0.5,
+    lambda_warmup: int = 0,
     pool_size: int = 50,
+    ema_decay: float = 0.0,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
     """AttentionGAN, scheme II."""
+    if no_background and attn_disc != "none":
+        raise InputError(f"--attn_disc {attn_disc} needs the background mask, which --no_background leaves out")
     return TwoWay(
-        lambda: AttentionGenerator(channels, ngf, n_residual_blocks, n_masks, attention_kernel),
-        lambda: PatchDiscriminator(channels, ndf, n_layers_D),
-        lambda_cyc,
-        lambda_id,
+        lambda: AttentionGenerator(
+            channels, ngf, n_residual_blocks, n_masks, attention_kernel, not no_background, upsample
+        ),
+        lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
+        Weights(cyc=lambda_cyc, identity=lambda_id),
         pool_size,
         seed,
+        channels,
+        attn_disc,
+        attn_real,
+        warmup=lambda_warmup,
+        ema_decay=ema_decay,
+    )
+
+
+def attentiongan1(
+    *,
+    channels: int = 3,
+    ngf: int = 64,
+    ndf: int = 64,
+    n_residual_blocks: int = 9,
+    n_layers_D: int = 3,
+    upsample: str = "transposed",
+    attn_disc: str = "concat",
+    attn_real: str = "own",
+    lambda_gan: float = 0.5,
+    lambda_cyc: float = 10.0,
+    lambda_pixel: float = 1.0,
+    lambda_tv: float = 1e-6,
+    curriculum_epochs: int = 10,
+    pool_size: int = 50,
+    ema_decay: float = 0.0,
+    seed: Sequence[int] = (0,),
+) -> TwoWay:
+    """AttentionGAN, scheme I, with the attention-guided discriminator that the paper describes."""
+    return TwoWay(
+        lambda: SingleMaskGenerator(channels, ngf, n_residual_blocks, upsample),
+        lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
+        Weights(lambda_gan, lambda_cyc, pixel=lambda_pixel, tv=lambda_tv),
+        pool_size,
+        seed,
+        channels,
+        attn_disc,
+        attn_real,
+        curriculum=curriculum_epochs,
+        ema_decay=ema_decay,
     )
 
 
@@ -258,22 +403,31 @@ def cyclegan(
     ndf: int = 64,
     n_residual_blocks: int = 9,
     n_layers_D: int = 3,
+    upsample: str = "transposed",
     lambda_cyc: float = 10.0,
     lambda_id: float = 5.0,
+    lambda_warmup: int = 0,
     pool_size: int = 50,
+    ema_decay: float = 0.0,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
     """CycleGAN."""
     return TwoWay(
-        lambda: ResNetGenerator(channels, ngf, n_residual_blocks),
-        lambda: PatchDiscriminator(channels, ndf, n_layers_D),
-        lambda_cyc,
-        lambda_id,
+        lambda: ResNetGenerator(channels, ngf, n_residual_blocks, upsample),
+        lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
+        Weights(cyc=lambda_cyc, identity=lambda_id),
         pool_size,
         seed,
+        channels,
+        warmup=lambda_warmup,
+        ema_decay=ema_decay,
     )
 
 
 # Name to builder. A builder's keywords are the system's options and their defaults its presets; ``seed`` is the
 # key of the replay buffers' randomness. ``train.py`` makes the flags from here.
-SYSTEMS: dict[str, Callable[..., System]] = {"attentiongan": attentiongan, "cyclegan": cyclegan}
+SYSTEMS: dict[str, Callable[..., System]] = {
+    "attentiongan": attentiongan,
+    "attentiongan1": attentiongan1,
+    "cyclegan": cyclegan,
+}

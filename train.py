@@ -54,9 +54,25 @@ SYSTEM_HELP = {
     "n_layers_D": "stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34",
     "n_masks": "attention masks, the background's included",
     "attention_kernel": "last kernel of the attention head: 1 as the official code, 7 as the paper",
+    "no_background": "give every mask a content and keep nothing of the input, for changes of shape (selfie2anime)",
+    "upsample": "how generators enlarge: transposed convolutions as the papers, or nearest neighbour and convolution",
+    "attn_disc": "attention-guided discriminator beside the plain one: sees [mask, picture] (concat), or their product",
+    "attn_real": "mask it sees of a real picture: the picture's own, or its translated partner's as the paper writes",
+    "lambda_gan": "weight of each adversarial term",
+    "lambda_pixel": "weight of each direction's |output - input|",
+    "lambda_tv": "weight of each mask's total variation, a sum over its pixels",
+    "ema_decay": "save, show and evaluate moving averages of the generators, of this decay per step; 0: as they train",
+    "lambda_warmup": "steps over which cycle and identity weights grow to their full size; 0: at once",
+    "curriculum_epochs": "epochs that the adversarial terms lead (0.99 to 0.01), as in scheme I's official code, then "
+    "0.5 to 0.5; 0: plain weights",
     "lambda_cyc": "weight of each direction's cycle loss",
     "lambda_id": "weight of each direction's identity loss (AttentionGAN: 0.5 in the paper, 5 in the official code)",
     "pool_size": "generated pictures each replay buffer keeps; 0 turns it off",
+}
+SYSTEM_CHOICES = {
+    "upsample": ("transposed", "nearest"),
+    "attn_disc": ("none", "concat", "mask"),
+    "attn_real": ("own", "partner"),
 }
 # What a resumed run may change without ceasing to be the same run.
 FREE_ON_RESUME = (
@@ -106,7 +122,11 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("system").add_argument
     add("--system", choices=sorted(SYSTEMS), default="attentiongan", help="what to train; its defaults are shown here")
     for name, default in system_options(system).items():
-        add(f"--{name}", type=type(default), default=default, help=SYSTEM_HELP[name])
+        if isinstance(default, bool):
+            add(f"--{name}", action="store_true", help=SYSTEM_HELP[name])
+        else:
+            choices = SYSTEM_CHOICES.get(name)
+            add(f"--{name}", type=type(default), default=default, choices=choices, help=SYSTEM_HELP[name])
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=int, default=200, help="epochs in all")
     add(
@@ -224,11 +244,19 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         "lr": 0,
         "pool_size": 0,
     }
-    least |= {"ngf": 1, "ndf": 1, "n_masks": 2, "n_residual_blocks": 0, "n_layers_D": 1}
+    least |= {
+        "lambda_warmup": 0,
+        "curriculum_epochs": 0,
+        "ngf": 1,
+        "ndf": 1,
+        "n_masks": 2,
+        "n_residual_blocks": 0,
+        "n_layers_D": 1,
+    }
     for key, bound in least.items():
         if not getattr(options, key, bound) >= bound:  # nan is not
             raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
-    for key in ("b1", "b2"):
+    for key in ("b1", "b2", "ema_decay"):
         if not 0 <= getattr(options, key) < 1:
             raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")
     if options.decay_epoch > options.n_epochs:
@@ -278,12 +306,12 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def load_generators(system: System, where: str) -> None:
-    """Give the generators the weights found at ``where``, a run, a name or a folder (see ``utils.find_generator``)."""
+    """Give the learners the weights found at ``where``, a run, a name or a folder (see ``utils.find_generator``)."""
     if Path(where).is_file():
         raise InputError(
             f"--init_from {where} is one file, expected a run or folder with a generator for each direction"
         )
-    for direction, name in system.generators.items():
+    for direction, name in system.learners.items():
         source, _ = open_generator(where, direction)
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
@@ -340,7 +368,7 @@ class Run:
     ):
         self.options, self.system, self.optimizers, self.device = options, system, optimizers, device
         self.steps_per_epoch = steps_per_epoch
-        self.networks = [name for turn in system.turns for name in turn.networks]
+        self.networks = [name for name, child in system.named_children() if any(True for _ in child.parameters())]
         self.checkpoints = utils.Checkpoints(SAVED_MODELS / options.name)
         self.saved_at = time.monotonic()
         self.best = float("inf")  # of the evaluations so far
@@ -562,12 +590,12 @@ def train(
     players = distribute(system)
     with utils.StopSignals() as stop, closing(record):
         for epoch in range(first, options.n_epochs):
-            players.begin(epoch)
             lr = learning_rate(options, epoch)
             for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
                 group["lr"] = lr
             sampler.epoch, sampler.start = epoch, done * options.batch_size
             for batch in utils.to_device(loader, device, normalise):
+                players.begin(epoch, record.step)
                 record.note(play(players, optimizers, autocast, batch), sum(map(len, batch.values())), epoch, lr)
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
                     with autocast():

@@ -192,7 +192,7 @@ def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, 
 def write(target: Path, translation: Translation) -> None:
     """The picture to ``target``; masks and contents, where there are any, to the folder ``<name>_masks`` beside it.
 
-    All parts are uint8; ``attention.png`` there is 1 - background mask, and the background is the last mask.
+    All parts are uint8. Unless every mask has a content, the last is the background and ``attention.png`` the rest.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(translation.image).save(target)
@@ -200,7 +200,8 @@ def write(target: Path, translation: Translation) -> None:
         return
     folder = mask_folder(target)
     folder.mkdir(exist_ok=True)
-    to_pil_image(255 - translation.attention[-1:]).save(folder / "attention.png")
+    if len(translation.content) < len(translation.attention):
+        to_pil_image(255 - translation.attention[-1:]).save(folder / "attention.png")
     for i, mask in enumerate(translation.attention, 1):
         to_pil_image(mask[None]).save(folder / f"mask_{i:02d}.png")
     for i, content in enumerate(translation.content, 1):

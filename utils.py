@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -500,8 +500,12 @@ PAGE = """<!doctype html>
 """
 
 
-def draw_sheet(columns: Mapping[str, Tensor], title: str = "", least_width: int = 96) -> Image.Image:
-    """A sheet with a heading over each column and a row for each picture, and a title; values in [-1, 1].
+def draw_sheet(
+    columns: Mapping[str, Tensor], title: str = "", rows: Sequence[str] = (), least_width: int = 96
+) -> Image.Image:
+    """A sheet with a heading over each column and a row for each picture; values in [-1, 1].
+
+    ``title`` stands above all of it, the names of the ``rows`` on the left.
 
     Small pictures are enlarged by whole pixels to about ``least_width``, so that the headings fit.
     """
@@ -513,14 +517,18 @@ def draw_sheet(columns: Mapping[str, Tensor], title: str = "", least_width: int 
     grid = to_pil_image(
         make_grid(pictures.clamp(-1, 1), nrow=len(batches), padding=2, normalize=True, value_range=(-1, 1), pad_value=1)
     )
-    line, width = 18, pictures.shape[-1] + 2
+    line, width, height = 18, pictures.shape[-1] + 2, pictures.shape[-2] + 2
+    font = ImageFont.load_default(size=12)
+    left = 8 + round(max(map(font.getlength, rows))) if rows else 0
     above = line * (2 if title else 1)
-    sheet = Image.new("RGB", (grid.width, grid.height + above), "white")
-    sheet.paste(grid, (0, above))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    sheet = Image.new("RGB", (left + grid.width, grid.height + above), "white")
+    sheet.paste(grid, (left, above))
+    draw = ImageDraw.Draw(sheet)
     draw.text((2, 1), title, fill="black", font=font)
     for i, name in enumerate(batches):
-        draw.text((2 + width * i, above - line + 1), name, fill="black", font=font)
+        draw.text((left + 2 + width * i, above - line + 1), name, fill="black", font=font)
+    for i, name in enumerate(rows):
+        draw.text((2, above + height * i + height // 2 - line // 2), name, fill="black", font=font)
     return sheet
 
 

@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from models import (
     PatchDiscriminator,
     ReplayBuffer,
     ResNetGenerator,
+    SingleMaskGenerator,
     load_generator,
     load_official,
     pack_generator,
@@ -21,6 +23,8 @@ STEM_AND_BLOCKS = 64 + 128 + 256 + 9 * 2 * 256
 HEAD = 128 + 64
 PARAMETERS = {
     "AttentionGenerator": (AttentionGenerator, 11_822_949 - STEM_AND_BLOCKS - 2 * HEAD),
+    "AttentionGAN-geo": (lambda: AttentionGenerator(background=False), 11_832_360 - STEM_AND_BLOCKS - 2 * HEAD),
+    "SingleMaskGenerator": (SingleMaskGenerator, 11_378_179 + 64 * 49 + 1 - STEM_AND_BLOCKS - HEAD),  # a fourth output
     "ResNetGenerator": (ResNetGenerator, 11_378_179 - STEM_AND_BLOCKS - HEAD),
     "PatchDiscriminator": (PatchDiscriminator, 2_764_737 - (128 + 256 + 512)),
 }
@@ -54,6 +58,56 @@ def test_attention_generator_fuses_masks_that_sum_to_one(kernel, height, width):
     torch.testing.assert_close(generator(x).foreground, attention[:, :4].sum(dim=1, keepdim=True))
 
 
+def test_without_background_nothing_of_the_input_is_kept():
+    generator = AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False, upsample="nearest")
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    image, attention, content = generator(x)
+    assert content.shape == (2, 3, 3, 8, 12) and attention.shape == (2, 3, 8, 12)
+    by_hand = sum(content[:, i] * attention[:, i : i + 1] for i in range(3))
+    torch.testing.assert_close(image, by_hand)
+    assert generator(x).foreground is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scheme_one_fuses_one_content_by_one_mask(channels):
+    generator = SingleMaskGenerator(channels, ngf=4, n_residual_blocks=1)
+    x = torch.rand(2, channels, 8, 12) * 2 - 1
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    raw = generator.decoder(generator.encoder(x))
+    mask, painted = 1 / (1 + torch.exp(-raw[:, :1])), torch.tanh(raw[:, 1:])
+    image, attention, content = generator(x)
+    assert mask.std() > 0.05 and content.shape == (2, 1, channels, 8, 12)
+    torch.testing.assert_close(content[:, 0], painted)
+    torch.testing.assert_close(attention, torch.cat([mask, 1 - mask], dim=1))
+    torch.testing.assert_close(generator(x).foreground, mask)
+    torch.testing.assert_close(image, painted * mask + x * (1 - mask))
+
+
+def period_two(images: torch.Tensor) -> float:
+    """How much of (B, C, H, W) differs between pixels of even and of odd rows and columns, inside the border."""
+    inner = images[..., 4:-4, 4:-4]
+    means = torch.stack([inner[..., i::2, j::2].mean(dim=(2, 3)) for i in (0, 1) for j in (0, 1)])
+    return (means.std(dim=0) / inner.std()).max().item()
+
+
+@pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator])
+def test_nearest_upsampling_knows_no_grid(generator):
+    """Transposed convolutions give every second row and column filters of their own, and so a pattern."""
+    torch.manual_seed(0)
+    x = F.interpolate(torch.rand(8, 3, 8, 8), size=(64, 64), mode="bicubic").clamp(0, 1) * 2 - 1
+
+    def pattern(upsample):
+        network = generator(ngf=8, n_residual_blocks=1, upsample=upsample)
+        decoder = network.attention_head if generator is AttentionGenerator else network.decoder
+        with torch.no_grad():
+            return period_two(decoder(network.encoder(x)))
+
+    assert pattern("nearest") < 0.1 < 0.3 < pattern("transposed")
+
+
 def test_other_channels_and_widths():
     generator = AttentionGenerator(channels=1, ngf=4, n_residual_blocks=0, n_masks=2)
     image, attention, content = generator(torch.zeros(1, 1, 12, 12))
@@ -62,7 +116,7 @@ def test_other_channels_and_widths():
     assert ResNetGenerator(ngf=4, n_residual_blocks=1)(torch.zeros(1, 3, 8, 8)).foreground is None
 
 
-@pytest.mark.parametrize("generator", [AttentionGenerator, ResNetGenerator])
+@pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator])
 @pytest.mark.parametrize("size", [(4, 8), (30, 32), (32, 34)])
 def test_a_size_that_does_not_fit_is_named(generator, size):
     with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels.*multiples of 4 and at least 8"):
@@ -166,7 +220,7 @@ def test_seeds_differ_and_size_zero_passes_through_detached():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def official_attention_weights(ngf=4, n_blocks=2, n_masks=10):
+def official_attention_weights(ngf=4, n_blocks=2, n_masks=10, n_contents=9):
     """State dict of the official AttentionGAN generator, random weights and biases."""
     rng = torch.Generator().manual_seed(0)
     weights = {}
@@ -182,7 +236,7 @@ def official_attention_weights(ngf=4, n_blocks=2, n_masks=10):
     for i in range(n_blocks):
         conv(f"resnet_blocks.{i}.conv1", 4 * ngf, 4 * ngf, 3)
         conv(f"resnet_blocks.{i}.conv2", 4 * ngf, 4 * ngf, 3)
-    for head, out, kernel in (("content", 3 * (n_masks - 1), 7), ("attention", n_masks, 1)):
+    for head, out, kernel in (("content", 3 * n_contents, 7), ("attention", n_masks, 1)):
         conv(f"deconv1_{head}", 2 * ngf, 4 * ngf, 3, transposed=True)
         conv(f"deconv2_{head}", ngf, 2 * ngf, 3, transposed=True)
         conv(f"deconv3_{head}", out, ngf, kernel)
@@ -213,7 +267,7 @@ def trunk(x, weights, names, blocks):
     return x
 
 
-def official_attention_forward(x, weights, n_blocks=2, n_masks=10):
+def official_attention_forward(x, weights, n_blocks=2, n_contents=9):
     blocks = [(f"resnet_blocks.{i}.conv1", f"resnet_blocks.{i}.conv2") for i in range(n_blocks)]
     features = trunk(x, weights, ("conv1", "conv2", "conv3"), blocks)
     c = norm_relu(upsample(features, weights, "deconv1_content"))
@@ -222,8 +276,8 @@ def official_attention_forward(x, weights, n_blocks=2, n_masks=10):
     a = norm_relu(upsample(features, weights, "deconv1_attention"))
     a = norm_relu(upsample(a, weights, "deconv2_attention"))
     a = torch.softmax(convolve(a, weights, "deconv3_attention"), dim=1)
-    out = x * a[:, n_masks - 1 :].repeat(1, 3, 1, 1)
-    for i in range(n_masks - 1):
+    out = x * a[:, 9:].repeat(1, 3, 1, 1) if n_contents == 9 else 0
+    for i in range(n_contents):
         out = out + c[:, 3 * i : 3 * i + 3] * a[:, i : i + 1].repeat(1, 3, 1, 1)
     return out
 
@@ -253,6 +307,11 @@ def official_cyclegan_forward(x, weights, n_blocks=9):
 
 OFFICIAL = {
     "attentiongan": (official_attention_weights, official_attention_forward, AttentionGenerator),
+    "attentiongan-geo": (
+        partial(official_attention_weights, n_contents=10),
+        partial(official_attention_forward, n_contents=10),
+        AttentionGenerator,
+    ),
     "cyclegan": (official_cyclegan_weights, official_cyclegan_forward, ResNetGenerator),
 }
 
@@ -315,7 +374,12 @@ def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(
     "generator",
-    [AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, attention_kernel=7), ResNetGenerator(1, 4, 2)],
+    [
+        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, attention_kernel=7, upsample="nearest"),
+        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
+        SingleMaskGenerator(3, 4, 1),
+        ResNetGenerator(1, 4, 2),
+    ],
     ids=lambda g: type(g).__name__,
 )
 def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):

@@ -15,7 +15,7 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from datasets import draw_built_in
-from models import AttentionGenerator, ResNetGenerator, pack_generator
+from models import AttentionGenerator, ResNetGenerator, SingleMaskGenerator, pack_generator
 from train import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def _a_plain_kernel(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
 
 
-def make_run(folder, generator_class, size=32):
+def make_run(folder, generator_class, size=32, **settings):
     """A run named demo with untrained generators, as training leaves it, and the built-in set, small."""
     draw_built_in(folder / "data" / "solid2striped", n_train=1, n_test=4)
     run = folder / "saved_models" / "demo"
@@ -38,7 +38,7 @@ def make_run(folder, generator_class, size=32):
     flags = ["--dataset_name", "solid2striped", "--name", "demo", "--img_height", str(size), "--img_width", str(size)]
     torch.manual_seed(0)
     for direction in ("AtoB", "BtoA"):
-        packed = pack_generator(generator_class(ngf=8, n_residual_blocks=1))
+        packed = pack_generator(generator_class(ngf=8, n_residual_blocks=1, **settings))
         about = {"direction": direction, "options": vars(parse_options(flags)), "step": 12345}
         torch.save({**packed, **about}, run / f"{direction}.pt")
 
@@ -88,6 +88,20 @@ def test_generators_without_masks_and_a_picture_of_ones_own(tmp_path):
     assert text.count("ResNetGenerator") == 2
     assert len(re.findall(r"this generator has no .*", text)) == 5
     assert "fusion - output" not in text
+
+
+@pytest.mark.parametrize(
+    "network, settings, n_masks",
+    [(SingleMaskGenerator, {}, 2), (AttentionGenerator, {"n_masks": 3, "background": False}, 3)],
+    ids=["one mask", "no background"],
+)
+def test_other_ways_to_fuse_masks_and_contents(tmp_path, network, settings, n_masks):
+    make_run(tmp_path, network, **settings)
+    text, pictures = execute(tmp_path)
+    assert pictures == 4 and f"4 pictures, {n_masks} masks each" in text
+    (difference,) = re.findall(r"max \|fusion - output\| = (\S+)", text)
+    assert float(difference) < 1e-5
+    assert text.count("has no background mask") == 2 * ("background" in settings)
 
 
 @pytest.fixture

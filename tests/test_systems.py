@@ -11,7 +11,7 @@ from systems import SYSTEMS, Turn, least_squares, mask_measures
 from train import play, trained_parameters, update
 
 SMALL = dict(ngf=4, ndf=4, n_residual_blocks=2, n_layers_D=2)
-SYSTEM_SETTINGS = {"attentiongan": {**SMALL, "n_masks": 4}, "cyclegan": SMALL}
+SYSTEM_SETTINGS = {"attentiongan": {**SMALL, "n_masks": 4}, "attentiongan1": SMALL, "cyclegan": SMALL}
 
 
 def build(name, seed=0, **settings):
@@ -28,53 +28,86 @@ def make_batch(seed, n=2, size=16):
     return {s: torch.rand(n, 3, size, size, dtype=torch.float64, generator=generator) * 2 - 1 for s in "AB"}
 
 
-def textbook_losses(system, batch, lambda_cyc, lambda_id):
-    """CycleGAN's objective as the papers and the official code have it: every call made singly.
+def guided_input(picture, mask, attn_disc):
+    """What the attention-guided discriminator is shown: [M, picture] as the paper writes it, or their product."""
+    return torch.cat([mask, picture], dim=1) if attn_disc == "concat" else picture * mask
+
+
+def textbook_losses(system, batch, *, gan=1.0, cyc=10.0, identity=0.0, pixel=0.0, tv=0.0, attn_disc="none", own=True):
+    """The objective as the papers and the official code have it: every call made singly.
 
     Returns the generators' and the discriminators' terms (no replay buffer).
     """
     mse, l1 = nn.MSELoss(), nn.L1Loss()
-    real_A, real_B = batch["A"], batch["B"]
-    G_AB, G_BA = (lambda x: system.G_AB(x).image), (lambda x: system.G_BA(x).image)
-    D_A, D_B = (lambda x: system.D_A(x)[0]), (lambda x: system.D_B(x)[0])
-
-    fake_B = G_AB(real_A)
-    recovered_A = G_BA(fake_B)
-    fake_A = G_BA(real_B)
-    recovered_B = G_AB(fake_A)
-    same_B = G_AB(real_B)
-    same_A = G_BA(real_A)
-
-    valid, false = torch.ones_like(D_A(real_A)), torch.zeros_like(D_A(real_A))
-    generators = {
-        "G_AB": mse(D_B(fake_B), valid),
-        "G_BA": mse(D_A(fake_A), valid),
-        "cycle_A": l1(recovered_A, real_A) * lambda_cyc,
-        "cycle_B": l1(recovered_B, real_B) * lambda_cyc,
-        "identity_A": l1(same_A, real_A) * lambda_id,
-        "identity_B": l1(same_B, real_B) * lambda_id,
-    }
-    discriminators = {
-        "D_A": (mse(D_A(real_A), valid) + mse(D_A(fake_A.detach()), false)) * 0.5,
-        "D_B": (mse(D_B(real_B), valid) + mse(D_B(fake_B.detach()), false)) * 0.5,
-    }
+    generators, discriminators = {}, {}
+    for source, target in ("AB", "BA"):
+        G, F = getattr(system, f"G_{source}{target}"), getattr(system, f"G_{target}{source}")
+        D = getattr(system, f"D_{target}")
+        real, real_target = batch[source], batch[target]
+        fake = G(real).image
+        logits = D(fake)[0]
+        generators[f"G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
+        generators[f"cycle_{source}"] = cyc * l1(F(fake).image, real)
+        if identity:
+            generators[f"identity_{source}"] = identity * l1(F(real).image, real)
+        if pixel:
+            generators[f"pixel_{source}{target}"] = pixel * l1(fake, real)
+        on_real, on_fake = D(real_target)[0], D(fake.detach())[0]
+        loss = mse(on_real, torch.ones_like(on_real)) + mse(on_fake, torch.zeros_like(on_fake))
+        discriminators[f"D_{target}"] = loss * 0.5
+        if tv or attn_disc != "none":
+            mask = 1 - G(real).attention[:, -1:]
+        if tv:
+            total = sum(
+                abs(m[i + 1, j] - m[i, j]) * (i + 1 < 16) + abs(m[i, j + 1] - m[i, j]) * (j + 1 < 16)
+                for m in (F_pad(m[0]) for m in mask)
+                for i in range(16)
+                for j in range(16)
+            )
+            generators[f"tv_{source}{target}"] = tv * total / len(mask)
+        if attn_disc != "none":
+            D = getattr(system, f"guided_D_{target}")
+            logits = D(guided_input(fake, mask, attn_disc))[0]
+            generators[f"guided_G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
+            real_mask = (1 - F(real_target).attention[:, -1:]) if own else mask
+            on_real = D(guided_input(real_target, real_mask.detach(), attn_disc))[0]
+            on_fake = D(guided_input(fake.detach(), mask.detach(), attn_disc))[0]
+            loss = mse(on_real, torch.ones_like(on_real)) + mse(on_fake, torch.zeros_like(on_fake))
+            discriminators[f"guided_D_{target}"] = loss * 0.5
     return generators, discriminators
+
+
+def F_pad(m):
+    """One row and one column more, so that the loops above may look there."""
+    return torch.nn.functional.pad(m, (0, 1, 0, 1))
 
 
 def gradients(losses, parameters):
     return torch.autograd.grad(sum(losses.values()), parameters, retain_graph=True)
 
 
-@pytest.mark.parametrize("name, lambda_id", [("attentiongan", 0.5), ("cyclegan", 5.0), ("attentiongan", 0.0)])
-def test_losses_and_gradients_are_the_textbook_steps(name, lambda_id):
-    system = build(name, pool_size=0, lambda_id=lambda_id)
+ONE = dict(gan=0.5, pixel=1.0, tv=1e-6)  # scheme I's published weights
+TEXTBOOK = [
+    ("attentiongan", {}, dict(identity=0.5)),
+    ("attentiongan", dict(lambda_id=0.0), {}),
+    ("attentiongan", dict(no_background=True, upsample="nearest"), dict(identity=0.5)),
+    ("attentiongan", dict(attn_disc="concat"), dict(identity=0.5, attn_disc="concat")),
+    ("attentiongan", dict(attn_disc="mask", attn_real="partner"), dict(identity=0.5, attn_disc="mask", own=False)),
+    ("cyclegan", {}, dict(identity=5.0)),
+    ("attentiongan1", dict(curriculum_epochs=0), dict(**ONE, attn_disc="concat")),
+    ("attentiongan1", dict(curriculum_epochs=0, attn_disc="mask"), dict(**ONE, attn_disc="mask")),
+    ("attentiongan1", dict(curriculum_epochs=0, attn_disc="none", lambda_tv=0.01), dict(gan=0.5, pixel=1.0, tv=0.01)),
+]
+
+
+@pytest.mark.parametrize("name, settings, terms", TEXTBOOK)
+def test_losses_and_gradients_are_the_textbook_steps(name, settings, terms):
+    system = build(name, pool_size=0, **settings)
     batch = make_batch(1)
-    expected = textbook_losses(system, batch, 10.0, lambda_id)
+    expected = textbook_losses(system, batch, **terms)
     fakes = system(batch)
     for turn, theirs in zip(system.turns, expected, strict=True):
         ours = turn.losses(batch, fakes)
-        if lambda_id == 0:
-            theirs = {k: v for k, v in theirs.items() if "identity" not in k}
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert abs(ours[key] - theirs[key]) < 1e-12, key
@@ -82,6 +115,30 @@ def test_losses_and_gradients_are_the_textbook_steps(name, lambda_id):
         for mine, textbook in zip(gradients(ours, parameters), gradients(theirs, parameters), strict=True):
             assert mine.abs().max() > 0
             assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
+
+
+def test_the_terms_that_tie_the_output_to_the_input_may_come_later():
+    batch = make_batch(1)
+    tying = ("cycle", "identity", "pixel")
+
+    def ratios(name, epoch, step, **settings):
+        """Each loss over its plain one: the common factor of the tying terms, and that of the others."""
+        plain = build(name, pool_size=0, **({"curriculum_epochs": 0} if name == "attentiongan1" else {}))
+        system = build(name, pool_size=0, **settings)
+        system.begin(epoch, step)
+        expected = plain.generators_losses(batch, plain(batch))
+        found = {
+            key: (loss / expected[key]).item() for key, loss in system.generators_losses(batch, system(batch)).items()
+        }
+        tied = {round(v, 9) for k, v in found.items() if k.startswith(tying)}
+        others = {round(v, 9) for k, v in found.items() if not k.startswith(tying)}
+        return tied, others
+
+    for step, factor in ((0, 0.05), (10, 0.15), (95, 1.0), (1000, 1.0)):
+        assert ratios("attentiongan", 0, step, lambda_warmup=100) == ({factor}, {1.0})
+    assert ratios("cyclegan", 0, 40, lambda_warmup=100) == ({0.45}, {1.0})
+    assert ratios("attentiongan1", 9, 10**6) == ({0.01}, {0.99})
+    assert ratios("attentiongan1", 10, 0) == ({0.5}, {0.5})
 
 
 class TextbookPool:
@@ -100,47 +157,65 @@ class TextbookPool:
         return image
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_several_whole_steps_are_the_textbook_ones(name):
-    """Adam, the order of turns, the replay buffers: three steps leave the same weights as three by the book."""
+WHOLE_STEPS = [
+    ("attentiongan", {}, dict(identity=0.5)),
+    ("cyclegan", {}, dict(identity=5.0)),
+    ("attentiongan1", dict(curriculum_epochs=0), dict(**ONE, attn_disc="concat")),
+    ("attentiongan", dict(attn_disc="mask"), dict(identity=0.5, attn_disc="mask")),
+]
+
+
+@pytest.mark.parametrize("name, settings, terms", WHOLE_STEPS)
+def test_several_whole_steps_are_the_textbook_ones(name, settings, terms):
+    """Adam, the order of turns, the replay buffers: three steps leave the same weights as three by the book.
+
+    The buffers keep a picture and its mask together.
+    """
     import numpy as np
 
-    ours, book = build(name, pool_size=2), build(name, pool_size=2)
-    lambda_id = ours.lambda_id
+    ours, book = build(name, pool_size=2, **settings), build(name, pool_size=2, **settings)
     optimizers = {
         t.player: torch.optim.Adam(trained_parameters(ours, t.networks), 2e-4, (0.5, 0.999), fused=True)
         for t in ours.turns
     }
+    judges = [n for n, m in book.named_children() if "D_" in n]
     G = [*book.G_AB.parameters(), *book.G_BA.parameters()]
-    D = [*book.D_A.parameters(), *book.D_B.parameters()]
+    D = [p for n in judges for p in getattr(book, n).parameters()]
     optimizer_G = torch.optim.Adam(G, 2e-4, (0.5, 0.999), foreach=False, fused=False)
     optimizer_D = torch.optim.Adam(D, 2e-4, (0.5, 0.999), foreach=False, fused=False)
-    pools = [TextbookPool(2), TextbookPool(2)]
+    pools = {"A": TextbookPool(2), "B": TextbookPool(2)}
     seen = 0
     for step in range(3):
         batch = make_batch(step)
         play(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
 
-        fake_A, fake_B = book.G_BA(batch["B"]).image.detach(), book.G_AB(batch["A"]).image.detach()
-        generators, _ = textbook_losses(book, batch, 10.0, lambda_id)
+        with torch.no_grad():
+            translated = {"A": book.G_BA(batch["B"]), "B": book.G_AB(batch["A"])}
+        masks = {s: None if t.attention is None else 1 - t.attention[:, -1:] for s, t in translated.items()}
+        generators, _ = textbook_losses(book, batch, **terms)
         optimizer_G.zero_grad()
         sum(generators.values()).backward()
         optimizer_G.step()
 
-        pooled = []
-        for domain, (pool, fake) in enumerate(zip(pools, (fake_A, fake_B), strict=True)):
-            handed = []
-            for i, image in enumerate(fake):
-                draws = np.random.default_rng((3, 0, domain, seen + i))
-                coin = draws.random() < 0.5
-                handed.append(pool.query(image, coin, int(draws.integers(2)) if coin else 0))
-            pooled.append(torch.stack(handed))
-        seen += 2
         optimizer_D.zero_grad()
         loss = torch.zeros((), dtype=torch.float64)
-        for discriminator, real, fake in ((book.D_A, batch["A"], pooled[0]), (book.D_B, batch["B"], pooled[1])):
-            (on_real,), (on_fake,) = discriminator(real), discriminator(fake)
-            loss = loss + 0.5 * (((on_real - 1) ** 2).mean() + (on_fake**2).mean())
+        for domain, (side, other) in enumerate(("AB", "BA")):
+            handed = []
+            for i, picture in enumerate(translated[side].image):
+                mask = torch.zeros(1) if masks[side] is None else masks[side][i]
+                draws = np.random.default_rng((3, 0, domain, seen + i))
+                coin = draws.random() < 0.5
+                handed.append(pools[side].query((picture, mask), coin, int(draws.integers(2)) if coin else 0))
+            pictures, with_them = (torch.stack(parts) for parts in zip(*handed, strict=True))
+            shown = {f"D_{side}": (batch[side], pictures)}
+            if "attn_disc" in terms:
+                how = terms["attn_disc"]  # a real picture's own mask: that of its translation to the other side
+                real, fake = guided_input(batch[side], masks[other], how), guided_input(pictures, with_them, how)
+                shown[f"guided_D_{side}"] = real, fake
+            for judge, (real, fake) in shown.items():
+                (on_real,), (on_fake,) = getattr(book, judge)(real), getattr(book, judge)(fake)
+                loss = loss + 0.5 * (((on_real - 1) ** 2).mean() + (on_fake**2).mean())
+        seen += 2
         loss.backward()
         optimizer_D.step()
     for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
@@ -171,7 +246,7 @@ def test_every_player_trains_and_every_network_is_trained():
         system = build(name)
         trained = [n for t in system.turns for n in t.networks]
         assert sorted(trained) == sorted(n for n, m in system.named_children() if any(True for _ in m.parameters()))
-        assert set(system.generators.values()) <= set(trained)
+        assert set(system.learners.values()) <= set(trained)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -182,7 +257,7 @@ def test_a_sheet_has_both_directions(name):
     assert [c for c in columns if "attention" not in c] == expected
     assert torch.equal(columns["fake B"], system.G_AB(batch["A"]).image)
     assert torch.equal(columns["recovered B"], system.G_AB(system.G_BA(batch["B"]).image).image)
-    if name == "attentiongan":
+    if name != "cyclegan":
         assert torch.equal(columns["attention A"], 2 * system.G_AB(batch["A"]).foreground - 1)
     assert all(not c.requires_grad for c in columns.values())
 
@@ -227,9 +302,28 @@ def test_systems_differ_by_seed_and_not_by_the_python_random_state():
     assert torch.equal(first[key], second[key]) and not torch.equal(first[key], third[key])
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_averaged_generators_follow_the_learners(name):
+    system, plain = build(name, ema_decay=0.9), build(name)
+    assert system.generators == {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"} and system.learners == plain.learners
+    weight = system.G_AB.encoder[0].weight
+    expected = None
+    for step in range(4):
+        with torch.no_grad():
+            weight.add_(step)
+        system.settle()
+        expected = weight.clone() if expected is None else 0.9 * expected + 0.1 * weight
+        torch.testing.assert_close(system.ema_AB.module.encoder[0].weight, expected)
+    shown = system.sheet(batch := make_batch(0))
+    assert torch.equal(shown["fake B"], system.ema_AB.module(batch["A"]).image)
+    assert not torch.equal(shown["fake B"], system.G_AB(batch["A"]).image)
+    assert all("ema" not in name for turn in system.turns for name in turn.networks)
+
+
 def test_settings_reach_the_networks():
     system = SYSTEMS["attentiongan"](**SMALL, n_masks=3, attention_kernel=7, channels=1)
     assert isinstance(system.G_BA, AttentionGenerator)
     expected = dict(channels=1, ngf=4, n_residual_blocks=2, n_masks=3, attention_kernel=7)
+    expected |= dict(background=True, upsample="transposed")
     assert system.G_BA.settings == expected
     assert system.min_size == 12 and system.size_multiple == 4

@@ -87,18 +87,22 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 
 @pytest.mark.parametrize("system", train.SYSTEMS)
 def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
-    tiny = QUICK.replace("--n_masks 3", "") if system == "cyclegan" else QUICK
+    tiny = QUICK if system == "attentiongan" else QUICK.replace("--n_masks 3", "")
     assert run(f"{tiny} --system {system} --n_epochs 2 --sample_interval 6") == 0
     name = f"small_{system}"
     entries = log(name)
     assert [e["step"] for e in entries] == [4, 8, 12]
     assert [e["epoch"] for e in entries] == [1, 2, 2]
-    assert {"G_AB", "G_BA", "cycle_A", "cycle_B", "identity_A", "identity_B", "D_A", "D_B", "lr"} <= entries[0].keys()
-    if system == "attentiongan":
-        assert len(entries[0]["mask_AB_mean"]) == len(entries[0]["mask_BA_entropy"]) == 3
+    own = {"attentiongan1": {"guided_G_AB", "tv_BA", "pixel_AB", "guided_D_A"}}.get(
+        system, {"identity_A", "identity_B"}
+    )
+    assert {"G_AB", "G_BA", "cycle_A", "cycle_B", "D_A", "D_B", "lr", *own} <= entries[0].keys()
+    n_masks = {"attentiongan": 3, "attentiongan1": 2, "cyclegan": 0}[system]
+    if n_masks:
+        assert len(entries[0]["mask_AB_mean"]) == len(entries[0]["mask_BA_entropy"]) == n_masks
         assert abs(sum(entries[0]["mask_AB_mean"]) - 1) < 1e-4
     with Image.open(f"images/{name}/00000006.png") as sheet:
-        columns = 8 if system == "attentiongan" else 6
+        columns = 8 if n_masks else 6
         zoom = 8  # 12 pixels become 96, two rows of test pictures
         assert sheet.size == (columns * (12 * zoom + 2) + 2, 2 * (12 * zoom + 2) + 2 + 18)
     with Image.open(f"images/{name}/curves.png") as curves:
@@ -148,6 +152,41 @@ def test_help_shows_each_systems_own_defaults(capsys):
         assert "--batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5" in shown
 
 
+def test_the_curriculum_and_the_warm_up_reach_the_losses(small_set):
+    """In a run whose rate is nearly zero each cycle loss is the full one times its factor."""
+    still = f"{QUICK} --n_epochs 2 --log_interval 1 --lr 1e-12 --pool_size 0 --precision float32".replace(
+        "--n_masks 3", ""
+    )
+    runs = {}
+    for name, extra in (
+        ("plain", "--curriculum_epochs 0"),
+        ("led", "--curriculum_epochs 1"),
+    ):
+        assert run(f"{still} --system attentiongan1 {extra} --name {name}") == 0
+        runs[name] = log(name)
+    for step, (plain, led) in enumerate(zip(runs["plain"], runs["led"], strict=True)):
+        leading, tying = (0.99, 0.01) if step < 6 else (0.5, 0.5)
+        assert led["cycle_A"] == pytest.approx(tying * plain["cycle_A"], rel=1e-3)
+        assert led["G_AB"] == pytest.approx(leading * plain["G_AB"], rel=1e-3)
+    for name, extra in (("full", ""), ("warm", "--lambda_warmup 10")):
+        assert run(f"{still} --system cyclegan {extra} --name {name}") == 0
+        runs[name] = log(name)
+    for step, (full, warm) in enumerate(zip(runs["full"], runs["warm"], strict=True)):
+        assert warm["cycle_A"] == pytest.approx(min(1, 0.05 + step / 10) * full["cycle_A"], rel=1e-3)
+
+
+def test_averages_are_saved_and_learners_start_from_files(small_set):
+    assert run(f"{QUICK} --n_epochs 1 --ema_decay 0.9 --name averaged") == 0
+    networks = checkpoint("averaged")["networks"]
+    saved = load_generator("saved_models/averaged/AtoB.pt")[0].state_dict()
+    same({f"module.{k}": v for k, v in saved.items()}, {k: v for k, v in networks["ema_AB"].items() if "module" in k})
+    assert not torch.equal(saved["encoder.0.weight"], networks["G_AB"]["encoder.0.weight"])
+    assert run(f"{QUICK} --n_epochs 1 --lr 1e-12 --ema_decay 0.9 --init_from averaged --name next") == 0
+    for network in ("G_AB", "ema_AB"):
+        weight = checkpoint("next")["networks"][network]["module." * (network != "G_AB") + "encoder.0.weight"]
+        torch.testing.assert_close(weight, saved["encoder.0.weight"])
+
+
 def test_every_flag_has_help():
     for system in train.SYSTEMS:
         assert all(action.help for action in train.make_parser(system)._actions)
@@ -158,9 +197,20 @@ def test_every_flag_has_help():
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, n_cpu", [(1, 0), (5, 0), (6, 0), (7, 2), (17, 0)])
-def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, n_cpu):
-    command = f"{QUICK} --n_epochs 3 --decay_epoch 1 --precision float32"
+@pytest.mark.parametrize(
+    "step, n_cpu, extra",
+    [
+        (1, 0, ""),
+        (5, 0, "--attn_disc mask --lambda_warmup 12"),
+        (6, 0, ""),
+        (7, 2, ""),
+        (8, 0, "--system attentiongan1 --curriculum_epochs 1"),
+        (17, 0, "--no_background --upsample nearest --ema_decay 0.9"),
+    ],
+)
+def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, n_cpu, extra):
+    quick = QUICK.replace("--n_masks 3", "") if "attentiongan1" in extra else QUICK
+    command = f"{quick} --n_epochs 3 --decay_epoch 1 --precision float32 {extra}"
     assert run(f"{command} --name straight") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -508,6 +558,7 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--b1 1.5", r"--b1 1.5: expected 0 or more, below 1"),
         ("--lr nan", r"--lr nan: expected at least 0"),
         ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
+        ("--no_background --attn_disc concat", r"--attn_disc concat needs the background mask"),
         ("--resume --overwrite", r"no such checkpoint, nothing to resume"),
         ("--keep_evaluated", r"--keep_evaluated is for evaluations while training, expected --eval_interval with it"),
         ("--inception w.pth", r"--inception is for evaluations while training, expected --eval_interval with it"),

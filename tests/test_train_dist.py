@@ -59,14 +59,22 @@ def three_steps(system: System, players: System, part: slice) -> dict[str, list[
     return results
 
 
+CASES = {
+    "II": ("attentiongan", {}, torch.float64),
+    "II in float32": ("attentiongan", {}, torch.float32),
+    "II, guided": ("attentiongan", {"attn_disc": "concat"}, torch.float64),
+    "I, guided": ("attentiongan1", {"attn_disc": "mask"}, torch.float64),
+}
+
+
 def be_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     results = {}
-    for dtype in (torch.float64, torch.float32):
+    for case, (name, settings, dtype) in CASES.items():
         # Rank 1 starts from other weights, to see that it is given rank 0's.
-        system = build("attentiongan", seed=rank, pool_size=0).to(dtype)
+        system = build(name, seed=rank, pool_size=0, **settings).to(dtype)
         half = slice(2 * rank, 2 * rank + 2)
-        results[dtype] = three_steps(system, train_dist.distribute(system), half)
+        results[case] = three_steps(system, train_dist.distribute(system), half)
         assert all("module" not in name for name in system.state_dict())
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -75,11 +83,11 @@ def be_a_rank(rank: int, folder: str) -> None:
 def test_two_ranks_with_half_the_batch_take_the_step_of_one_process(tmp_path):
     mp.spawn(be_a_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for dtype in (torch.float64, torch.float32):
-        system = build("attentiongan", seed=0, pool_size=0).to(dtype)
+    for case, (name, settings, dtype) in CASES.items():
+        system = build(name, seed=0, pool_size=0, **settings).to(dtype)
         alone = three_steps(system, system, slice(0, 4))
         for what in ("gradients", "weights"):
-            for one, first, second in zip(alone[what], ranks[0][dtype][what], ranks[1][dtype][what], strict=True):
+            for one, first, second in zip(alone[what], ranks[0][case][what], ranks[1][case][what], strict=True):
                 assert torch.equal(first, second)
                 if dtype == torch.float64:
                     assert (one - first).abs().max() < 1e-9

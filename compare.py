@@ -1,0 +1,285 @@
+"""Train several settings from several seeds, measure all by one protocol, and write the table.
+
+    python compare.py systems                      # AttentionGAN I and II, guided and not, CycleGAN
+    python compare.py ablations --seeds 0 1 2
+    python compare.py horses --data_dir data --extractor efficientnet-lite0
+
+Every run is an ordinary one, ``train.py`` under the name ``compare_<comparison>_<setting>_<seed>``; what stands already
+is resumed or, when finished, kept. The table (mean ± standard deviation over seeds) goes to
+``docs/compare_<comparison>.md``, a sheet with a row for each setting beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import evaluate
+import utils
+from datasets import find_side, normalise, unaugmented
+from models import open_generator
+from utils import InputError
+
+HERE = Path(__file__).resolve().parent
+
+
+class Comparison(NamedTuple):
+    """Flags of ``train.py``: those all settings share, and each setting's own."""
+
+    shared: str
+    settings: Mapping[str, str]
+
+
+SMALL = (
+    "--dataset_name solid2striped --img_height 64 --img_width 64 --ngf 16 --ndf 32 --n_residual_blocks 2 "
+    "--n_layers_D 2 --lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 0"
+)
+HORSES = (
+    "--dataset_name horse2zebra --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 "
+    "--n_epochs 4 --decay_epoch 4 --n_cpu 1 --sample_interval 0"
+)
+COMPARISONS = {
+    "systems": Comparison(
+        SMALL,
+        {
+            "AttentionGAN II": "--system attentiongan",
+            "II, guided by [mask, picture]": "--system attentiongan --attn_disc concat",
+            "II, guided by mask × picture": "--system attentiongan --attn_disc mask",
+            "AttentionGAN I, unguided": "--system attentiongan1 --curriculum_epochs 1 --attn_disc none",
+            "I, guided by [mask, picture]": "--system attentiongan1 --curriculum_epochs 1 --attn_disc concat",
+            "I, guided by mask × picture": "--system attentiongan1 --curriculum_epochs 1 --attn_disc mask",
+            "CycleGAN": "--system cyclegan",
+        },
+    ),
+    "ablations": Comparison(
+        f"{SMALL} --system attentiongan",
+        {
+            "AttentionGAN II": "",
+            "identity 5": "--lambda_id 5",
+            "warm-up 500": "--lambda_warmup 500",
+            "no pool": "--pool_size 0",
+            "attention kernel 7": "--attention_kernel 7",
+            "nearest upsampling": "--upsample nearest",
+            "rate 0.0002": "--lr 0.0002",
+            "averaged 0.99": "--ema_decay 0.99",
+            "float32": "--precision float32",
+        },
+    ),
+    "horses": Comparison(
+        f"{HORSES} --system attentiongan",
+        {
+            "AttentionGAN II": "",
+            "identity 5": "--lambda_id 5",
+            "warm-up 3000": "--lambda_warmup 3000",
+            "nearest upsampling": "--upsample nearest",
+            "nearest, warm-up 3000": "--upsample nearest --lambda_warmup 3000",
+        },
+    ),
+}
+
+
+def run_name(comparison: str, setting: str, seed: int) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", setting.lower().replace("×", "x")).strip("-")
+    return f"compare_{comparison}_{slug}_{seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Training
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train_all(comparison: str, seeds: Sequence[int], jobs: int, extra: Sequence[str]) -> None:
+    """Run what is not finished, ``jobs`` at a time, each with its share of the processor's cores.
+
+    Raises InputError when a run fails; the others go on to their ends.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    shared, settings = COMPARISONS[comparison]
+
+    def work(task: tuple[str, int]) -> str | None:
+        setting, seed = task
+        name = run_name(comparison, setting, seed)
+        if is_finished(name):
+            return None
+        resume = (utils.SAVED_MODELS / name / "checkpoint.pt").exists()
+        flags = ["--resume"] if resume else shlex.split(f"{shared} {settings[setting]} --seed {seed}")
+        command = [sys.executable, str(HERE / "train.py"), *flags, *extra, "--name", name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        print(f"{name}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
+        return None if done.returncode == 0 else f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+
+    tasks = [(setting, seed) for seed in seeds for setting in settings]
+    with ThreadPoolExecutor(jobs) as pool:
+        troubles = [trouble for trouble in pool.map(work, tasks) if trouble]
+    if troubles:
+        raise InputError("\n".join([f"{len(troubles)} of {len(tasks)} runs failed:", *troubles]))
+
+
+def is_finished(name: str) -> bool:
+    try:
+        state = utils.Checkpoints(utils.SAVED_MODELS / name).load(quiet=True)
+    except InputError:
+        return False
+    return state["step"] == state["options"]["n_epochs"] * state["steps_per_epoch"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The table
+# ----------------------------------------------------------------------------------------------------------
+
+
+def collect(name: str, dataset: str, extractor: str, batch_size: int) -> dict[str, dict[str, float]]:
+    """The figures of one run by direction, from ``evaluation.json``, with its speed and size."""
+    report = json.loads((utils.IMAGES / name / "evaluation.json").read_text())
+    lines = (utils.SAVED_MODELS / name / "log.jsonl").read_text().splitlines()
+    speeds = [entry["images_per_s"] for entry in map(json.loads, lines) if "images_per_s" in entry]
+    result = {}
+    for row in report["rows"]:
+        if (row["dataset"], row["extractor"], row["weights"]) != (dataset, extractor, evaluate.LAST):
+            continue
+        figures = {key: value for key, value in row["figures"].items() if value is not None}
+        generator, _ = open_generator(name, row["direction"])
+        figures["steps/s"] = statistics.median(speeds) / (2 * batch_size)
+        figures["million parameters"] = sum(p.numel() for p in generator.parameters()) / 1e6
+        result[row["direction"]] = figures
+    return result
+
+
+# Figures of the table: key, digits, factor.
+COLUMNS = (
+    ("IoU", 3, 1),
+    ("AP", 3, 1),
+    ("change IoU", 3, 1),
+    ("change AP", 3, 1),
+    ("background error", 3, 1),
+    ("L1", 3, 1),
+    ("KID", 2, 100),
+    (" rate", 3, 1),
+    ("cycle error", 3, 1),
+    ("change", 3, 1),
+    ("steps/s", 1, 1),
+    ("million parameters", 2, 1),
+)
+
+
+def make_table(settings: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Markdown: a row for each setting, mean ± standard deviation over the figures of its seeds."""
+    keys = list(dict.fromkeys(key for runs in settings.values() for run in runs for key in run))
+    columns = []
+    for wanted, digits, factor in COLUMNS:
+        for key in keys:
+            plain_kid = wanted == "KID" and key.startswith("KID") and " " not in key
+            if key == wanted or plain_kid or (wanted == " rate" and key.endswith(wanted)):
+                columns.append((key, digits, factor))
+    lines = ["| | " + " | ".join(f"{f} {k}" if f != 1 else k for k, _, f in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for setting, runs in settings.items():
+        cells = []
+        for key, digits, factor in columns:
+            values = [factor * run[key] for run in runs if key in run]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and "million" not in key else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "–")
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return lines
+
+
+@torch.no_grad()
+def draw(comparison: str, seed: int, root: Path, path: Path, n: int = 4) -> None:
+    """A sheet with a row for each setting: the first ``n`` test pictures of A, their translations, the attention."""
+    rows = []
+    for setting in COMPARISONS[comparison].settings:
+        generator, about = open_generator(run_name(comparison, setting, seed), "AtoB")
+        options = about["options"]
+        size = options["img_height"], options["img_width"]
+        pictures = find_side(root, "test", "A")[:n]
+        images = torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures])
+        inputs = normalise(images)
+        translation = generator(inputs)
+        attention = translation.foreground
+        blank = torch.ones_like(inputs[:, :1])
+        rows.append((inputs, translation.image, blank if attention is None else 2 * attention - 1))
+    columns = {}
+    for i in range(len(rows[0][0])):
+        for name, column in zip(("input", "output", "attention"), zip(*rows, strict=True), strict=True):
+            columns[f"{name} {i + 1}"] = torch.stack([batch[i] for batch in column])
+    utils.draw_sheet(columns, rows=list(COMPARISONS[comparison].settings)).save(path)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Train, measure, write. Raises InputError."""
+    comparison = options.comparison
+    shared, settings = COMPARISONS[comparison]
+    flags = dict(zip(*[iter(shlex.split(shared))] * 2, strict=True))
+    extra = ["--data_dir", str(options.data_dir)]
+    train_all(comparison, options.seeds, options.jobs, extra)
+    names = {s: [run_name(comparison, s, seed) for seed in options.seeds] for s in settings}
+    arguments = ["--dataset_name", flags["--dataset_name"], "--extractor", options.extractor, *extra]
+    status = evaluate.main([*arguments, "--checkpoint", *(name for group in names.values() for name in group)])
+    if status:
+        raise InputError("evaluate.py could not measure the runs")
+    batch_size = int(flags.get("--batch_size", 1))
+    collected = {
+        setting: [collect(name, flags["--dataset_name"], options.extractor, batch_size) for name in group]
+        for setting, group in names.items()
+    }
+    seeds = " ".join(map(str, options.seeds))
+    lines = [
+        f"# Comparison: {comparison}",
+        "",
+        f"`python compare.py {comparison} --seeds {seeds} --extractor {options.extractor}`: "
+        f"mean ± standard deviation over the seeds. {date.today():%B %Y}, PyTorch {torch.__version__}, "
+        f"{platform.machine()}, {os.cpu_count()} cores.",
+        "",
+        f"All settings: `{shared}`.",
+    ]
+    for direction in ("AtoB", "BtoA"):
+        runs = {s: [run[direction] for run in group if direction in run] for s, group in collected.items()}
+        lines += ["", f"## {direction}", "", *make_table(runs)]
+    lines += ["", "## Settings", "", *(f"- {s}: `{own or 'as above'}`" for s, own in settings.items())]
+    out = Path("docs")
+    out.mkdir(exist_ok=True)
+    draw(comparison, options.seeds[0], options.data_dir / flags["--dataset_name"], out / f"compare_{comparison}.png")
+    (out / f"compare_{comparison}.md").write_text(
+        "\n".join(lines) + f"\n\n![A row for each setting](compare_{comparison}.png)\n"
+    )
+    print(f"{out / f'compare_{comparison}.md'} written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Train settings from several seeds, measure them alike, write the table.",
+        formatter_class=utils.HelpFormatter,
+    )
+    parser.add_argument("comparison", choices=COMPARISONS, help="what to compare; the flags stand in compare.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every setting")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    parser.add_argument("--extractor", default="none", help="for KID, as in evaluate.py")
+    options = parser.parse_args(argv)
+
+    def work() -> int:
+        if options.jobs < 1:
+            raise InputError(f"--jobs {options.jobs}: expected at least 1")
+        compare(options)
+        return 0
+
+    return utils.run_script("compare.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
