@@ -20,15 +20,18 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import evaluate
+import train
 import utils
 from datasets import find_side, normalise, unaugmented
 from models import open_generator
@@ -62,6 +65,7 @@ COMPARISONS = {
             "AttentionGAN I, unguided": "--system attentiongan1 --curriculum_epochs 1 --attn_disc none",
             "I, guided by [mask, picture]": "--system attentiongan1 --curriculum_epochs 1 --attn_disc concat",
             "I, guided by mask × picture": "--system attentiongan1 --curriculum_epochs 1 --attn_disc mask",
+            "I, [mask, picture], no curriculum": "--system attentiongan1 --curriculum_epochs 0 --attn_disc concat",
             "CycleGAN": "--system cyclegan",
         },
     ),
@@ -143,21 +147,46 @@ def is_finished(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def collect(name: str, dataset: str, extractor: str, batch_size: int) -> dict[str, dict[str, float]]:
-    """The figures of one run by direction, from ``evaluation.json``, with its speed and size."""
+def collect(name: str, dataset: str, extractor: str) -> dict[str, dict[str, float]]:
+    """The figures of one run by direction, from ``evaluation.json``, and the size of its generators."""
     report = json.loads((utils.IMAGES / name / "evaluation.json").read_text())
-    lines = (utils.SAVED_MODELS / name / "log.jsonl").read_text().splitlines()
-    speeds = [entry["images_per_s"] for entry in map(json.loads, lines) if "images_per_s" in entry]
     result = {}
     for row in report["rows"]:
-        if (row["dataset"], row["extractor"], row["weights"]) != (dataset, extractor, evaluate.LAST):
-            continue
-        figures = {key: value for key, value in row["figures"].items() if value is not None}
-        generator, _ = open_generator(name, row["direction"])
-        figures["steps/s"] = statistics.median(speeds) / (2 * batch_size)
-        figures["million parameters"] = sum(p.numel() for p in generator.parameters()) / 1e6
-        result[row["direction"]] = figures
+        if (row["dataset"], row["extractor"], row["weights"]) == (dataset, extractor, evaluate.LAST):
+            generator, _ = open_generator(name, row["direction"])
+            size = {"million parameters": sum(p.numel() for p in generator.parameters()) / 1e6}
+            result[row["direction"]] = {k: v for k, v in row["figures"].items() if v is not None} | size
     return result
+
+
+def time_steps(comparison: str, rounds: int = 5, steps: int = 10) -> dict[str, float]:
+    """Training steps per second of each setting on this machine, without the loader: medians over rounds.
+
+    The settings take turns, so that a machine which drifts, or has other work, harms none.
+    """
+    shared, settings = COMPARISONS[comparison]
+    games = {}
+    for setting, flags in settings.items():
+        options = train.parse_options(shlex.split(f"{shared} {flags}"))
+        device = utils.pick_device(options.device)
+        system = train.build_system(options).to(device)
+        optimizers = {
+            turn.player: torch.optim.Adam(train.trained_parameters(system, turn.networks), options.lr, fused=True)
+            for turn in system.turns
+        }
+        shape = options.batch_size, options.channels, options.img_height, options.img_width
+        batch = {side: torch.rand(shape, device=device) * 2 - 1 for side in "AB"}
+        autocast = utils.make_autocast(device, options.precision)
+        games[setting] = partial(train.play, system, optimizers, autocast, batch)
+    seconds: dict[str, list[float]] = {setting: [] for setting in games}
+    for _ in range(rounds + 1):  # the first one warms up
+        for setting, play in games.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                shown = play()
+            shown["D_A"].item()  # waits for the device
+            seconds[setting].append((time.perf_counter() - start) / steps)
+    return {setting: 1 / statistics.median(times[1:]) for setting, times in seconds.items()}
 
 
 # Figures of the table: key, digits, factor.
@@ -192,7 +221,8 @@ def make_table(settings: Mapping[str, Sequence[Mapping[str, float]]]) -> list[st
         cells = []
         for key, digits, factor in columns:
             values = [factor * run[key] for run in runs if key in run]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and "million" not in key else ""
+            of_the_setting = key in ("million parameters", "steps/s")
+            spread = "" if of_the_setting or len(values) < 2 else f" ± {statistics.stdev(values):.{digits}f}"
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "–")
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return lines
@@ -232,9 +262,9 @@ def compare(options: argparse.Namespace) -> None:
     status = evaluate.main([*arguments, "--checkpoint", *(name for group in names.values() for name in group)])
     if status:
         raise InputError("evaluate.py could not measure the runs")
-    batch_size = int(flags.get("--batch_size", 1))
+    speeds = time_steps(comparison)
     collected = {
-        setting: [collect(name, flags["--dataset_name"], options.extractor, batch_size) for name in group]
+        setting: [collect(name, flags["--dataset_name"], options.extractor) for name in group]
         for setting, group in names.items()
     }
     seeds = " ".join(map(str, options.seeds))
@@ -248,7 +278,10 @@ def compare(options: argparse.Namespace) -> None:
         f"All settings: `{shared}`.",
     ]
     for direction in ("AtoB", "BtoA"):
-        runs = {s: [run[direction] for run in group if direction in run] for s, group in collected.items()}
+        runs = {
+            s: [run[direction] | {"steps/s": speeds[s]} for run in group if direction in run]
+            for s, group in collected.items()
+        }
         lines += ["", f"## {direction}", "", *make_table(runs)]
     lines += ["", "## Settings", "", *(f"- {s}: `{own or 'as above'}`" for s, own in settings.items())]
     out = Path("docs")
