@@ -37,9 +37,10 @@ class Translation(NamedTuple):
     @property
     def foreground(self) -> Tensor | None:
         """(B, 1, H, W) in [0, 1]: the share of each pixel that is new, 1 - background mask; None without that mask."""
-        if self.attention is None or self.content is None or self.content.shape[1] == self.attention.shape[1]:
+        if self.attention is None:
             return None
-        return 1 - self.attention[:, -1:]
+        has_background = self.content is None or self.content.shape[1] < self.attention.shape[1]
+        return 1 - self.attention[:, -1:] if has_background else None
 
 
 # ----------------------------------------------------------------------------------------------------------
