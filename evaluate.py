@@ -714,8 +714,8 @@ def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         return tuple(row.get(name) for name in ("dataset", "extractor", "direction", "weights"))
 
     try:
-        before = json.loads(path.read_text())["rows"]
-    except (OSError, ValueError, KeyError):  # none yet, or not one of ours
+        before = [row for row in json.loads(path.read_text())["rows"] if "dataset" in row]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
         before = []
     fresh = {key(row) for row in rows}
     kept = [row for row in before if key(row) not in fresh]
