@@ -821,7 +821,9 @@ def test_the_best_by_validation_is_kept_apart_in_the_report(small_set):
     assert [r["weights"] for r in report("run")["rows"]] == ["best by validation", "last"]
 
 
-@pytest.mark.parametrize("before", ["", "milk, bread", "{}"])
+@pytest.mark.parametrize(
+    "before", ["", "milk, bread", "{}", "[1]", '{"rows": null}', '{"rows": [1]}', '{"rows": [{}]}']
+)
 def test_a_file_that_is_no_report_gives_way(small_set, before):
     store(AtoB=tiny())
     path = Path("images/net/evaluation.json")
@@ -1283,14 +1285,3 @@ def test_one_training_picture_makes_no_floor(small_set):
     assert run("net", extractor="tiny") == 0
     (row,) = json.loads(Path("images/net/evaluation.json").read_text())["rows"]
     assert row["floor"] == {} and "KID-tiny" in row["figures"]
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[1]", '{"rows": null}', '{"rows": [1]}', '{"rows": [{"direction": "AtoB"}]}']
-)
-def test_a_file_that_is_no_report_gives_way(small_set, content):
-    store(AtoB=tiny())
-    Path("images/net").mkdir(parents=True)
-    Path("images/net/evaluation.json").write_text(content)
-    assert run("net") == 0
-    assert [row["direction"] for row in report()["rows"]] == ["AtoB"]
