@@ -61,10 +61,10 @@ COMPARISONS = {
         {
             "AttentionGAN II": "--system attentiongan",
             "II, guided by [mask, picture]": "--system attentiongan --attn_disc concat",
-            "II, guided by mask × picture": "--system attentiongan --attn_disc mask",
+            "II, guided by mask x picture": "--system attentiongan --attn_disc mask",
             "AttentionGAN I, unguided": "--system attentiongan1 --curriculum_epochs 1 --attn_disc none",
             "I, guided by [mask, picture]": "--system attentiongan1 --curriculum_epochs 1 --attn_disc concat",
-            "I, guided by mask × picture": "--system attentiongan1 --curriculum_epochs 1 --attn_disc mask",
+            "I, guided by mask x picture": "--system attentiongan1 --curriculum_epochs 1 --attn_disc mask",
             "I, [mask, picture], no curriculum": "--system attentiongan1 --curriculum_epochs 0 --attn_disc concat",
             "CycleGAN": "--system cyclegan",
         },
