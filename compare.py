@@ -97,7 +97,7 @@ COMPARISONS = {
 
 
 def run_name(comparison: str, setting: str, seed: int) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", setting.lower().replace("×", "x")).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-")
     return f"compare_{comparison}_{slug}_{seed}"
 
 
@@ -184,7 +184,7 @@ def time_steps(comparison: str, rounds: int = 5, steps: int = 10) -> dict[str, f
             start = time.perf_counter()
             for _ in range(steps):
                 shown = play()
-            shown["D_A"].item()  # waits for the device
+            next(iter(shown.values())).tolist()  # waits for the device
             seconds[setting].append((time.perf_counter() - start) / steps)
     return {setting: 1 / statistics.median(times[1:]) for setting, times in seconds.items()}
 
@@ -254,18 +254,17 @@ def compare(options: argparse.Namespace) -> None:
     """Train, measure, write. Raises InputError."""
     comparison = options.comparison
     shared, settings = COMPARISONS[comparison]
-    flags = dict(zip(*[iter(shlex.split(shared))] * 2, strict=True))
+    dataset = train.parse_options(shlex.split(shared)).dataset_name
     extra = ["--data_dir", str(options.data_dir)]
     train_all(comparison, options.seeds, options.jobs, extra)
     names = {s: [run_name(comparison, s, seed) for seed in options.seeds] for s in settings}
-    arguments = ["--dataset_name", flags["--dataset_name"], "--extractor", options.extractor, *extra]
+    arguments = ["--dataset_name", dataset, "--extractor", options.extractor, *extra]
     status = evaluate.main([*arguments, "--checkpoint", *(name for group in names.values() for name in group)])
     if status:
         raise InputError("evaluate.py could not measure the runs")
     speeds = time_steps(comparison)
     collected = {
-        setting: [collect(name, flags["--dataset_name"], options.extractor) for name in group]
-        for setting, group in names.items()
+        setting: [collect(name, dataset, options.extractor) for name in group] for setting, group in names.items()
     }
     seeds = " ".join(map(str, options.seeds))
     lines = [
@@ -286,7 +285,7 @@ def compare(options: argparse.Namespace) -> None:
     lines += ["", "## Settings", "", *(f"- {s}: `{own or 'as above'}`" for s, own in settings.items())]
     out = Path("docs")
     out.mkdir(exist_ok=True)
-    draw(comparison, options.seeds[0], options.data_dir / flags["--dataset_name"], out / f"compare_{comparison}.png")
+    draw(comparison, options.seeds[0], options.data_dir / dataset, out / f"compare_{comparison}.png")
     (out / f"compare_{comparison}.md").write_text(
         "\n".join(lines) + f"\n\n![A row for each setting](compare_{comparison}.png)\n"
     )

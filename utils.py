@@ -187,6 +187,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and leaves the epilog's lines as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or action.default is False or "(default" in (action.help or "")
+        return action.help if hidden else super()._get_help_string(action)
+
+
 def run_script(name: str, work: Callable[[], int]) -> int:
     """Do a script's work and return its exit status; what the user can mend is told in a line, without a traceback."""
     try:
@@ -559,14 +567,6 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
         if len(axes.lines) > 1:
             axes.legend(fontsize="xx-small", ncols=2)
     figure.savefig(path, dpi=80)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and leaves the epilog's lines as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or action.default is False or "(default" in (action.help or "")
-        return action.help if hidden else super()._get_help_string(action)
 
 
 def to_device(
