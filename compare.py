@@ -169,14 +169,9 @@ def time_steps(comparison: str, rounds: int = 5, steps: int = 10) -> dict[str, f
     for setting, flags in settings.items():
         options = train.parse_options(shlex.split(f"{shared} {flags}"))
         device = utils.pick_device(options.device)
-        system = train.build_system(options).to(device)
-        optimizers = {
-            turn.player: torch.optim.Adam(train.trained_parameters(system, turn.networks), options.lr, fused=True)
-            for turn in system.turns
-        }
+        system, optimizers, autocast = train.set_up(options, device)
         shape = options.batch_size, options.channels, options.img_height, options.img_width
         batch = {side: torch.rand(shape, device=device) * 2 - 1 for side in "AB"}
-        autocast = utils.make_autocast(device, options.precision)
         games[setting] = partial(train.play, system, optimizers, autocast, batch)
     seconds: dict[str, list[float]] = {setting: [] for setting in games}
     for _ in range(rounds + 1):  # the first one warms up

@@ -191,7 +191,7 @@ class UnpairedDataset(Dataset):
     pictures. Raises InputError when a side is missing, empty or too small for that.
 
     ``dataset[epoch, index]`` is {"A": uint8 (channels, height, width), "B": likewise}, resized to 1.12 × the
-    size, randomly cropped and flipped.
+    size, randomly cropped and flipped. Pictures are decoded each time, or once if ``load`` has kept them.
     """
 
     def __init__(
@@ -204,6 +204,8 @@ class UnpairedDataset(Dataset):
         hold_out: bool = False,
     ):
         self.root, self.size, self.channels, self.how, self.seed = root, size, channels, how, seed
+        self.scaled = int(SCALE * size[0]), int(SCALE * size[1])
+        self.kept: dict[Picture, Tensor] = {}
         self.sides = {side: find_side(root, "train", side) for side in "AB"}
         self.held_out: dict[str, list[Picture]] = {"A": [], "B": []}
         for d, (side, pictures) in enumerate(self.sides.items()):
@@ -234,12 +236,38 @@ class UnpairedDataset(Dataset):
         pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
         return {side: self.augment(picture, rng) for side, picture in pair.items()}
 
+    def load(self, limit: float) -> bool:
+        """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes.
+
+        Returns whether they are kept; samples are the same either way.
+        """
+        pictures = list(dict.fromkeys(picture for side in self.sides.values() for picture in side))
+        least = self.channels * self.scaled[0] * self.scaled[1]  # of each; "short_side" may make it longer
+        if least * len(pictures) > limit:
+            return False
+        kept, total = {}, 0
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = tqdm(pool.map(self.decode, pictures), "reading pictures", len(pictures), leave=False, delay=1)
+            for picture, image in zip(pictures, decoded, strict=True):
+                kept[picture] = image
+                total += image.nbytes
+                if total > limit:
+                    pool.shutdown(cancel_futures=True)
+                    return False
+        self.kept = kept
+        return True
+
+    def decode(self, picture: Picture) -> Tensor:
+        """uint8 (channels, height, width), 1.12 × the training size or, with "short_side", longer on one side."""
+        return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
+
     def augment(self, picture: Picture, rng: np.random.Generator) -> Tensor:
         height, width = self.size
-        image = resize(picture.open(self.channels), (int(SCALE * height), int(SCALE * width)), self.how)
-        top, left = int(rng.integers(image.height - height + 1)), int(rng.integers(image.width - width + 1))
-        image = image.crop((left, top, left + width, top + height))
-        return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+        image = self.kept[picture] if picture in self.kept else self.decode(picture)
+        top = int(rng.integers(image.shape[1] - height + 1))
+        left = int(rng.integers(image.shape[2] - width + 1))
+        image = image[:, top : top + height, left : left + width]
+        return image.flip(-1) if rng.random() < 0.5 else image
 
 
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:

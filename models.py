@@ -53,6 +53,33 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class ReflectionConv2d(nn.Conv2d):
+    """A convolution of stride 1 that keeps the size by reflection padding.
+
+    It pads in the input's own type: autocast on the CPU would widen to float32 first, and keep that for the backward
+    pass.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.pad(x, [side for size in self.kernel_size[::-1] for side in (size // 2, size // 2)], mode="reflect")
+        return super().forward(x)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """PyTorch's, without affine parameters; (B, C, H, W) to the same shape, on the CPU in the same layout too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not x.is_contiguous():
+            # channels_last, in which oneDNN convolves faster, but F.instance_norm copies to the default layout and
+            # back. BatchNorm does not, and for a single picture it is the same.
+            return torch.cat([F.batch_norm(picture, None, None, training=True) for picture in x.split(1)])
+        return super().forward(x)
+
+
 class ResidualBlock(nn.Module):
     """x + IN(conv(ReLU(IN(conv(x))))), 3×3, reflection padding, no ReLU after the sum.
 
@@ -61,22 +88,22 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, padding_mode="reflect", bias=False)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, padding_mode="reflect", bias=False)
-        self.norm = nn.InstanceNorm2d(dim)
+        self.conv1 = ReflectionConv2d(dim, dim, 3, bias=False)
+        self.conv2 = ReflectionConv2d(dim, dim, 3, bias=False)
+        self.norm = InstanceNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(F.relu(self.norm(self.conv1(x)))))
+        return x + self.norm(self.conv2(F.relu(self.norm(self.conv1(x)), inplace=True)))
 
 
 def norm_relu(dim: int) -> list[nn.Module]:
-    return [nn.InstanceNorm2d(dim), nn.ReLU(inplace=True)]
+    return [InstanceNorm2d(dim), nn.ReLU(inplace=True)]
 
 
 def encoder(channels: int, ngf: int, n_residual_blocks: int) -> nn.Sequential:
     """c7s1-ngf, d(2 ngf), d(4 ngf), R(4 ngf) × n: (B, channels, H, W) to (B, 4 ngf, H/4, W/4)."""
     return nn.Sequential(
-        nn.Conv2d(channels, ngf, 7, padding=3, padding_mode="reflect", bias=False),
+        ReflectionConv2d(channels, ngf, 7, bias=False),
         *norm_relu(ngf),
         nn.Conv2d(ngf, 2 * ngf, 3, stride=2, padding=1, bias=False),
         *norm_relu(2 * ngf),
@@ -94,7 +121,7 @@ def enlarge(dim: int, upsample: str) -> list[nn.Module]:
     """
     if upsample == "transposed":
         return [nn.ConvTranspose2d(dim, dim // 2, 3, stride=2, padding=1, output_padding=1, bias=False)]
-    return [nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1, padding_mode="reflect", bias=False)]
+    return [nn.Upsample(scale_factor=2), ReflectionConv2d(dim, dim // 2, 3, bias=False)]
 
 
 def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transposed") -> nn.Sequential:
@@ -104,7 +131,7 @@ def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transpose
         *norm_relu(2 * ngf),
         *enlarge(2 * ngf, upsample),
         *norm_relu(ngf),
-        nn.Conv2d(ngf, out_channels, kernel, padding=kernel // 2, padding_mode="reflect"),
+        ReflectionConv2d(ngf, out_channels, kernel),
     )
 
 
@@ -268,7 +295,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < n_layers else 1
             layers += [
                 nn.Conv2d(dims[i - 1], dims[i], 4, stride, padding=1, bias=False),
-                nn.InstanceNorm2d(dims[i]),
+                InstanceNorm2d(dims[i]),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         layers += [nn.Conv2d(dims[-1], 1, 4, padding=1)]

@@ -79,8 +79,10 @@ FREE_ON_RESUME = (
     "n_epochs",
     "decay_epoch",
     "n_cpu",
+    "cache_gb",
     "data_dir",
     "device",
+    "compile",
     "checkpoint_interval",
     "checkpoint_minutes",
     "inception",
@@ -118,7 +120,18 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         default="squash",
         help="before the crop, resize both sides to 1.12 x the size as the official code (squash), or keep the aspect",
     )
-    add("--n_cpu", type=int, default=2, help="processes that load pictures; 0 loads in the main process")
+    add(
+        "--cache_gb",
+        type=float,
+        default=2.0,
+        help="training pictures are decoded once and kept in memory if all fit into so many GB per process; 0: never",
+    )
+    add(
+        "--n_cpu",
+        type=int,
+        default=2,
+        help="processes that decode pictures where they are not kept in memory; 0 decodes in the main process",
+    )
     add = parser.add_argument_group("system").add_argument
     add("--system", choices=sorted(SYSTEMS), default="attentiongan", help="what to train; its defaults are shown here")
     for name, default in system_options(system).items():
@@ -183,6 +196,7 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         default="auto",
         help="auto: bf16 where the hardware multiplies it natively",
     )
+    add("--compile", action="store_true", help="compile the networks first (torch.compile), for long runs")
     return parser
 
 
@@ -235,7 +249,15 @@ def parse_options(
 
 def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None:
     """Raise InputError for values that cannot be meant, alone or together."""
-    least = {"n_epochs": at_least_epochs, "decay_epoch": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "n_cpu": 0}
+    least = {
+        "n_epochs": at_least_epochs,
+        "decay_epoch": 1,
+        "batch_size": 1,
+        "log_interval": 1,
+        "seed": 0,
+        "n_cpu": 0,
+        "cache_gb": 0,
+    }
     least |= {
         "sample_interval": 0,
         "eval_interval": 0,
@@ -293,6 +315,25 @@ def build_system(options: argparse.Namespace) -> System:
     """The system that the options describe; the replay buffers of every rank draw from a stream of their own."""
     settings = {key: getattr(options, key) for key in system_options(options.system)}
     return SYSTEMS[options.system](**settings, seed=(options.seed, utils.rank()))
+
+
+def set_up(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[System, dict[str, torch.optim.Optimizer], Callable[[], Any]]:
+    """All that ``play`` wants: the system on its device, each player's optimizer, and a maker of autocast contexts."""
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(options.seed)
+    system = build_system(options).to(device).to(memory_format=utils.pick_layout(device))
+    if options.compile:
+        for network in (system.get_submodule(name) for turn in system.turns for name in turn.networks):
+            network.compile(dynamic=False)  # in place: the names of the weights stay
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        turn.player: torch.optim.Adam(
+            trained_parameters(system, turn.networks), options.lr, (options.b1, options.b2), fused=True
+        )
+        for turn in system.turns
+    }
+    return system, optimizers, utils.make_autocast(device, options.precision)
 
 
 def build_dataset(options: argparse.Namespace) -> UnpairedDataset:
@@ -543,25 +584,15 @@ def train(
     Raises InputError.
     """
     device = utils.pick_device(device_name or options.device)
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(options.seed)
-    system = build_system(options).to(device)
-    if device.type == "cuda":
-        system.to(memory_format=torch.channels_last)
+    system, optimizers, autocast = set_up(options, device)
     if options.init_from and not options.resume:
         load_generators(system, options.init_from)
-    autocast = utils.make_autocast(device, options.precision)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        turn.player: torch.optim.Adam(
-            trained_parameters(system, turn.networks), options.lr, (options.b1, options.b2), fused=True
-        )
-        for turn in system.turns
-    }
 
     dataset = build_dataset(options)
     validation = Validation(options, dataset, device) if options.eval_interval and utils.rank() == 0 else None
     sampler = EpochSampler(len(dataset), options.seed, utils.rank(), utils.world_size())
-    loader = make_loader(dataset, sampler, options.batch_size, options.n_cpu, pin_memory=device.type == "cuda")
+    n_cpu = 0 if dataset.load(options.cache_gb * 1e9) else options.n_cpu  # what is decoded needs no processes
+    loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
     if len(loader) == 0:
         raise InputError(
             f"{len(dataset)} samples in {options.data_dir}/{options.dataset_name} do not fill one batch of "

@@ -81,6 +81,11 @@ def make_autocast(device: torch.device, precision: str = "auto") -> Callable[[],
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 
+def pick_layout(device: torch.device) -> torch.memory_format:
+    """The layout of pictures and weights in which the device convolves fastest."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Ranks: every function is right in a single process too
 # ----------------------------------------------------------------------------------------------------------
@@ -573,6 +578,6 @@ def to_device(
     batches: Iterable[Mapping[str, Tensor]], device: torch.device, convert: Callable[[Tensor], Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Move batches to the device as they come from the loader, then convert them there."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    layout = pick_layout(device)
     for batch in batches:
         yield {k: convert(v.to(device, non_blocking=True)).contiguous(memory_format=layout) for k, v in batch.items()}

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 import datasets
 from datasets import (
+    RESIZE,
     EpochSampler,
     Picture,
     PublicSet,
@@ -538,6 +540,32 @@ def test_workers_change_no_batch_and_the_loader_leaves_the_global_random_state_a
     assert len(alone) == len(helped) == 6
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
     assert not same(alone[0], alone[3])  # the workers that live on were told of the new epoch
+
+
+@pytest.mark.parametrize("how", RESIZE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_kept_in_memory_give_the_same_samples_without_the_files(tmp_path, how, channels):
+    root = make_set(tmp_path / "set", 6, 4, size=(30, 50))
+    read, kept = (UnpairedDataset(root, (16, 20), channels, how, seed=1) for _ in range(2))
+    expected = [read[epoch, i] for epoch in (0, 1) for i in range(6)]
+    assert kept.load(1e6)
+    shutil.rmtree(root)
+    found = [kept[epoch, i] for epoch in (0, 1) for i in range(6)]
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(OSError):
+        read[0, 0]
+
+
+def test_pictures_are_kept_only_if_all_fit(tmp_path):
+    root = make_set(tmp_path / "set", 6, 4, size=(30, 60))
+    whole = 10 * 3 * 17 * 17  # 1.12 x 16, rounded down
+    squashed = UnpairedDataset(root, (16, 16))
+    assert not squashed.load(whole - 1) and not squashed.kept
+    assert squashed.load(whole) and len(squashed.kept) == 10
+    longer = UnpairedDataset(root, (16, 16), how="short_side")  # 17 x 34
+    assert not longer.load(2 * whole - 1) and not longer.kept
+    assert longer.load(2 * whole)
+    assert not UnpairedDataset(root, (16, 16)).load(0)
 
 
 def test_batches_are_the_samples_in_the_samplers_order(tmp_path):

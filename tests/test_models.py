@@ -9,7 +9,9 @@ from torch import nn
 
 from models import (
     AttentionGenerator,
+    InstanceNorm2d,
     PatchDiscriminator,
+    ReflectionConv2d,
     ReplayBuffer,
     ResNetGenerator,
     SingleMaskGenerator,
@@ -394,3 +396,46 @@ def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):
     expected = generator(x).image
     assert np.allclose(loaded(x).image.detach(), expected.detach(), atol=2e-3 if half else 0, rtol=0)
     assert next(loaded.parameters()).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Layouts and types
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AttentionGenerator", "PatchDiscriminator"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_layout_changes_no_value_and_no_gradient(name, n):
+    """channels_last goes another way through the norms."""
+    torch.manual_seed(0)
+    network = (AttentionGenerator(3, 4, 2, 3) if name == "AttentionGenerator" else PatchDiscriminator(3, 4, 2)).double()
+    x = torch.rand(n, 3, 24, 16, dtype=torch.float64, requires_grad=True)
+
+    def results(layout):
+        network.to(memory_format=layout)
+        out = network(x.contiguous(memory_format=layout))[0]
+        return out, *torch.autograd.grad(out.square().sum(), [x, *network.parameters()])
+
+    for ours, plain in zip(results(torch.channels_last), results(torch.contiguous_format), strict=True):
+        assert (ours - plain).abs().max() < 1e-9 * plain.abs().max()
+
+
+def test_instance_norm_keeps_channels_last_and_is_pytorchs():
+    x = torch.randn(2, 5, 6, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    normed = InstanceNorm2d(5)(x)
+    assert normed.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normed, torch.nn.functional.instance_norm(x))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_reflection_padding_is_pytorchs_and_stays_in_bf16(kernel):
+    conv = ReflectionConv2d(3, 4, kernel)
+    plain = nn.Conv2d(3, 4, kernel, padding=kernel // 2, padding_mode="reflect")
+    plain.load_state_dict(conv.state_dict())
+    x = torch.rand(1, 3, 8, 9)
+    assert torch.equal(conv(x), plain(x))
+    kept = []
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        y = conv(x.bfloat16().requires_grad_())
+        assert torch.equal(y, plain(x.bfloat16()))
+    assert y.dtype == torch.bfloat16 and {t.dtype for t in kept[:2]} == {torch.bfloat16}

@@ -198,17 +198,17 @@ def test_every_flag_has_help():
 
 
 @pytest.mark.parametrize(
-    "step, n_cpu, extra",
+    "step, loading, extra",
     [
-        (1, 0, ""),
-        (5, 0, "--attn_disc mask --lambda_warmup 12"),
-        (6, 0, ""),
-        (7, 2, ""),
-        (8, 0, "--system attentiongan1 --curriculum_epochs 1"),
-        (17, 0, "--no_background --upsample nearest --ema_decay 0.9"),
+        (1, "", ""),
+        (5, "", "--attn_disc mask --lambda_warmup 12"),
+        (6, "--cache_gb 0", ""),
+        (7, "--cache_gb 0 --n_cpu 2", ""),
+        (8, "", "--system attentiongan1 --curriculum_epochs 1"),
+        (17, "", "--no_background --upsample nearest --ema_decay 0.9"),
     ],
 )
-def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, n_cpu, extra):
+def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, loading, extra):
     quick = QUICK.replace("--n_masks 3", "") if "attentiongan1" in extra else QUICK
     command = f"{quick} --n_epochs 3 --decay_epoch 1 --precision float32 {extra}"
     assert run(f"{command} --name straight") == 0
@@ -216,8 +216,46 @@ def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch
         stop_at(patch, step)
         assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
     assert checkpoint("stopped")["step"] == step
-    assert run(f"{command} --name stopped --resume --n_cpu {n_cpu}") == 0
+    assert run(f"{command} --name stopped --resume {loading}") == 0
     same_run("straight", "stopped")
+
+
+def test_pictures_in_memory_need_no_loader_processes(small_set, monkeypatch):
+    asked = []
+    make_loader = train.make_loader
+    monkeypatch.setattr(train, "make_loader", lambda *a, **k: asked.append(a[3]) or make_loader(*a, **k))
+    command = f"{QUICK} --n_epochs 1 --n_cpu 1 --precision float32"
+    assert run(f"{command} --name kept") == 0
+    assert run(f"{command} --name read --cache_gb 0.000001") == 0
+    assert asked == [0, 1]
+    same_run("kept", "read")
+
+
+@pytest.mark.filterwarnings("default")  # the tracer looks at gradients of tensors that have none, and is warned
+def test_compiling_changes_no_result_and_happens_once_for_each_shape(small_set, monkeypatch):
+    """By a backend that runs the graphs as they are: the machine's compiler would round otherwise, and take minutes."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile(self, backend="aot_eager", **k))
+    torch._dynamo.reset()
+    graphs = []
+    play = train.play
+
+    def count(*arguments):
+        shown = play(*arguments)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return shown
+
+    command = f"{QUICK} --n_epochs 2 --precision float32"
+    assert run(f"{command} --name plain") == 0
+    monkeypatch.setattr(train, "play", count)
+    torch._dynamo.utils.counters.clear()
+    assert run(f"{command} --name compiled --compile") == 0
+    # The generators take one picture and two, the discriminators likewise; and the sheets' batch comes at the end.
+    assert graphs[0] > 0 and set(graphs) == {graphs[0]}
+    plain, compiled = (checkpoint(name)["networks"]["G_AB"] for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for key, weight in plain.items():
+        torch.testing.assert_close(compiled[key], weight, rtol=0, atol=1e-4)
 
 
 def test_torchs_random_state_goes_on_too(small_set, monkeypatch):
@@ -264,7 +302,7 @@ def test_more_epochs_and_other_machines_are_noted_other_changes_refused(small_se
     small_set.rename("moved")
     Path("data/other").mkdir()
     Path("moved").rename("data/other/small")
-    assert run("--name r --resume --n_epochs 2 --data_dir data/other --n_cpu 1") == 0
+    assert run("--name r --resume --n_epochs 2 --data_dir data/other --cache_gb 0 --n_cpu 1") == 0
     out = capsys.readouterr().out
     assert "--n_epochs was 1, is now 2" in out and "--data_dir was data, is now data/other" in out
     assert checkpoint("r")["step"] == 12
@@ -457,7 +495,7 @@ def test_killed_outright_and_resumed_is_straight_through(small_set):
 @pytest.mark.parametrize("how", ["ctrl-c", "terminal closed"])
 def test_signals_from_outside_save_and_leave(small_set, how):
     """With loader processes, and with a real terminal for SIGHUP."""
-    command = script(f"{QUICK} --n_epochs 500 --name r --n_cpu 1")
+    command = script(f"{QUICK} --n_epochs 500 --name r --cache_gb 0 --n_cpu 1")
     main_end, run_end = pty.openpty()
     process = subprocess.Popen(
         command, stdin=run_end, stdout=run_end, stderr=run_end, start_new_session=True, preexec_fn=claim_terminal
@@ -626,7 +664,7 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(small_set, monkeypatch)
 
 
 def test_a_bug_ends_the_process_though_its_loader_ignores_signals(small_set):
-    broken = f"import train; train.play = None; train.main({[*QUICK.split(), '--n_cpu', '1']})"
+    broken = f"import train; train.play = None; train.main({[*QUICK.split(), '--cache_gb', '0', '--n_cpu', '1']})"
     process = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=60)
     assert process.returncode == 1 and "'NoneType' object is not callable" in process.stderr
 

@@ -1,0 +1,577 @@
+"""How fast this machine takes a step, beside the textbook step, in one run.
+
+    python benchmark.py                                       # a training step, optimisations switched on in turn
+    python benchmark.py --sizes 256 --batch_sizes 1 4 8 16    # for a GPU
+    python benchmark.py --memory --systems attentiongan cyclegan --sizes 128 256
+    python benchmark.py --inference --batch_sizes 1 16
+    python benchmark.py --loader --dataset_name horse2zebra
+
+Every variant lives in a process of its own, which gives it a peak of memory of its own, and they take turns round by
+round, so that a machine that drifts, or has other work, harms none more than the others. The tables go to the terminal
+and, with ``--out docs/benchmark``, to ``docs/benchmark.json`` and ``docs/benchmark.md``, where the tables of other
+machines and other flags stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+import utils
+from datasets import EpochSampler, make_loader
+from systems import SYSTEMS, System, TwoWay
+from utils import InputError
+
+# ----------------------------------------------------------------------------------------------------------
+#  The textbook step
+# ----------------------------------------------------------------------------------------------------------
+
+
+class TextbookPool:
+    """The replay buffer of the reference projects: a list of pictures, asked one by one."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.images: list[Tensor] = []
+
+    def query(self, images: Tensor) -> Tensor:
+        handed = []
+        for image in images.detach():
+            if len(self.images) < self.size:
+                self.images.append(image.clone())
+                handed.append(image)
+            elif torch.rand(()) < 0.5:
+                slot = int(torch.randint(self.size, ()))
+                handed.append(self.images[slot])
+                self.images[slot] = image.clone()
+            else:
+                handed.append(image)
+        return torch.stack(handed)
+
+
+class Textbook:
+    """The step of CycleGAN and AttentionGAN as the reference projects take it.
+
+    Six generator calls and a discriminator call for every term, targets made anew, ``requires_grad`` switched off and
+    on, Adam as PyTorch has it by default, and every loss fetched for the log. The networks and the mathematics are
+    ours: the weights after a step are those of ``train.play``.
+    """
+
+    def __init__(self, system: TwoWay, optimizers: Mapping[str, torch.optim.Optimizer]):
+        self.system, self.optimizers = system, optimizers
+        self.pools = {side: TextbookPool(system.pool_A.size) for side in "AB"}
+        self.mse, self.l1 = nn.MSELoss(), nn.L1Loss()
+
+    def judge(self, discriminator: nn.Module, images: Tensor, real: bool) -> Tensor:
+        (logits,) = discriminator(images)
+        return self.mse(logits, torch.full_like(logits, float(real)))
+
+    def step(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        system, weights = self.system, self.system.weights
+        G_AB, G_BA, D_A, D_B = system.G_AB, system.G_BA, system.D_A, system.D_B
+        real_A, real_B = batch["A"], batch["B"]
+        fake_B, fake_A = G_AB(real_A).image, G_BA(real_B).image
+        recovered_A, recovered_B = G_BA(fake_B).image, G_AB(fake_A).image
+
+        for discriminator in (D_A, D_B):
+            discriminator.requires_grad_(False)
+        losses = {
+            "identity_A": weights.identity * self.l1(G_BA(real_A).image, real_A),
+            "identity_B": weights.identity * self.l1(G_AB(real_B).image, real_B),
+            "G_AB": self.judge(D_B, fake_B, True),
+            "G_BA": self.judge(D_A, fake_A, True),
+            "cycle_A": weights.cyc * self.l1(recovered_A, real_A),
+            "cycle_B": weights.cyc * self.l1(recovered_B, real_B),
+        }
+        self.optimizers["G"].zero_grad()
+        sum(losses.values()).backward()
+        self.optimizers["G"].step()
+
+        for discriminator in (D_A, D_B):
+            discriminator.requires_grad_(True)
+        self.optimizers["D"].zero_grad()
+        for side, discriminator, fake in (("A", D_A, fake_A), ("B", D_B, fake_B)):
+            pooled = self.pools[side].query(fake)
+            loss = 0.5 * (self.judge(discriminator, batch[side], True) + self.judge(discriminator, pooled, False))
+            loss.backward()
+            losses[f"D_{side}"] = loss
+        self.optimizers["D"].step()
+        return {name: loss.item() for name, loss in losses.items()}
+
+
+def has_textbook(system: System) -> bool:
+    """Whether ``Textbook`` plays the system's game: that of CycleGAN and AttentionGAN II without further terms."""
+    return (
+        isinstance(system, TwoWay)
+        and system.weights == system.weights._replace(gan=1.0, pixel=0.0, tv=0.0)
+        and bool(system.weights.identity)
+        and system.attn_disc == "none"
+        and not (system.ema_decay or system.warmup or system.curriculum)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  What is timed
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """One way to do the work. ``kind``: "textbook", "step" (ours), "inference", "matmul" (this machine's own rate)."""
+
+    name: str
+    kind: str = "step"
+    precision: str = "float32"
+    fused: bool = True
+    channels_last: bool = False
+    compile: bool = False
+
+
+def ladder(kind: str, device: torch.device, with_textbook: bool) -> list[Variant]:
+    """From the textbook step to all that ``train.py`` does here, one optimisation more each time."""
+    variants = []
+    if kind == "step":
+        if with_textbook:
+            variants.append(Variant("textbook, float32", "textbook", fused=False))
+        variants.append(Variant("calls batched, no waiting", fused=False))
+    variants.append(Variant("+ fused Adam" if kind == "step" else "float32", kind))
+    if utils.pick_layout(device) == torch.channels_last:
+        variants.append(variants[-1]._replace(name="+ channels_last", channels_last=True))
+    if utils.has_bf16(device):
+        variants.append(variants[-1]._replace(name="+ bf16", precision="bf16"))
+    variants.append(variants[-1]._replace(name="+ compile", compile=True))
+    return variants
+
+
+def make_work(
+    variant: Variant, options: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], Any], dict[str, torch.optim.Optimizer]]:
+    """What one turn does, on random pictures that are on the device already, and the optimizers it has."""
+    if variant.kind == "matmul":
+        dtype = torch.bfloat16 if variant.precision == "bf16" else torch.float32
+        a, b = (torch.randn(MATMUL, MATMUL, device=device, dtype=dtype) for _ in range(2))
+        return lambda: a @ b, {}
+    options.precision, options.compile = variant.precision, variant.compile
+    system, optimizers, autocast = train.set_up(options, device)
+    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    system.to(memory_format=layout)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["fused"] = variant.fused or None
+    shape = options.batch_size, options.channels, options.img_height, options.img_width
+    batch = {side: (torch.rand(shape, device=device) * 2 - 1).contiguous(memory_format=layout) for side in "AB"}
+    if variant.kind == "textbook":
+        book = Textbook(system, optimizers)
+        return lambda: book.step(batch), optimizers
+    if variant.kind == "step":
+        return lambda: train.play(system, optimizers, autocast, batch), optimizers
+    generator = system.get_submodule(system.generators["AtoB"])
+
+    @torch.no_grad()
+    def translate() -> Tensor:
+        with autocast():
+            return generator(batch["A"]).image
+
+    return translate, {}
+
+
+def count_flop(kind: str, options: argparse.Namespace) -> int:
+    """Floating-point operations of convolutions and matrix products in one turn, counted without doing them."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        system = train.build_system(options)
+        shape = options.batch_size, options.channels, options.img_height, options.img_width
+        batch = {side: torch.zeros(shape) for side in "AB"}
+        if kind == "inference":
+            with torch.no_grad():
+                system.get_submodule(system.generators["AtoB"])(batch["A"])
+        else:
+            fakes = system(batch)
+            for turn in system.turns:
+                loss = torch.stack(list(turn.losses(batch, fakes).values())).sum()
+                loss.backward(inputs=train.trained_parameters(system, turn.networks))
+    return counter.get_total_flops()
+
+
+MATMUL = 4096  # side of the matrices whose product tells the machine's own rate
+MIB = 2**20
+
+
+def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, device_name: str) -> None:
+    """A process of one variant: does as many turns as it is told, and answers with the seconds.
+
+    Told 0, it answers with the rest of its figures and ends. An InputError's or an exhausted memory's message is
+    answered in place of a figure.
+    """
+    try:
+        device = torch.device(device_name)
+        cuda = device.type == "cuda"
+
+        def finish(shown: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+
+        start = time.perf_counter()
+        work, optimizers = make_work(variant, options, device)
+        before = resident()
+        for _ in range(2):  # the first also compiles, and makes the optimizers' state
+            finish(work())
+        figures = {"warm-up": time.perf_counter() - start}
+        # What stays between turns. The CPU's allocator does not give all back, so there it is reckoned.
+        rest = torch.cuda.memory_allocated() if cuda else before + sum(map(held, optimizers.values()))
+        pipe.send(figures["warm-up"])
+        while turns := pipe.recv():
+            start = time.perf_counter()
+            for _ in range(turns):
+                shown = work()
+            finish(shown)
+            pipe.send((time.perf_counter() - start) / turns)
+            if cuda:
+                torch.cuda.empty_cache()  # others want it meanwhile
+        peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
+        figures |= {"peak": peak / MIB, "activations": (peak - rest) / MIB}
+        if cuda:
+            figures["kernels"] = count_kernels(work)
+        pipe.send(figures)
+    except (InputError, RuntimeError, MemoryError) as error:
+        pipe.send("out of memory" if utils.is_out_of_memory(error) else str(error).strip().splitlines()[0])
+
+
+def held(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the gradients and moments of the parameters that it moves."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(t.nbytes for t in (*moments, *(p.grad for p in parameters if p.grad is not None)))
+
+
+def resident() -> int:
+    """This process's memory in RAM now, bytes; on systems without /proc the most it has had."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_resident()
+
+
+def peak_resident() -> int:
+    """The most that this process has ever had in RAM, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def count_kernels(work: Callable[[], Any]) -> int:
+    """CUDA kernels that one turn launches."""
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+
+class Server:
+    """The process of one variant, seen from the one that asks."""
+
+    def __init__(self, variant: Variant, options: argparse.Namespace, device: torch.device):
+        context = multiprocessing.get_context("spawn")
+        self.variant = variant
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, variant, options, str(device)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.seconds: list[float] = []
+        self.figures: dict[str, float] = {}
+        self.trouble: str | None = None
+        self._hear()  # that it is warm
+        once = self.ask(1)
+        self.turns = math.ceil(1.0 / once) if once else 1  # steps in a turn, which takes a second at least
+
+    def _hear(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:  # the kernel killed it: out of memory, most likely
+            self.process.join()
+            answer = f"ended by itself, exit code {self.process.exitcode}"
+        if isinstance(answer, str):
+            self.trouble = answer
+            return None
+        return answer
+
+    def ask(self, turns: int) -> Any:
+        if self.trouble is not None:
+            return None
+        self.pipe.send(turns)
+        return self._hear()
+
+    def take_turn(self) -> None:
+        seconds = self.ask(self.turns)
+        if seconds is not None:
+            self.seconds.append(seconds)
+
+    def end(self) -> None:
+        self.figures = self.ask(0) or {}
+        self.process.join()
+
+
+def measure(
+    variants: Sequence[Variant], options: argparse.Namespace, device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
+    """The figures of every variant; what could not be done has the reason under "trouble".
+
+    Besides the variants the machine's own rate of matrix products in their precisions takes its turns.
+    """
+    precisions = dict.fromkeys(variant.precision for variant in variants)
+    rates = [Variant(p, "matmul", p) for p in precisions]
+    servers = [Server(variant, options, device) for variant in (*variants, *rates)]
+    for _ in range(rounds):
+        for server in servers:
+            server.take_turn()
+    for server in servers:
+        server.end()
+    peaks = {s.variant.name: 2 * MATMUL**3 / statistics.median(s.seconds) for s in servers if s.variant in rates}
+    flop = count_flop(variants[0].kind, options)
+    rows = []
+    for server in servers[: len(variants)]:
+        variant, seconds = server.variant, server.seconds
+        row: dict[str, Any] = {"variant": variant.name}
+        if server.trouble is not None:
+            rows.append(row | {"trouble": server.trouble})
+            continue
+        median = statistics.median(seconds)
+        row |= {"s": median, "s least": min(seconds), "s most": max(seconds), "pairs/s": options.batch_size / median}
+        row |= {"TFLOP/s": flop / median / 1e12, "share of matmul": flop / median / peaks[variant.precision]}
+        rows.append(row | server.figures)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The loader
+# ----------------------------------------------------------------------------------------------------------
+
+
+def measure_loader(options: argparse.Namespace, rounds: int, duration: float = 2.0) -> list[dict[str, Any]]:
+    """Training samples per second, by number of loader processes, decoded each time or kept in memory."""
+    loaders = {}
+    for n_cpu in sorted({0, options.n_cpu}):
+        loaders[f"decoded each time, --n_cpu {n_cpu}"] = build_loader(options, n_cpu, 0.0)
+    loaders["kept in memory"] = build_loader(options, 0, options.cache_gb)
+    found: dict[str, list[float]] = {name: [] for name in loaders}
+    for turn in range(rounds + 1):
+        for name, batches in loaders.items():
+            start, count = time.perf_counter(), 0
+            while time.perf_counter() - start < duration:
+                count += len(next(batches)["A"])
+            if turn:  # the first starts the processes
+                found[name].append(count / (time.perf_counter() - start))
+    return [
+        {"loader": name, "pairs/s": statistics.median(v), "least": min(v), "most": max(v)} for name, v in found.items()
+    ]
+
+
+def build_loader(options: argparse.Namespace, n_cpu: int, cache_gb: float) -> Iterator[dict[str, Tensor]]:
+    dataset = train.build_dataset(options)
+    if not dataset.load(1e9 * cache_gb) and cache_gb:
+        raise InputError(f"--cache_gb {cache_gb}: {options.dataset_name} does not fit")
+    loader = make_loader(dataset, EpochSampler(len(dataset), options.seed), options.batch_size, n_cpu)
+    while True:
+        yield from loader
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Tables
+# ----------------------------------------------------------------------------------------------------------
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def lay_out(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of ``measure``'s rows, headings first."""
+    first = rows[0]
+    heads = ["", "a turn: median (least–most)", "pairs/s", f"× {first['variant']}", "peak memory", "activations"]
+    heads += ["TFLOP/s", "of matmul's rate", "warm-up"]
+    kernels = any("kernels" in row for row in rows)
+    cells = [[*heads, "kernels"] if kernels else heads]
+    for row in rows:
+        if "trouble" in row:
+            cells.append([row["variant"], row["trouble"], *[""] * (len(cells[0]) - 2)])
+            continue
+        ratio = f"{first['s'] / row['s']:.2f}" if "s" in first else "–"
+        line = [
+            row["variant"],
+            f"{seconds(row['s'])} ({seconds(row['s least'])}–{seconds(row['s most'])})",
+            f"{row['pairs/s']:.2f}",
+            ratio,
+            f"{row['peak']:,.0f} MiB",
+            f"{row['activations']:,.0f} MiB",
+            f"{row['TFLOP/s']:.3f}",
+            f"{100 * row['share of matmul']:.0f} %",
+            f"{row['warm-up']:.0f} s",
+        ]
+        cells.append([*line, str(row["kernels"])] if kernels else line)
+    return cells
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
+
+
+def describe(device: torch.device) -> str:
+    """The machine in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def write(out: Path, sections: Mapping[str, Any]) -> None:
+    """Add the sections to ``out``.json, in the place of older ones of the same titles, and make ``out``.md of all."""
+    store = out.with_suffix(".json")
+    try:
+        kept = json.loads(store.read_text()) if store.exists() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{store}: not the tables of an earlier benchmark.py ({error}); remove it") from error
+    kept |= sections
+    out.parent.mkdir(parents=True, exist_ok=True)
+    store.write_text(json.dumps(kept, indent=1) + "\n")
+    parts = [
+        "# Benchmarks",
+        "Medians of rounds in which the variants took turns. One turn of a training step is a pair",
+    ]
+    parts[1] += " per picture of the batch: G and D, forward, backward and Adam. Made by `benchmark.py`."
+    for title, section in kept.items():
+        parts += [f"## {title}", f"`{section['command']}`, {section['when']}", markdown(section["cells"])]
+    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The command
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Measure this machine.",
+        epilog="Other flags are those of train.py (--ngf, --lambda_id, --data_dir, ...) and describe the system.",
+        formatter_class=utils.HelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--inference", action="store_true", help="measure a generator alone")
+    what.add_argument("--loader", action="store_true", help="measure decoding and augmenting alone")
+    what.add_argument("--memory", action="store_true", help="find what fits: the peak memory of train.py's own step")
+    add = parser.add_argument
+    add("--systems", nargs="+", choices=sorted(SYSTEMS), default=["attentiongan"], help="systems to measure")
+    add("--sizes", type=int, nargs="+", default=[128, 256], help="heights and widths of the pictures, pixels")
+    add("--batch_sizes", type=int, nargs="+", default=[1], help="pictures of each side in a batch")
+    add("--rounds", type=int, default=5, help="turns of every variant, of a second at least")
+    add("--variants", type=int, nargs="+", help="numbers of the variants to measure, the first being 1 (default: all)")
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
+    add("--out", type=Path, help="write the tables to OUT.md and OUT.json too")
+    return parser
+
+
+def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> dict[str, Any]:
+    """Measure all that was asked for. Returns the sections. Raises InputError."""
+    device = utils.pick_device(own.device)
+    on = describe(device)
+    about = {"command": command, "when": f"PyTorch {torch.__version__}, Python {platform.python_version()}, {on}, "}
+    about["when"] += f"{date.today():%d %B %Y}"
+    sections: dict[str, Any] = {}
+
+    def show(title: str, cells: Sequence[Sequence[str]], rows: Any) -> None:
+        sections[f"{title}, {on}"] = {**about, "cells": cells, "rows": rows}
+        print(f"\n{title}, {on}\n\n{markdown(cells)}", flush=True)
+
+    def options(system: str, size: int, batch_size: int) -> argparse.Namespace:
+        shape = ["--img_height", str(size), "--img_width", str(size), "--batch_size", str(batch_size)]
+        return train.parse_options([*others, "--system", system, *shape, "--device", own.device])
+
+    if own.loader:
+        for size in own.sizes:
+            found = options(own.systems[0], size, own.batch_sizes[0])
+            rows = measure_loader(found, own.rounds)
+            cells = [["", "pairs/s: median (least–most)"]]
+            cells += [[r["loader"], f"{r['pairs/s']:,.0f} ({r['least']:,.0f}–{r['most']:,.0f})"] for r in rows]
+            show(f"Loader, {found.dataset_name}, {size} × {size}", cells, rows)
+        return sections
+
+    for system in own.systems:
+        if own.memory:
+            cells = [["size", *(f"batch {n}" for n in own.batch_sizes)]]
+            table = []
+            for size in own.sizes:
+                line = [f"{size} × {size}"]
+                for n in own.batch_sizes:
+                    found = options(system, size, n)
+                    server = Server(pick_own(found, device), found, device)
+                    server.end()
+                    line.append(f"{server.figures['peak']:,.0f} MiB" if server.figures else str(server.trouble))
+                    table.append({"size": size, "batch": n, "trouble": server.trouble, **server.figures})
+                cells.append(line)
+            show(f"Peak memory of a training step, {system}", cells, table)
+            continue
+        for size in own.sizes:
+            for n in own.batch_sizes:
+                found = options(system, size, n)
+                kind = "inference" if own.inference else "step"
+                with torch.device("meta"):
+                    textbook = has_textbook(train.build_system(found))
+                variants = ladder(kind, device, textbook)
+                for number in own.variants or ():
+                    if not 1 <= number <= len(variants):
+                        names = ", ".join(f"{i} {v.name}" for i, v in enumerate(variants, 1))
+                        raise InputError(f"--variants {number}: expected some of {names}")
+                variants = [variants[i - 1] for i in sorted(own.variants)] if own.variants else variants
+                rows = measure(variants, found, device, own.rounds)
+                what = "Inference" if own.inference else "Training step"
+                show(f"{what}, {system}, {size} × {size}, batch {n}", lay_out(rows), rows)
+    return sections
+
+
+def pick_own(options: argparse.Namespace, device: torch.device) -> Variant:
+    """What ``train.py`` does with these options."""
+    bf16 = utils.make_autocast(device, options.precision).keywords["enabled"]
+    return Variant(
+        "train.py",
+        precision="bf16" if bf16 else "float32",
+        channels_last=utils.pick_layout(device) == torch.channels_last,
+        compile=options.compile,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own, others = make_parser().parse_known_args(argv)
+
+    def work() -> int:
+        for flag, values in (("sizes", own.sizes), ("batch_sizes", own.batch_sizes), ("rounds", [own.rounds])):
+            if min(values) < 1:
+                raise InputError(f"--{flag} {min(values)}: expected at least 1")
+        command = " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+        sections = benchmark(own, others, command)
+        if own.out is not None:
+            write(own.out, sections)
+        return 0
+
+    return utils.run_script("benchmark.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

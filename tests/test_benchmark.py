@@ -1,0 +1,141 @@
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_systems import build, make_batch
+
+import benchmark
+from datasets import draw_built_in
+from systems import SYSTEMS
+from train import parse_options, play, trained_parameters
+
+TINY = "--ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2"
+
+
+def options(flags=""):
+    return parse_options(f"--dataset_name solid2striped --img_height 16 --img_width 16 {TINY} {flags}".split())
+
+
+@pytest.mark.parametrize("name", ["attentiongan", "cyclegan"])
+def test_the_textbook_step_is_ours(name):
+    """The speeds may be compared because the weights after some steps are the same."""
+    ours, book = build(name), build(name)
+    optimizers = [
+        {
+            t.player: torch.optim.Adam(trained_parameters(s, t.networks), 2e-4, (0.5, 0.999), fused=fused)
+            for t in s.turns
+        }
+        for s, fused in ((ours, True), (book, None))
+    ]
+    textbook = benchmark.Textbook(book, optimizers[1])
+    for step in range(3):  # the replay buffers are not full: what they hand back is what they get
+        batch = make_batch(step)
+        shown = play(ours, optimizers[0], lambda: torch.autocast("cpu", enabled=False), batch)
+        for key, loss in textbook.step(batch).items():
+            assert abs(loss - shown[key].item()) < 1e-9, key
+    for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-9, key
+
+
+def test_the_textbook_pool_hands_back_half_of_the_time():
+    torch.manual_seed(0)
+    pool = benchmark.TextbookPool(20)
+    numbers = torch.arange(1000.0)
+    handed = torch.cat([pool.query(n.view(1, 1, 1, 1)).flatten() for n in numbers])
+    assert torch.equal(handed[:20], numbers[:20])
+    assert 0.4 < (handed[20:] == numbers[20:]).float().mean() < 0.6
+    assert len(handed.unique()) == 1000 - sum(int((handed == n).sum() == 0) for n in numbers)
+    assert len(pool.images) == 20 and handed.max() == 999
+
+
+def test_systems_with_other_terms_have_no_textbook_step():
+    assert {name for name in SYSTEMS if benchmark.has_textbook(build(name))} == {"attentiongan", "cyclegan"}
+    for settings in (dict(attn_disc="concat"), dict(lambda_id=0.0), dict(ema_decay=0.9), dict(lambda_warmup=5)):
+        assert not benchmark.has_textbook(build("attentiongan", **settings))
+
+
+def test_one_optimisation_more_each_time():
+    variants = benchmark.ladder("step", torch.device("cpu"), True)
+    assert variants[0].kind == "textbook" and variants[-1].compile
+    for before, after in itertools.pairwise(variants[1:]):
+        changed = [f for f, a, b in zip(before._fields, before, after, strict=True) if a != b]
+        assert len(changed) == 2 and changed[0] == "name"
+
+
+def test_operations_are_counted_as_published():
+    """56.94 G multiplications and additions, each, in the generator at 256 pixels; 2.15 T operations in a step."""
+    full = parse_options(["--dataset_name", "solid2striped"])
+    assert benchmark.count_flop("inference", full) / 2e9 == pytest.approx(56.94, abs=0.01)
+    assert benchmark.count_flop("step", full) / 1e12 == pytest.approx(2.15, abs=0.02)
+
+
+def test_the_command_measures_and_writes(capsys):
+    command = f"--sizes 16 --batch_sizes 2 --rounds 1 --variants 1 3 --out docs/speed {TINY}".split()
+    assert benchmark.main(command) == 0
+    shown = capsys.readouterr().out
+    written = json.loads(Path("docs/speed.json").read_text())
+    ((title, section),) = written.items()
+    assert title.startswith("Training step, attentiongan, 16 × 16, batch 2") and " ".join(command) in section["command"]
+    assert [row["variant"] for row in section["rows"]] == ["textbook, float32", "+ fused Adam"]
+    for row in section["rows"]:
+        assert row["pairs/s"] == pytest.approx(2 / row["s"]) and row["s least"] <= row["s"] <= row["s most"]
+        assert 0 < row["share of matmul"] < 1 and 0 < row["activations"] < row["peak"]
+    first, second = section["rows"]
+    assert f"{first['s'] / second['s']:.2f}" == section["cells"][2][3]
+
+    # Sections of other commands stay, one of the same title gives way; the text holds all.
+    elsewhere = {"Training step, elsewhere": {**section, "rows": []}, title: section}
+    Path("docs/speed.json").write_text(json.dumps(elsewhere))
+    benchmark.write(Path("docs/speed"), {title: {**section, "when": "later"}})
+    text = Path("docs/speed.md").read_text()
+    assert text.count("## ") == 2 and "later" in text and benchmark.markdown(section["cells"]) in text
+    assert benchmark.markdown(section["cells"]) in shown
+
+
+def test_what_does_not_fit_is_a_row_and_no_end():
+    found = options("--batch_size 1000000000")
+    server = benchmark.Server(benchmark.Variant("huge"), found, torch.device("cpu"))
+    server.take_turn()
+    server.end()
+    assert server.trouble == "out of memory" and server.seconds == []
+    fine = {"variant": "fine", "s": 1.0, "s least": 1.0, "s most": 1.0, "pairs/s": 1.0, "TFLOP/s": 1.0}
+    fine |= {"share of matmul": 0.5, "peak": 1.0, "activations": 1.0, "warm-up": 1.0}
+    cells = benchmark.lay_out([{"variant": "huge", "trouble": server.trouble}, fine])
+    assert cells[1][:2] == ["huge", "out of memory"] and cells[2][3] == "–"
+    assert len({len(line) for line in cells}) == 1
+
+
+def test_peak_memory_grows_with_the_picture(capsys):
+    command = "--memory --systems cyclegan --sizes 32 256 --batch_sizes 1 --ngf 16 --ndf 16 --n_residual_blocks 1"
+    assert benchmark.main(command.split()) == 0
+    small, large = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) MiB", capsys.readouterr().out))
+    # Six generator calls: at the size itself at least 16 channels, as they are, normalised and padded, in bf16.
+    assert large - small > 6 * 3 * 16 * 256 * 256 * 2 / 2**20
+
+
+def test_loaders_take_turns(capsys):
+    draw_built_in(Path("data/solid2striped"), n_train=4, n_test=1)
+    found = options("--n_cpu 1")
+    rows = benchmark.measure_loader(found, rounds=1, duration=0.2)
+    names = ["decoded each time, --n_cpu 0", "decoded each time, --n_cpu 1", "kept in memory"]
+    assert [row["loader"] for row in rows] == names
+    assert rows[2]["pairs/s"] > 2 * rows[0]["pairs/s"]
+    command = f"--loader --sizes 16 --cache_gb 0.0000001 --dataset_name solid2striped {TINY}"
+    assert benchmark.main(command.split()) == 2
+    assert "--cache_gb 1e-07: solid2striped does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--rounds 0", "--rounds 0: expected at least 1"),
+        ("--sizes 16 --variants 9", "--variants 9: expected some of 1 textbook, float32, 2 calls batched"),
+        ("--sizes 18", "--img_height 18: expected a multiple of 4"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message, capsys):
+    assert benchmark.main([*flags.split(), *TINY.split()]) == 2
+    assert message in capsys.readouterr().err
