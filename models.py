@@ -362,7 +362,7 @@ class ResNetGenerator(nn.Module):
 
 
 class UGATITGenerator(nn.Module):
-    """The generator of U-GAT-IT (Kim et al., ICLR 2020, Appendix A), as in the official PyTorch code.
+    """The generator of U-GAT-IT (Kim et al., ICLR 2020, Appendix), as in the official PyTorch code.
 
     An encoder, a CAM whose features give γ and β by a small MLP, ``n_residual_blocks`` blocks with AdaLIN on them, and
     a decoder with ILN. ``size``, (height, width), is the one picture size that the full network takes, because its MLP
