@@ -346,6 +346,15 @@ class TwoWay(System):
 # ----------------------------------------------------------------------------------------------------------
 
 
+class UGATITWeights(NamedTuple):
+    """Weights of the terms of each direction."""
+
+    gan: float = 1.0
+    cyc: float = 10.0
+    identity: float = 10.0
+    cam: float = 1000.0
+
+
 class UGATITFakes(NamedTuple):
     fake_A: Translation
     fake_B: Translation
@@ -376,22 +385,14 @@ class UGATIT(System):
         generator: Callable[[], nn.Module],
         discriminator: Callable[[int], nn.Module],
         layers: tuple[int, int],
-        lambda_gan: float,
-        lambda_cyc: float,
-        lambda_id: float,
-        lambda_cam: float,
+        weights: UGATITWeights,
         ema_decay: float = 0.0,
     ):
         super().__init__()
         self.G_AB, self.G_BA = generator(), generator()
         self.global_D_A, self.global_D_B = discriminator(layers[0]), discriminator(layers[0])
         self.local_D_A, self.local_D_B = discriminator(layers[1]), discriminator(layers[1])
-        self.lambda_gan, self.lambda_cyc, self.lambda_id, self.lambda_cam = (
-            lambda_gan,
-            lambda_cyc,
-            lambda_id,
-            lambda_cam,
-        )
+        self.weights = weights
         self.learners = self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.ema_decay = ema_decay
         if ema_decay:
@@ -436,10 +437,11 @@ class UGATIT(System):
         for side, fake in (("A", fakes.fake_A), ("B", fakes.fake_B)):
             on_real = least_squares(self.judge(side, batch[side]), 1.0)
             on_fake = least_squares(self.judge(side, fake.image.detach()), 0.0)
-            losses[f"D_{side}"] = self.lambda_gan * (on_real + on_fake)
+            losses[f"D_{side}"] = self.weights.gan * (on_real + on_fake)
         return losses
 
     def generators_losses(self, batch: Batch, fakes: UGATITFakes) -> dict[str, Tensor]:
+        gan, cyc, identity, cam = self.weights
         ways = (
             ("A", "B", fakes.fake_B, fakes.recovered_A, fakes.same_A, fakes.same_B),
             ("B", "A", fakes.fake_A, fakes.recovered_B, fakes.same_B, fakes.same_A),
@@ -447,13 +449,12 @@ class UGATIT(System):
         losses = {}
         for source, target, fake, recovered, same, same_target in ways:
             way, real = f"{source}{target}", batch[source]
-            losses[f"G_{way}"] = self.lambda_gan * least_squares(self.judge(target, fake.image), 1.0)
-            losses[f"cycle_{source}"] = self.lambda_cyc * F.l1_loss(recovered.image, real)
-            losses[f"identity_{source}"] = self.lambda_id * F.l1_loss(same.image, real)
+            losses[f"G_{way}"] = gan * least_squares(self.judge(target, fake.image), 1.0)
+            losses[f"cycle_{source}"] = cyc * F.l1_loss(recovered.image, real)
+            losses[f"identity_{source}"] = identity * F.l1_loss(same.image, real)
             # Both went through the generator of this way.
-            losses[f"cam_{way}"] = self.lambda_cam * (
-                F.softplus(-fake.cam_logits).mean() + F.softplus(same_target.cam_logits).mean()
-            )
+            entropy = F.softplus(-fake.cam_logits).mean() + F.softplus(same_target.cam_logits).mean()
+            losses[f"cam_{way}"] = cam * entropy
         return losses
 
     @torch.no_grad()
@@ -598,16 +599,13 @@ def ugatit(
     img_height: int = 256,
     img_width: int = 256,
 ) -> UGATIT:
-    """U-GAT-IT."""
+    """U-GAT-IT, full or light."""
     size = None if light else (img_height, img_width)
     return UGATIT(
         lambda: UGATITGenerator(channels, ngf, n_residual_blocks, size, init),
         lambda n_layers: CAMDiscriminator(channels, ndf, n_layers, init),
         depths(min(img_height, img_width)),
-        lambda_gan,
-        lambda_cyc,
-        lambda_id,
-        lambda_cam,
+        UGATITWeights(lambda_gan, lambda_cyc, lambda_id, lambda_cam),
         ema_decay,
     )
 
