@@ -37,7 +37,7 @@ from datasets import (
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, check_extractor, kernel_distance
-from models import open_generator, pack_generator
+from models import open_generators, pack_generator
 from systems import SYSTEMS, TRAINING_PRESETS, Batch, System
 from utils import SAVED_MODELS, InputError, say
 
@@ -318,13 +318,15 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def load_generators(system: System, where: str) -> None:
-    """Give the learners the weights found at ``where``, a run, a name or a folder (see ``utils.find_generator``)."""
-    if Path(where).is_file():
-        raise InputError(
-            f"--init_from {where} is one file, expected a run or folder with a generator for each direction"
-        )
+    """Give the learners the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
+    opened = open_generators(where)
     for direction, name in system.learners.items():
-        source, _ = open_generator(where, direction)
+        if direction not in opened:
+            raise InputError(
+                f"--init_from {where} translates {', '.join(opened)} alone, expected a run or folder with a generator "
+                "for each direction"
+            )
+        source, _ = opened[direction]
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
             raise InputError(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_models import official_ugatit_weights
 
 import train
 import utils
@@ -540,11 +541,22 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
     assert "nowhere: no generator for AtoB found" in capsys.readouterr().err
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from saved_models/first/AtoB.pt") == 2
-    assert "is one file, expected a run or folder" in capsys.readouterr().err
+    assert "AtoB.pt translates AtoB alone, expected a run or folder" in capsys.readouterr().err
     Path("bad").mkdir()
     Path("bad/AtoB.pt").write_bytes(b"x")
     assert run(f"{QUICK} --n_epochs 1 --name fifth --init_from bad") == 2
     assert "bad/AtoB.pt: not a readable weights file" in capsys.readouterr().err
+
+
+def test_init_from_an_official_u_gat_it_file_that_holds_both(small_set):
+    weights = {name: official_ugatit_weights(seed, n_blocks=1) for seed, name in enumerate(("genA2B", "genB2A"))}
+    torch.save(weights, "official.pt")
+    still = "--n_epochs 1 --lr 0 --system ugatit --light --init_from official.pt --name r"
+    assert run(f"{quick('ugatit')} {still}") == 0
+    for network, name in (("G_AB", "genA2B"), ("G_BA", "genB2A")):
+        found = checkpoint("r")["networks"][network]
+        assert torch.equal(found["encoder.0.weight"], weights[name]["DownBlock.1.weight"])
+        assert torch.equal(found["decoder.8.weight"], weights[name]["UpBlock2.11.weight"])
 
 
 def test_generators_are_found_by_run_shipped_name_folder_and_file():
