@@ -362,7 +362,7 @@ def missing(root: Path, side: str) -> str:
         f"  Your own pictures:    {own}",
         "  To try without data:  make demo",
     ]
-    if root.name in PUBLIC_SETS:
+    if root.name in (*PUBLIC_SETS, *BY_HAND):
         lines.insert(1, f"  To fetch this set:    python datasets.py --dataset_name {root.name}{elsewhere}")
     return "\n".join(lines)
 
@@ -530,18 +530,34 @@ PUBLIC_SETS = {
     "facades": PublicSet("pix2pix/datasets/facades.tar.gz", None, {"train": 400, "val": 100, "test": 106}),
     "maps": PublicSet("pix2pix/datasets/maps.tar.gz", None, {"train": 1096, "val": 1098}),
 }
+# Sets that a browser has to fetch: the page, and the counts that the papers report.
+BY_HAND = {
+    "selfie2anime": (
+        "https://drive.google.com/file/d/1xOWj1UVgp6NKMT3HbPhBbtq2A4EDkghF/view",
+        {"trainA": 3400, "trainB": 3400, "testA": 100, "testB": 100},
+    )
+}
 
 
 def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0) -> None:
     """Download and unpack a public set to ``data_dir/name``; the folder is whole afterwards, or absent.
 
     An interrupted download starts anew. ``timeout`` is in seconds without any answer. Raises InputError with
-    the address and the reason when the server, the archive or its checksum is not as expected.
+    the address and the reason when the server, the archive or its checksum is not as expected, and where to go for a
+    set that only a browser can fetch.
     """
+    target = data_dir / name
+    if name in BY_HAND:
+        page, counts = BY_HAND[name]
+        if not target.exists():
+            raise InputError(f"{name}: download it from {page} and unpack it to {target} ({', '.join(counts)})")
+        report_counts(target, counts)
+        return
     if name not in PUBLIC_SETS:
-        raise InputError(f"--dataset_name {name}: not a public set, expected one of {', '.join(PUBLIC_SETS)}")
+        known = ", ".join((*PUBLIC_SETS, *BY_HAND))
+        raise InputError(f"--dataset_name {name}: not a public set, expected one of {known}")
     archive, sha256, counts = PUBLIC_SETS[name]
-    target, url = data_dir / name, f"{mirror.rstrip('/')}/{archive}"
+    url = f"{mirror.rstrip('/')}/{archive}"
     if target.exists():
         report_counts(target, counts)
         print(f"{target} stands already; remove it to fetch it again.")
@@ -660,7 +676,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help=f"{BUILT_IN} (drawn), {', '.join(PUBLIC_SETS)} (fetched), or a new name with --from_A and --from_B",
+        help=f"{BUILT_IN} (drawn), {', '.join(PUBLIC_SETS)} (fetched), {', '.join(BY_HAND)} (says where to fetch it), "
+        "or a new name with --from_A and --from_B",
     )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     parser.add_argument("--from_A", type=Path, help="folder of your pictures of domain A")

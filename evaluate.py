@@ -364,7 +364,7 @@ class Judged(NamedTuple):
 
 
 def translate_all(generator: nn.Module, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """uint8 translations of uint8 pictures, and the foreground attention, (N, 1, H, W), where there is one."""
+    """uint8 translations of uint8 pictures, and the foreground attention (or heat map), (N, 1, H, W), if any."""
     outputs, foregrounds = [], []
     with torch.inference_mode():
         for batch in images.split(8):

@@ -1,7 +1,7 @@
 """The networks: generators, discriminators and the replay buffer.
 
 Pictures are float tensors of shape (B, channels, H, W) with values in [-1, 1]. A generator returns a
-``Translation``; a discriminator returns a tuple of logit maps (one for the PatchGAN).
+``Translation``; a discriminator returns a tuple of logits (one map for the PatchGAN).
 
 Convolutions that are followed by InstanceNorm carry no bias: the norm subtracts it again, its gradient is
 exactly zero, and Adam would turn the rounding noise of that zero into a random walk.
@@ -9,7 +9,9 @@ exactly zero, and Adam would turn the rounding noise of that zero into a random 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from utils import InputError, find_generator, places
 
@@ -28,17 +31,26 @@ class Translation(NamedTuple):
     attention: (B, n_masks, H, W), each pixel's masks sum to 1, the last one is the background unless every mask has
         a content; None where the generator has no masks.
     content: (B, n_masks - 1, channels, H, W) in [-1, 1], one picture per foreground mask; None likewise.
+    cam_logits: (B, 2), the verdicts of a class activation map's classifiers (average and maximum pooling) on whether
+        the input is of the source domain; None where the generator has none.
+    heat_map: (B, 1, H, W) in [0, 1], that class activation map as the official code shows it (see ``heat_map``); None
+        likewise.
     """
 
     image: Tensor
     attention: Tensor | None = None
     content: Tensor | None = None
+    cam_logits: Tensor | None = None
+    heat_map: Tensor | None = None
 
     @property
     def foreground(self) -> Tensor | None:
-        """(B, 1, H, W) in [0, 1]: the share of each pixel that is new, 1 - background mask; None without that mask."""
+        """(B, 1, H, W) in [0, 1]: where the generator is at work; None where it does not tell.
+
+        The share of each pixel that is new, 1 - background mask, or the heat map of a generator without masks.
+        """
         if self.attention is None:
-            return None
+            return self.heat_map
         has_background = self.content is None or self.content.shape[1] < self.attention.shape[1]
         return 1 - self.attention[:, -1:] if has_background else None
 
@@ -54,18 +66,18 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class ReflectionConv2d(nn.Conv2d):
-    """A convolution of stride 1 that keeps the size by reflection padding.
+    """A convolution with reflection padding of (kernel - 1) // 2: with an odd kernel and stride 1 it keeps the size.
 
     It pads in the input's own type: autocast on the CPU would widen to float32 first, and keep that for the backward
     pass.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True):
-        super().__init__(in_channels, out_channels, kernel, bias=bias)
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel, stride, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = F.pad(x, [side for size in self.kernel_size[::-1] for side in (size // 2, size // 2)], mode="reflect")
+            x = F.pad(x, 4 * [(self.kernel_size[0] - 1) // 2], mode="reflect")
         return super().forward(x)
 
 
@@ -100,14 +112,18 @@ def norm_relu(dim: int) -> list[nn.Module]:
     return [InstanceNorm2d(dim), nn.ReLU(inplace=True)]
 
 
-def encoder(channels: int, ngf: int, n_residual_blocks: int) -> nn.Sequential:
-    """c7s1-ngf, d(2 ngf), d(4 ngf), R(4 ngf) × n: (B, channels, H, W) to (B, 4 ngf, H/4, W/4)."""
+def encoder(channels: int, ngf: int, n_residual_blocks: int, down_padding: str = "zeros") -> nn.Sequential:
+    """c7s1-ngf, d(2 ngf), d(4 ngf), R(4 ngf) × n: (B, channels, H, W) to (B, 4 ngf, H/4, W/4).
+
+    ``down_padding``: what the two convolutions of stride 2 see beyond the border, "zeros" or "reflect".
+    """
+    down = ReflectionConv2d if down_padding == "reflect" else partial(nn.Conv2d, padding=1)
     return nn.Sequential(
         ReflectionConv2d(channels, ngf, 7, bias=False),
         *norm_relu(ngf),
-        nn.Conv2d(ngf, 2 * ngf, 3, stride=2, padding=1, bias=False),
+        down(ngf, 2 * ngf, 3, stride=2, bias=False),
         *norm_relu(2 * ngf),
-        nn.Conv2d(2 * ngf, 4 * ngf, 3, stride=2, padding=1, bias=False),
+        down(2 * ngf, 4 * ngf, 3, stride=2, bias=False),
         *norm_relu(4 * ngf),
         *(ResidualBlock(4 * ngf) for _ in range(n_residual_blocks)),
     )
@@ -136,12 +152,126 @@ def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transpose
 
 
 def init_weights(network: nn.Module, std: float = 0.02) -> None:
-    """Draw every convolution from N(0, std) and set its bias to zero, in place (CycleGAN, Appendix 7.1)."""
+    """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1)."""
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
+    """γ (ρ IN(x) + (1 - ρ) LN(x)) + β (U-GAT-IT, eq. 1), in float32 at least.
+
+    x: (B, C, H, W). rho, gamma, beta: (1 or B, C, 1, 1). IN takes mean and variance over each channel of each picture,
+    LN over each picture; the variances are unbiased, as in the official PyTorch code.
+    """
+    x = at_least_float32(x)
+    var_in, mean_in = torch.var_mean(x, dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    var_ln, mean_ln = torch.var_mean(x, dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    scale_in, scale_ln = rho * torch.rsqrt(var_in + eps), (1 - rho) * torch.rsqrt(var_ln + eps)
+    # All of it is one factor and one summand for each channel, so that the picture is passed over once.
+    return x * (gamma * (scale_in + scale_ln)) + (beta - gamma * (scale_in * mean_in + scale_ln * mean_ln))
+
+
+class AdaLIN(nn.Module):
+    """Adaptive layer-instance normalisation: γ and β come with the picture, ρ in [0, 1] is learned, 0.9 at first.
+
+    Takes (B, dim, H, W) and γ, β, (B, dim). Whoever trains it keeps ρ in its bounds.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.rho = nn.Parameter(torch.full((1, dim, 1, 1), 0.9))
+
+    def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        gamma, beta = (at_least_float32(style)[:, :, None, None] for style in (gamma, beta))
+        return layer_instance_norm(x, self.rho, gamma, beta)
+
+
+class ILN(nn.Module):
+    """Layer-instance normalisation, (B, dim, H, W) to the same: γ, β and ρ in [0, 1] are learned, ρ is 0 at first."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.rho = nn.Parameter(torch.zeros(1, dim, 1, 1))
+        self.gamma = nn.Parameter(torch.ones(1, dim, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_instance_norm(x, self.rho, self.gamma, self.beta)
+
+
+class AdaLINBlock(nn.Module):
+    """x + AdaLIN(conv(ReLU(AdaLIN(conv(x))))), 3×3, reflection padding: (B, dim, H, W) to the same shape."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = ReflectionConv2d(dim, dim, 3, bias=False)
+        self.norm1 = AdaLIN(dim)
+        self.conv2 = ReflectionConv2d(dim, dim, 3, bias=False)
+        self.norm2 = AdaLIN(dim)
+
+    def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x), gamma, beta))), gamma, beta)
+
+
+class CAM(nn.Module):
+    """Class activation map (Zhou et al., CVPR 2016) as U-GAT-IT has it: what tells two domains apart is amplified.
+
+    Two linear classifiers judge the features, pooled by average and by maximum; the features times each one's weights
+    are brought back to ``dim`` channels by a 1×1 convolution. Takes (B, dim, H, W); returns the same shape, before an
+    activation, and the logits, (B, 2), in float32 at least.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.average, self.maximum = nn.Linear(dim, 1, bias=False), nn.Linear(dim, 1, bias=False)
+        self.mix = nn.Conv2d(2 * dim, dim, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            x = at_least_float32(x)
+            pixels = x.flatten(2)  # (B, dim, H W)
+            logits = torch.cat([self.average(pixels.mean(dim=2)), self.maximum(pixels.max(dim=2).values)], dim=1)
+            # Under spectral norm these are the weights before it, as in the official code; the logits see them after.
+            weights = [next(classifier.parameters())[..., None, None] for classifier in (self.average, self.maximum)]
+            weighed = torch.cat([x * weight for weight in weights], dim=1)  # (B, 2 dim, H, W)
+        return self.mix(weighed), logits
+
+
+def heat_map(features: Tensor, size: Sequence[int]) -> Tensor:
+    """A class activation map for the eye: (B, 1, *size) in [0, 1], without gradient, from (B, dim, h, w).
+
+    The sum over the channels of what follows the CAM, each picture's least value 0 and greatest 1, then resized
+    bilinearly.
+    """
+    heat = at_least_float32(features.detach()).sum(dim=1, keepdim=True)
+    least, most = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
+    heat = (heat - least) / (most - least).clamp_min(torch.finfo(heat.dtype).tiny)
+    return F.interpolate(heat, size=tuple(size), mode="bilinear")
+
+
+class SpectralNorm(nn.Module):
+    """Parametrises a layer's weight as weight / σ, σ its largest singular value (Miyato et al., ICLR 2018).
+
+    σ comes from one step of the power iteration in each call; where no gradient is wanted (sheets, evaluation) the step
+    leaves no trace. torch's own would work in bf16 under autocast, and takes 15 steps when it is made.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(len(weight)), dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            with torch.no_grad():
+                v = F.normalize(matrix.T @ self.u, dim=0)
+                u = F.normalize(matrix @ v, dim=0)
+            if torch.is_grad_enabled():
+                self.u.copy_(u)
+            return weight / (u @ matrix @ v)
 
 
 def check_size(x: Tensor, multiple: int, least: int) -> None:
@@ -260,17 +390,87 @@ class ResNetGenerator(nn.Module):
         return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
 
 
+class UGATITGenerator(nn.Module):
+    """The generator of U-GAT-IT (Kim et al., ICLR 2020, Appendix), as in the official PyTorch code.
+
+    An encoder, a CAM whose features give γ and β by a small MLP, ``n_residual_blocks`` blocks with AdaLIN on them, and
+    a decoder with ILN. ``size``, (height, width), is the one picture size that the full network takes, because its MLP
+    reads the features of every place; None makes the light one, whose MLP reads their average over the picture. Takes
+    (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size`` (ValueError
+    otherwise); returns a ``Translation`` with picture, CAM logits and heat map.
+
+    ``init``: "normal" draws all weights from N(0, 0.02) as the paper says; "default" leaves them as torch drew them,
+    which the official PyTorch code does.
+    """
+
+    size_multiple = 4
+    min_size = 8
+
+    def __init__(
+        self,
+        channels: int = 3,
+        ngf: int = 64,
+        n_residual_blocks: int = 4,
+        size: tuple[int, int] | None = None,
+        init: str = "normal",
+    ):
+        super().__init__()
+        self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, size=size)
+        dim = 4 * ngf
+        places = 1 if size is None else (size[0] // 4) * (size[1] // 4)
+        self.encoder = encoder(channels, ngf, n_residual_blocks, down_padding="reflect")
+        self.cam = CAM(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(places * dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.ReLU()
+        )
+        self.gamma, self.beta = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.blocks = nn.ModuleList(AdaLINBlock(dim) for _ in range(n_residual_blocks))
+        self.decoder = nn.Sequential(
+            *enlarge(dim, "nearest"),
+            ILN(2 * ngf),
+            nn.ReLU(),
+            *enlarge(2 * ngf, "nearest"),
+            ILN(ngf),
+            nn.ReLU(),
+            ReflectionConv2d(ngf, channels, 7, bias=False),
+        )
+        if init == "normal":
+            init_weights(self)
+
+    def forward(self, x: Tensor) -> Translation:
+        check_size(x, self.size_multiple, self.min_size)
+        size = self.settings["size"]
+        if size is not None and x.shape[-2:] != size:
+            raise ValueError(f"picture of {x.shape[-2]} x {x.shape[-1]} pixels: {one_size(size)}")
+        features, logits = self.cam(self.encoder(x))
+        features = F.relu(features)  # (B, 4 ngf, H/4, W/4)
+        seen = features.mean(dim=(2, 3)) if size is None else features.flatten(1)
+        style = self.mlp(seen)  # (B, 4 ngf)
+        gamma, beta = self.gamma(style), self.beta(style)
+        painted = features
+        for block in self.blocks:
+            painted = block(painted, gamma, beta)
+        image = torch.tanh(at_least_float32(self.decoder(painted)))
+        return Translation(image, cam_logits=logits, heat_map=heat_map(features, x.shape[-2:]))
+
+
+def one_size(size: tuple[int, int]) -> str:
+    """Why a generator refuses pictures that are not of ``size``, (height, width)."""
+    return f"the full U-GAT-IT takes pictures of its training size alone, {size[0]} x {size[1]} (the light one any)"
+
+
 def translate_any_size(generator: nn.Module, images: Tensor) -> Translation:
     """``generator`` on pictures of any size, (B, channels, H, W), H and W at least 1; the parts have their size.
 
     What the generator's ``size_multiple`` and ``min_size`` ask for is added at the right and at the bottom by
-    repeating the edge, and cut off again.
+    repeating the edge, and cut off again. ValueError where the generator takes one size alone and this is another.
     """
     height, width = images.shape[-2:]
     multiple, least = generator.size_multiple, generator.min_size
     fitting_height, fitting_width = ((max(n, least) + multiple - 1) // multiple * multiple for n in (height, width))
     padded = F.pad(images, (0, fitting_width - width, 0, fitting_height - height), mode="replicate")
-    return Translation(*(None if part is None else part[..., :height, :width] for part in generator(padded)))
+    # All parts but the logits are pictures.
+    return Translation(*(p if p is None or p.ndim == 2 else p[..., :height, :width] for p in generator(padded)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -304,6 +504,58 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return (at_least_float32(self.layers(x)),)
+
+
+class CAMDiscriminator(nn.Module):
+    """One scale of U-GAT-IT's discriminators: spectral norm, reflection padding, 4×4, LeakyReLU 0.2, a CAM.
+
+    ``n_layers`` - 2 convolutions of stride 2 and one of stride 1, each but the first with twice the channels, then the
+    CAM and the verdict; the paper's are 7 (global) and 5 (local), at 256 × 256. Takes (B, channels, H, W), each side at
+    least ``min_size``; returns the logit map, (B, 1, H/s - 2, W/s - 2) with s = 2 ** (n_layers - 2), and the CAM's
+    logits, (B, 2). Every call that keeps a graph is a step of the power iteration, so real and translated pictures go
+    through in calls of their own, as in the official code. ``init``: see ``UGATITGenerator``.
+    """
+
+    def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 5, init: str = "normal"):
+        super().__init__()
+        self.min_size = 3 * 2 ** (n_layers - 2)  # below, the verdict could not reflect its border
+        dims = [channels, *(ndf * 2**i for i in range(n_layers - 1))]
+        strides = [2] * (n_layers - 2) + [1]
+        self.layers = nn.ModuleList(
+            ReflectionConv2d(dims[i], dims[i + 1], 4, stride) for i, stride in enumerate(strides)
+        )
+        self.cam = CAM(dims[-1])
+        self.verdict = ReflectionConv2d(dims[-1], 1, 4, bias=False)
+        if init == "normal":
+            init_weights(self)
+        for layer in (*self.layers, self.cam.average, self.cam.maximum, self.verdict):
+            # "unsafe" leaves out a trial call, for which there is no autocast on the meta device.
+            register_parametrization(layer, "weight", SpectralNorm(layer.weight), unsafe=True)
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+        features, logits = self.cam(x)
+        return F.leaky_relu(features, 0.2), logits
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features, logits = self.attend(x)
+        return at_least_float32(self.verdict(features)), logits
+
+    @torch.no_grad()
+    def heat_map(self, x: Tensor) -> Tensor:
+        """(B, 1, H, W) in [0, 1]: where it looks."""
+        return heat_map(self.attend(x)[0], x.shape[-2:])
+
+
+def depths(size: int) -> tuple[int, int]:
+    """``n_layers`` of the global and the local discriminator for pictures whose shorter side is ``size`` pixels.
+
+    The paper's 7 and 5 from 256 pixels on, one less for every halving, so that what a logit sees of the picture stays
+    the same, down to 4 and 3.
+    """
+    n_layers = min(7, max(4, int(math.log2(size)) - 1))
+    return n_layers, max(3, n_layers - 2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -367,7 +619,7 @@ class ReplayBuffer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 GENERATORS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator)
+    cls.__name__: cls for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator)
 }
 
 
@@ -380,15 +632,22 @@ def pack_generator(generator: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_generator(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_generator(path: str | Path, direction: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Open a generator file: one that ``train.py`` wrote, or an official checkpoint (see ``load_official``).
 
-    Returns the generator in float32 on the CPU, and what the file says of itself (direction, options, epoch:
-    empty for official files). Raises FileNotFoundError, or ValueError when the file holds no generator.
+    ``direction`` says which of two generators is meant, where a file holds both. Returns the generator in float32 on
+    the CPU, and what the file says of itself (direction, options, epoch: empty for most official files; "directions"
+    where it holds both). Raises FileNotFoundError, or ValueError when the file holds no generator.
     """
     content = _read(path)
     if "generator" not in content:
-        return load_official(path), {}
+        generator = load_official(path, direction)
+        about: dict[str, Any] = {}
+        if generator.settings.get("size") is not None:
+            about["options"] = dict(zip(("img_height", "img_width"), generator.settings["size"], strict=True))
+        if content.keys() >= set(UGATIT_NAMES.values()):
+            about |= {"direction": direction or "AtoB", "directions": tuple(UGATIT_NAMES)}
+        return generator, about
     if content["generator"] not in GENERATORS:
         raise ValueError(f"{path}: unknown generator {content['generator']!r}, expected one of {sorted(GENERATORS)}")
     try:
@@ -407,7 +666,7 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.
     """
     path = find_generator(where, direction)
     try:
-        generator, about = load_generator(path)
+        generator, about = load_generator(path, direction)
     except ValueError as error:
         raise InputError(str(error)) from error
     if "direction" not in about:  # official files tell it by their names alone
@@ -418,13 +677,14 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.
 
 
 def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """``open_generator`` for every direction that ``where`` has: one for a file, both for most folders and runs.
+    """``open_generator`` for every direction that ``where`` has: both for most folders and runs, one for most files.
 
     Raises InputError when there is none.
     """
     if any(place.is_file() for place in places(where)):
         generator, about = open_generator(where)
-        return {about["direction"]: (generator, about)}
+        others = [d for d in about.get("directions", ()) if d != about["direction"]]
+        return {about["direction"]: (generator, about)} | {d: open_generator(where, d) for d in others}
     opened = {}
     for direction in ("AtoB", "BtoA"):
         try:
@@ -435,19 +695,26 @@ def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, A
     return opened or {"AtoB": open_generator(where, "AtoB")}
 
 
-def load_official(path: str | Path) -> nn.Module:
-    """Open a generator of the official AttentionGAN or pytorch-CycleGAN-and-pix2pix code.
+# Where the official U-GAT-IT code keeps the generator of each direction, in one file with the discriminators.
+UGATIT_NAMES = {"AtoB": "genA2B", "BtoA": "genB2A"}
+
+
+def load_official(path: str | Path, direction: str | None = None) -> nn.Module:
+    """Open a generator of the official AttentionGAN, pytorch-CycleGAN-and-pix2pix or UGATIT-pytorch code.
 
     Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``), with a background
-    mask or, as AttentionGAN-geo, without, and the
-    ``resnet_6blocks`` / ``resnet_9blocks`` generators of CycleGAN (``model.1.weight`` …), each with or without
-    a ``module.`` in front. Sizes are read from the weights. Biases (and running statistics) that InstanceNorm
+    mask or, as AttentionGAN-geo, without; the ``resnet_6blocks`` / ``resnet_9blocks`` generators of CycleGAN
+    (``model.1.weight`` …); U-GAT-IT's ``<data set>_params_<step>.pt``, of which ``direction`` (None: "AtoB") takes
+    ``genA2B`` or ``genB2A``, or one of these alone (``DownBlock.1.weight`` …), full or light. Each with or without a
+    ``module.`` in front. Sizes are read from the weights. Biases (and running statistics) that InstanceNorm
     cancels are dropped, so the network computes the same function.
 
     Returns the generator in float32 on the CPU. Raises FileNotFoundError, or ValueError that names the keys
     that were expected and those that were found.
     """
-    weights = {k.removeprefix("module."): v for k, v in _read(path).items()}
+    content = _read(path)
+    weights = {k.removeprefix("module."): v for k, v in content.get(UGATIT_NAMES[direction or "AtoB"], content).items()}
+    cancelled: set[str] = set()  # U-GAT-IT's has no biases that a norm cancels
     if "conv1.weight" in weights and "deconv3_attention.weight" in weights:
         n_blocks = sum(k.startswith("resnet_blocks.") and k.endswith(".conv1.weight") for k in weights)
         stem, head = weights["conv1.weight"], weights["deconv3_attention.weight"]
@@ -462,6 +729,7 @@ def load_official(path: str | Path) -> nn.Module:
             *(f"deconv{i}_content.{w}" for i, w in ((1, "weight"), (2, "weight"), (3, "weight"), (3, "bias"))),
             *(f"deconv{i}_attention.{w}" for i, w in ((1, "weight"), (2, "weight"), (3, "weight"), (3, "bias"))),
         ]
+        cancelled = {n.removesuffix("weight") + "bias" for n in names} - set(names)
     elif "model.1.weight" in weights and "model.10.conv_block.1.weight" in weights:
         n_blocks = sum(k.endswith(".conv_block.1.weight") for k in weights)
         stem, n = weights["model.1.weight"], n_blocks  # what follows the blocks is numbered on from them
@@ -471,14 +739,34 @@ def load_official(path: str | Path) -> nn.Module:
             *(f"model.{10 + i}.conv_block.{j}.weight" for i in range(n) for j in (1, 5)),
             *(f"model.{i}" for i in (f"{10 + n}.weight", f"{13 + n}.weight", f"{17 + n}.weight", f"{17 + n}.bias")),
         ]
+        cancelled = {n.removesuffix("weight") + "bias" for n in names} - set(names)
+    elif "DownBlock.1.weight" in weights and "FC.0.weight" in weights:
+        n_blocks = sum(k.startswith("UpBlock1_") and k.endswith(".conv1.weight") for k in weights)
+        stem, (dim, inputs) = weights["DownBlock.1.weight"], weights["FC.0.weight"].shape
+        side = 4 * math.isqrt(inputs // dim)  # pictures were square; the light network's MLP reads a single place
+        generator = UGATITGenerator(stem.shape[1], stem.shape[0], n_blocks, None if inputs == dim else (side, side))
+        names = [
+            *(f"DownBlock.{i}.weight" for i in (1, 5, 9)),
+            *(f"DownBlock.{12 + i}.conv_block.{j}.weight" for i in range(n_blocks) for j in (1, 5)),
+            *("gap_fc.weight", "gmp_fc.weight", "conv1x1.weight", "conv1x1.bias"),
+            *("FC.0.weight", "FC.2.weight", "gamma.weight", "beta.weight"),
+            *(
+                f"UpBlock1_{1 + i}.{part}{j}.{w}"
+                for i in range(n_blocks)
+                for j in (1, 2)
+                for part, w in (("conv", "weight"), ("norm", "rho"))
+            ),
+            *("UpBlock2.2.weight", *(f"UpBlock2.3.{w}" for w in ("rho", "gamma", "beta"))),
+            *("UpBlock2.7.weight", *(f"UpBlock2.8.{w}" for w in ("rho", "gamma", "beta"))),
+            "UpBlock2.11.weight",
+        ]
     else:
         raise ValueError(
             f"{path}: not an official generator. Expected AttentionGAN's keys (conv1.weight … "
-            "deconv3_attention.bias) or CycleGAN's (model.1.weight … model.26.bias of resnet_9blocks); found "
-            f"{_some(weights)}"
+            "deconv3_attention.bias), CycleGAN's (model.1.weight … model.26.bias of resnet_9blocks) or U-GAT-IT's "
+            f"(genA2B and genB2A, each DownBlock.1.weight … UpBlock2.11.weight); found {_some(weights)}"
         )
-    # Ours stand in the same order as `names`: encoder, then content (or picture), then attention head.
-    cancelled = {n.removesuffix("weight") + "bias" for n in names} - set(names)
+    # Ours stand in the same order as `names`, network part by network part.
     found = {
         k
         for k in weights

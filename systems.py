@@ -19,12 +19,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import (
+    ILN,
+    AdaLIN,
     AttentionGenerator,
+    CAMDiscriminator,
     PatchDiscriminator,
     ReplayBuffer,
     ResNetGenerator,
     SingleMaskGenerator,
     Translation,
+    UGATITGenerator,
+    depths,
 )
 from utils import InputError
 
@@ -36,7 +41,8 @@ class Turn(NamedTuple):
 
     player: "G" or "D", also the key of its optimizer.
     networks: the names of what the move may change (names, so that a wrapped network leaves no stale reference).
-    losses: (batch, fakes) to named, already weighted scalars; calling it twice changes nothing.
+    losses: (batch, fakes) to named, already weighted scalars; calling it twice changes nothing (but that the power
+        iteration of a spectral norm goes on).
     """
 
     player: str
@@ -107,6 +113,39 @@ def mask_measures(attention: Tensor) -> dict[str, Tensor]:
     return {"mean": attention.mean(dim=(0, 2, 3)), "entropy": bits.mean(dim=(0, 2, 3))}
 
 
+def split(both: Translation) -> tuple[Translation, Translation]:
+    """Undo the concatenation of two equal batches."""
+    halves = [(None, None) if part is None else part.chunk(2) for part in both]
+    first, second = zip(*halves, strict=True)
+    return Translation(*first), Translation(*second)
+
+
+def moving_average(network: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def two_way_sheet(
+    batch: Batch,
+    G_AB: nn.Module,
+    G_BA: nn.Module,
+    seen: Callable[[str, Tensor], dict[str, Tensor]] = lambda domain, images: {},
+) -> dict[str, Tensor]:
+    """For both directions the input, its translation, where the generator is at work, and the way back.
+
+    ``seen``: what discriminators have to show of translations to a domain.
+    """
+    columns = {}
+    for source, target, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
+        fake = there(batch[source])
+        columns[f"real {source}"] = batch[source]
+        columns[f"fake {target}"] = fake.image
+        if fake.foreground is not None:
+            columns[f"attention {source}"] = 2 * fake.foreground - 1
+        columns |= seen(target, fake.image)
+        columns[f"recovered {source}"] = back(fake.image).image
+    return columns
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  The two-way game: CycleGAN, AttentionGAN I and II
 # ----------------------------------------------------------------------------------------------------------
@@ -124,13 +163,6 @@ class TwoWayFakes(NamedTuple):
     same_B: Tensor | None
     pooled_A: Tensor
     pooled_B: Tensor
-
-
-def split(both: Translation) -> tuple[Translation, Translation]:
-    """Undo the concatenation of two equal batches."""
-    halves = [(None, None) if part is None else part.chunk(2) for part in both]
-    first, second = zip(*halves, strict=True)
-    return Translation(*first), Translation(*second)
 
 
 def total_variation(masks: Tensor) -> Tensor:
@@ -195,9 +227,8 @@ class TwoWay(System):
         self.learners = self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.ema_decay = ema_decay
         if ema_decay:
-            average = get_ema_multi_avg_fn(ema_decay)
-            self.ema_AB = AveragedModel(self.G_AB, multi_avg_fn=average)
-            self.ema_BA = AveragedModel(self.G_BA, multi_avg_fn=average)
+            self.ema_AB = moving_average(self.G_AB, ema_decay)
+            self.ema_BA = moving_average(self.G_BA, ema_decay)
             self.generators = {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"}
         self.pool_A = ReplayBuffer(pool_size, (*seed, 0))
         self.pool_B = ReplayBuffer(pool_size, (*seed, 1))
@@ -306,16 +337,144 @@ class TwoWay(System):
 
     @torch.no_grad()
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
-        columns = {}
         G_AB, G_BA = (self.get_submodule(self.generators[direction]) for direction in ("AtoB", "BtoA"))
-        for source, target, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
-            fake = there(batch[source])
-            columns[f"real {source}"] = batch[source]
-            columns[f"fake {target}"] = fake.image
-            if fake.foreground is not None:
-                columns[f"attention {source}"] = 2 * fake.foreground - 1
-            columns[f"recovered {source}"] = back(fake.image).image
-        return columns
+        return two_way_sheet(batch, G_AB, G_BA)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  U-GAT-IT
+# ----------------------------------------------------------------------------------------------------------
+
+
+class UGATITWeights(NamedTuple):
+    """Weights of the terms of each direction."""
+
+    gan: float = 1.0
+    cyc: float = 10.0
+    identity: float = 10.0
+    cam: float = 1000.0
+
+
+class UGATITFakes(NamedTuple):
+    fake_A: Translation
+    fake_B: Translation
+    recovered_A: Translation
+    recovered_B: Translation
+    same_A: Translation
+    same_B: Translation
+
+
+class UGATIT(System):
+    """U-GAT-IT (Kim et al., ICLR 2020, Sec. 2.2), with the terms of the official PyTorch code.
+
+    Two generators with a CAM; for each domain a global and a local discriminator, each with a CAM, whose logits are
+    judged by least squares like the logit map. Summed over both directions,
+    L_D = Σ gan · [ Σ (D(real) - 1)² + D(fake)² ], not halved,
+    L_G = Σ [ gan · Σ (D(fake) - 1)² + cyc · |recovered - real|₁ + identity · |same - real|₁ + cam · CAM ],
+    the inner sums over both scales, logit map and CAM logits. CAM is the cross-entropy of the generator's own CAM
+    logits, which are to say whether its input is of the source (a translation) or of the target (the identity).
+
+    The discriminators move first. No replay buffer. ``settle`` brings every ρ back to [0, 1]. ``ema_decay``: as
+    ``TwoWay``.
+    """
+
+    SCALES = ("global", "local")
+
+    def __init__(
+        self,
+        generator: Callable[[], nn.Module],
+        discriminator: Callable[[int], nn.Module],
+        layers: tuple[int, int],
+        weights: UGATITWeights,
+        ema_decay: float = 0.0,
+    ):
+        super().__init__()
+        self.G_AB, self.G_BA = generator(), generator()
+        self.global_D_A, self.global_D_B = discriminator(layers[0]), discriminator(layers[0])
+        self.local_D_A, self.local_D_B = discriminator(layers[1]), discriminator(layers[1])
+        self.weights = weights
+        self.learners = self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
+        self.ema_decay = ema_decay
+        if ema_decay:
+            self.ema_AB = moving_average(self.G_AB, ema_decay)
+            self.ema_BA = moving_average(self.G_BA, ema_decay)
+            self.generators = {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"}
+        self.min_size = max(self.G_AB.min_size, self.global_D_A.min_size, self.local_D_A.min_size)
+        self.size_multiple = self.G_AB.size_multiple
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (
+            Turn("D", tuple(f"{scale}_D_{side}" for scale in self.SCALES for side in "AB"), self.discriminators_losses),
+            Turn("G", ("G_AB", "G_BA"), self.generators_losses),
+        )
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for network in (self.G_AB, self.G_BA):
+            for norm in network.modules():
+                if isinstance(norm, (AdaLIN, ILN)):
+                    norm.rho.clamp_(0, 1)
+        if self.ema_decay:
+            self.ema_AB.update_parameters(self.G_AB)
+            self.ema_BA.update_parameters(self.G_BA)
+
+    def forward(self, batch: Batch) -> UGATITFakes:
+        real_A, real_B = batch["A"], batch["B"]
+        # Translation and identity in one call: exact, as all norms and the CAM see each picture alone. One forward
+        # serves both players: the generators do not change in between.
+        fake_B, same_B = split(self.G_AB(torch.cat([real_A, real_B])))
+        fake_A, same_A = split(self.G_BA(torch.cat([real_B, real_A])))
+        recovered_A, recovered_B = self.G_BA(fake_B.image), self.G_AB(fake_A.image)
+        return UGATITFakes(fake_A, fake_B, recovered_A, recovered_B, same_A, same_B)
+
+    def judge(self, side: str, images: Tensor) -> list[Tensor]:
+        """The logits of both scales, maps and those of the CAMs."""
+        return [x for scale in self.SCALES for x in self.get_submodule(f"{scale}_D_{side}")(images)]
+
+    def discriminators_losses(self, batch: Batch, fakes: UGATITFakes) -> dict[str, Tensor]:
+        losses = {}
+        for side, fake in (("A", fakes.fake_A), ("B", fakes.fake_B)):
+            on_real = least_squares(self.judge(side, batch[side]), 1.0)
+            on_fake = least_squares(self.judge(side, fake.image.detach()), 0.0)
+            losses[f"D_{side}"] = self.weights.gan * (on_real + on_fake)
+        return losses
+
+    def generators_losses(self, batch: Batch, fakes: UGATITFakes) -> dict[str, Tensor]:
+        gan, cyc, identity, cam = self.weights
+        ways = (
+            ("A", "B", fakes.fake_B, fakes.recovered_A, fakes.same_A, fakes.same_B),
+            ("B", "A", fakes.fake_A, fakes.recovered_B, fakes.same_B, fakes.same_A),
+        )
+        losses = {}
+        for source, target, fake, recovered, same, same_target in ways:
+            way, real = f"{source}{target}", batch[source]
+            losses[f"G_{way}"] = gan * least_squares(self.judge(target, fake.image), 1.0)
+            losses[f"cycle_{source}"] = cyc * F.l1_loss(recovered.image, real)
+            losses[f"identity_{source}"] = identity * F.l1_loss(same.image, real)
+            # Both went through the generator of this way.
+            entropy = F.softplus(-fake.cam_logits).mean() + F.softplus(same_target.cam_logits).mean()
+            losses[f"cam_{way}"] = cam * entropy
+        return losses
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, fakes: UGATITFakes) -> dict[str, Tensor]:
+        """``change_*``: mean |output - input| in [0, 2]; ``rho_*``: the mean ρ of every AdaLIN and ILN, in order."""
+        measures = {}
+        for way, real, fake in (("AB", batch["A"], fakes.fake_B), ("BA", batch["B"], fakes.fake_A)):
+            measures[f"change_{way}"] = F.l1_loss(fake.image, real)
+            norms = [m for m in self.get_submodule(f"G_{way}").modules() if isinstance(m, (AdaLIN, ILN))]
+            measures[f"rho_{way}"] = torch.stack([norm.rho.mean() for norm in norms])
+        return measures
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        def seen(side: str, images: Tensor) -> dict[str, Tensor]:
+            judges = {scale: self.get_submodule(f"{scale}_D_{side}") for scale in self.SCALES}
+            return {f"{scale} D_{side}": 2 * judge.heat_map(images) - 1 for scale, judge in judges.items()}
+
+        G_AB, G_BA = (self.get_submodule(self.generators[direction]) for direction in ("AtoB", "BtoA"))
+        return two_way_sheet(batch, G_AB, G_BA, seen)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -424,10 +583,45 @@ def cyclegan(
     )
 
 
+def ugatit(
+    *,
+    channels: int = 3,
+    ngf: int = 64,
+    ndf: int = 64,
+    n_residual_blocks: int = 4,
+    light: bool = False,
+    init: str = "normal",
+    lambda_gan: float = 1.0,
+    lambda_cyc: float = 10.0,
+    lambda_id: float = 10.0,
+    lambda_cam: float = 1000.0,
+    ema_decay: float = 0.0,
+    img_height: int = 256,
+    img_width: int = 256,
+) -> UGATIT:
+    """U-GAT-IT, full or light."""
+    size = None if light else (img_height, img_width)
+    return UGATIT(
+        lambda: UGATITGenerator(channels, ngf, n_residual_blocks, size, init),
+        lambda n_layers: CAMDiscriminator(channels, ndf, n_layers, init),
+        depths(min(img_height, img_width)),
+        UGATITWeights(lambda_gan, lambda_cyc, lambda_id, lambda_cam),
+        ema_decay,
+    )
+
+
 # Name to builder. A builder's keywords are the system's options and their defaults its presets; ``seed`` is the
-# key of the replay buffers' randomness. ``train.py`` makes the flags from here.
+# key of the replay buffers' randomness, ``img_height`` and ``img_width`` are the size of the training pictures.
+# ``train.py`` makes the flags from here.
 SYSTEMS: dict[str, Callable[..., System]] = {
     "attentiongan": attentiongan,
     "attentiongan1": attentiongan1,
     "cyclegan": cyclegan,
+    "ugatit": ugatit,
+}
+
+# What a system wants of the options that all systems share, where it is not their usual default.
+TRAINING_PRESETS: dict[str, dict[str, Any]] = {
+    # 294 epochs of selfie2anime's 3,400 pictures are the official 1,000,000 steps.
+    "ugatit": {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"},
 }

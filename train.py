@@ -37,8 +37,8 @@ from datasets import (
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, check_extractor, kernel_distance
-from models import open_generator, pack_generator
-from systems import SYSTEMS, Batch, System
+from models import open_generators, pack_generator
+from systems import SYSTEMS, TRAINING_PRESETS, Batch, System
 from utils import SAVED_MODELS, InputError, say
 
 # ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,10 @@ SYSTEM_HELP = {
     "upsample": "how generators enlarge: transposed convolutions as the papers, or nearest neighbour and convolution",
     "attn_disc": "attention-guided discriminator beside the plain one: sees [mask, picture] (concat), or their product",
     "attn_real": "mask it sees of a real picture: the picture's own, or its translated partner's as the paper writes",
+    "light": "small generators, whose MLP reads averages over the picture; later they take pictures of any size",
+    "init": "first weights: N(0, 0.02) as the paper says (normal), or torch's own as the official code (default)",
     "lambda_gan": "weight of each adversarial term",
+    "lambda_cam": "weight of the cross-entropy of the generators' class activation maps",
     "lambda_pixel": "weight of each direction's |output - input|",
     "lambda_tv": "weight of each mask's total variation, a sum over its pixels",
     "ema_decay": "save, show and evaluate moving averages of the generators, of this decay per step; 0: as they train",
@@ -73,7 +76,10 @@ SYSTEM_CHOICES = {
     "upsample": ("transposed", "nearest"),
     "attn_disc": ("none", "concat", "mask"),
     "attn_real": ("own", "partner"),
+    "init": ("normal", "default"),
 }
+# Keywords of builders that are no flags of their system.
+SHARED = ("seed", "img_height", "img_width")
 # What a resumed run may change without ceasing to be the same run.
 FREE_ON_RESUME = (
     "n_epochs",
@@ -95,13 +101,14 @@ EPILOG = """\
 The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
 rate falling to zero from epoch 100. The official AttentionGAN script trains instead with
   --batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5
+U-GAT-IT (--system ugatit) has defaults of its own: 294 epochs, on selfie2anime the official 1,000,000 steps.
 """
 
 
 def system_options(system: str) -> dict[str, Any]:
-    """The options of a system and their defaults, as its builder declares them."""
+    """The options that are a system's own and their defaults, as its builder declares them."""
     parameters = inspect.signature(SYSTEMS[system]).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "seed"}
+    return {p.name: p.default for p in parameters if p.name not in SHARED}
 
 
 def make_parser(system: str) -> argparse.ArgumentParser:
@@ -148,10 +155,12 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         help="epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
         "(default: half of --n_epochs)",
     )
+    add("--decay_by", choices=("epoch", "step"), default="epoch", help="how often the rate falls after --decay_epoch")
     add("--batch_size", type=int, default=1, help="samples per step and process")
     add("--lr", type=float, default=2e-4, help="Adam: learning rate")
     add("--b1", type=float, default=0.5, help="Adam: decay of the first moment")
     add("--b2", type=float, default=0.999, help="Adam: decay of the second moment")
+    add("--weight_decay", type=float, default=0.0, help="Adam: this share of every weight is added to its gradient")
     add("--seed", type=int, default=0, help="seed of weights, shuffling, crops, flips and replay buffers")
     add("--init_from", help="start from the generators of a run, of shipped weights, or of a folder")
     add = parser.add_argument_group("run").add_argument
@@ -197,6 +206,7 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         help="auto: bf16 where the hardware multiplies it natively",
     )
     add("--compile", action="store_true", help="compile the networks first (torch.compile), for long runs")
+    parser.set_defaults(**TRAINING_PRESETS.get(system, {}))
     return parser
 
 
@@ -264,6 +274,7 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         "checkpoint_interval": 0,
         "checkpoint_minutes": 0,
         "lr": 0,
+        "weight_decay": 0,
         "pool_size": 0,
     }
     least |= {
@@ -313,8 +324,9 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
 
 def build_system(options: argparse.Namespace) -> System:
     """The system that the options describe; the replay buffers of every rank draw from a stream of their own."""
-    settings = {key: getattr(options, key) for key in system_options(options.system)}
-    return SYSTEMS[options.system](**settings, seed=(options.seed, utils.rank()))
+    given = {**vars(options), "seed": (options.seed, utils.rank())}
+    build = SYSTEMS[options.system]
+    return build(**{key: given[key] for key in inspect.signature(build).parameters})
 
 
 def set_up(
@@ -329,7 +341,11 @@ def set_up(
             network.compile(dynamic=False)  # in place: the names of the weights stay
     optimizers: dict[str, torch.optim.Optimizer] = {
         turn.player: torch.optim.Adam(
-            trained_parameters(system, turn.networks), options.lr, (options.b1, options.b2), fused=True
+            trained_parameters(system, turn.networks),
+            options.lr,
+            (options.b1, options.b2),
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         for turn in system.turns
     }
@@ -347,13 +363,15 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def load_generators(system: System, where: str) -> None:
-    """Give the learners the weights found at ``where``, a run, a name or a folder (see ``utils.find_generator``)."""
-    if Path(where).is_file():
-        raise InputError(
-            f"--init_from {where} is one file, expected a run or folder with a generator for each direction"
-        )
+    """Give the learners the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
+    opened = open_generators(where)
     for direction, name in system.learners.items():
-        source, _ = open_generator(where, direction)
+        if direction not in opened:
+            raise InputError(
+                f"--init_from {where} translates {', '.join(opened)} alone, expected a run or folder with a generator "
+                "for each direction"
+            )
+        source, _ = opened[direction]
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
             raise InputError(
@@ -563,13 +581,16 @@ def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:
     optimizer.step()
 
 
-def learning_rate(options: argparse.Namespace, epoch: int) -> float:
-    """The rate of an epoch, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
+def learning_rate(options: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+    """The rate of a step, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
 
-    The rule of the official code, which would reach zero in the epoch after the last.
+    It falls with each epoch, by the rule of the official AttentionGAN code, or (``decay_by`` "step") with each step; it
+    would reach zero in the one after the last.
     """
-    left = 1 - max(0, epoch + 1 - options.decay_epoch) / (options.n_epochs - options.decay_epoch + 1)
-    return options.lr * left
+    by_step = options.decay_by == "step"
+    done, unit = (step, steps_per_epoch) if by_step else (step // steps_per_epoch, 1)
+    constant, total = unit * options.decay_epoch, unit * options.n_epochs
+    return options.lr * (1 - max(0, done + 1 - constant) / (total - constant + 1))
 
 
 def train(
@@ -621,11 +642,11 @@ def train(
     players = distribute(system)
     with utils.StopSignals() as stop, closing(record):
         for epoch in range(first, options.n_epochs):
-            lr = learning_rate(options, epoch)
-            for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
-                group["lr"] = lr
             sampler.epoch, sampler.start = epoch, done * options.batch_size
             for batch in utils.to_device(loader, device, normalise):
+                lr = learning_rate(options, record.step, len(loader))
+                for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
+                    group["lr"] = lr
                 players.begin(epoch, record.step)
                 record.note(play(players, optimizers, autocast, batch), sum(map(len, batch.values())), epoch, lr)
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):

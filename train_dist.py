@@ -62,6 +62,8 @@ def distribute(system: System) -> System:
     for name in (name for turn in system.turns for name in turn.networks):
         network = system.get_submodule(name)
         device = next(network.parameters()).device
+        for buffer in network.buffers():  # torch 2.11 leaves them as they are
+            dist.broadcast(buffer, 0)
         ids = [device] if device.type == "cuda" else None
         setattr(twin, name, DistributedDataParallel(network, device_ids=ids, **OWN_BUFFERS))
     return twin

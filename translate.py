@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import utils
 from datasets import Picture, find_pictures, normalise, quantise, resize, to_tensor
-from models import Translation, open_generator, translate_any_size
+from models import Translation, one_size, open_generator, translate_any_size
 from utils import InputError, say
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
@@ -111,9 +111,13 @@ def mask_folder(target: Path) -> Path:
 
 
 def plan(
-    pictures: Sequence[Picture], targets: Sequence[Path], max_size: int | None, failed: dict[Path, str]
+    pictures: Sequence[Picture],
+    targets: Sequence[Path],
+    max_size: int | None,
+    only_size: tuple[int, int] | None,
+    failed: dict[Path, str],
 ) -> list[Task]:
-    """Read the sizes; what cannot be read goes to ``failed`` with the reason."""
+    """Read the sizes; what cannot be read, or is not of the ``only_size``, goes to ``failed`` with the reason."""
     tasks = []
     for picture, target in zip(pictures, targets, strict=True):
         try:
@@ -124,6 +128,9 @@ def plan(
         if max_size is not None and max(height, width) > max_size:
             scale = max_size / max(height, width)
             height, width = max(1, round(scale * height)), max(1, round(scale * width))
+        if only_size is not None and (height, width) != only_size:
+            failed[picture.path] = f"picture of {height} x {width} pixels: {one_size(only_size)}"
+            continue
         tasks.append(Task(picture, (height, width), target))
     return tasks
 
@@ -179,8 +186,12 @@ def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, 
         if not with_masks:
             return [Translation(i) for i in image]
         # quantise takes [-1, 1]; uint8 is a quarter of what would wait in memory to be written.
-        attention, content = quantise(2 * translation.attention - 1).cpu(), quantise(translation.content).cpu()
-        return [Translation(*parts) for parts in zip(image, attention, content, strict=True)]
+        shares = {"attention": translation.attention, "heat_map": translation.heat_map}
+        parts = {name: 2 * share - 1 for name, share in shares.items() if share is not None}
+        if translation.content is not None:
+            parts["content"] = translation.content
+        parts = {name: quantise(part).cpu() for name, part in parts.items()}
+        return [Translation(i, **{name: part[k] for name, part in parts.items()}) for k, i in enumerate(image)]
     except (MemoryError, RuntimeError) as error:
         if not utils.is_out_of_memory(error):
             raise
@@ -192,14 +203,19 @@ def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, 
 def write(target: Path, translation: Translation) -> None:
     """The picture to ``target``; masks and contents, where there are any, to the folder ``<name>_masks`` beside it.
 
-    All parts are uint8. Unless every mask has a content, the last is the background and ``attention.png`` the rest.
+    All parts are uint8. Unless every mask has a content, the last is the background and ``attention.png`` the rest; of
+    a generator with a heat map ``attention.png`` is that.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(translation.image).save(target)
-    if translation.attention is None or translation.content is None:
+    if all(part is None for part in translation[1:]):
         return
     folder = mask_folder(target)
     folder.mkdir(exist_ok=True)
+    if translation.heat_map is not None:
+        to_pil_image(translation.heat_map).save(folder / "attention.png")
+    if translation.attention is None or translation.content is None:
+        return
     if len(translation.content) < len(translation.attention):
         to_pil_image(255 - translation.attention[-1:]).save(folder / "attention.png")
     for i, mask in enumerate(translation.attention, 1):
@@ -252,7 +268,8 @@ def translate(
 class OnUnitRange(nn.Module):
     """A generator from [0, 1] to [0, 1], on pictures of any size: (B, channels, H, W) to the same.
 
-    Beside the picture it returns the foreground attention, (B, 1, H, W) in [0, 1], where the generator has it.
+    Beside the picture it returns the foreground attention or heat map, (B, 1, H, W) in [0, 1], where the generator has
+    it.
     """
 
     def __init__(self, generator: nn.Module):
@@ -266,15 +283,17 @@ class OnUnitRange(nn.Module):
 
 
 def export(generator: nn.Module, path: Path) -> None:
-    """Write ``OnUnitRange(generator)`` as ONNX with free batch, height and width.
+    """Write ``OnUnitRange(generator)`` as ONNX with free batch, height and width (batch alone, where one size is all).
 
     Input "image"; outputs "translation" and, where the generator has it, "attention". Raises InputError when the
     packages for it are not there.
     """
     utils.need("onnx", "--export")
     utils.need("onnxscript", "--export")
+    only_size = generator.settings.get("size")
     # Sizes that fit no multiple, so that nothing is taken for a constant.
-    example = torch.rand(2, generator.settings["channels"], 62, 74)
+    example = torch.rand(2, generator.settings["channels"], *(only_size or (62, 74)))
+    free = {0: "batch"} if only_size else {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own making
         wrapped = OnUnitRange(generator).eval()
@@ -285,7 +304,7 @@ def export(generator: nn.Module, path: Path) -> None:
             path,
             input_names=["image"],
             output_names=outputs,
-            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+            dynamic_shapes=(free,),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -309,7 +328,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--input", type=Path, help="a picture, or a folder of pictures")
     add("--output", type=Path, help="folder for the translations")
     add("--recursive", action="store_true", help="the pictures in sub-folders too; the output has the same folders")
-    add("--masks", action="store_true", help="write every mask and content as well, to NAME_masks beside NAME.png")
+    add(
+        "--masks",
+        action="store_true",
+        help="write every mask and content, or the heat map, as well, to NAME_masks beside NAME.png",
+    )
     add(
         "--batch_size",
         type=int,
@@ -358,17 +381,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = utils.pick_device(options.device)
         generator, _ = open_generator(options.checkpoint, options.direction)
         generator.eval()
+        only_size = generator.settings.get("size")
         if options.export is not None:
             export(generator, options.export)
-            print(f"{options.export}: image to translation, values in [0, 1], any batch, height and width")
+            sizes = "height and width" if only_size is None else f"pictures of {only_size[0]} x {only_size[1]}"
+            print(f"{options.export}: image to translation, values in [0, 1], any batch, {sizes}")
             return 0
-        probe = torch.zeros(1, generator.settings["channels"], 1, 1)
-        if options.masks and translate_any_size(generator, probe).attention is None:
+        probe = torch.zeros(1, generator.settings["channels"], *(only_size or (1, 1)))
+        if options.masks and all(part is None for part in translate_any_size(generator, probe)[1:]):
             raise InputError(f"--masks: {options.checkpoint} holds a {type(generator).__name__}, which has none")
         pictures = find_inputs(options.input, options.output, options.recursive)
         targets = name_outputs(pictures, options.input, options.output, options.masks)
         failed: dict[Path, str] = {}
-        batches = make_batches(plan(pictures, targets, options.max_size, failed), options.batch_size)
+        batches = make_batches(plan(pictures, targets, options.max_size, only_size, failed), options.batch_size)
         try:
             translate(generator.to(device), batches, device, options.masks, failed)
         finally:

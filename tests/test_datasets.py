@@ -956,6 +956,18 @@ def test_unknown_set_is_refused_with_the_known_ones(tmp_path):
         fetch("cat2dog", tmp_path)
 
 
+def test_a_set_that_a_browser_must_fetch_says_where_it_is_and_is_counted(tmp_path, capsys):
+    page = "https://drive.google.com/file/d/1xOWj1UVgp6NKMT3HbPhBbtq2A4EDkghF/view"
+    with pytest.raises(InputError, match=re.escape(f"{page} and unpack it to {tmp_path / 'selfie2anime'} (trainA, ")):
+        fetch("selfie2anime", tmp_path)
+    assert below(tmp_path) == {}
+    assert "python datasets.py --dataset_name selfie2anime" in datasets.missing(tmp_path / "selfie2anime", "A")
+    save(noise(0), tmp_path / "selfie2anime" / "trainA" / "0.png")
+    fetch("selfie2anime", tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/selfie2anime/trainA: 1 pictures, EXPECTED 3400\n" in printed and "testB: 0 pictures" in printed
+
+
 def test_every_public_set_has_a_well_formed_entry():
     for name, entry in datasets.PUBLIC_SETS.items():
         assert Path(entry.archive).name in (f"{name}.zip", f"{name}.tar.gz")

@@ -26,7 +26,7 @@ import utils
 from datasets import Picture, draw_built_in, find_pictures, load_masks, unaugmented
 from evaluate import Exam, find_entries, judge
 from metrics import EFFICIENTNET, Extractor
-from models import AttentionGenerator, ResNetGenerator, Translation, pack_generator
+from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator, pack_generator
 
 SMALL = Path("data/small")
 
@@ -397,6 +397,21 @@ def test_masks_of_some_pictures_measure_those_alone():
     expected = np.mean([error[i][m <= 127].mean().item() for i, m in zip((1, 3), masks, strict=True)])
     assert figures()["background error"] == pytest.approx(expected, rel=1e-5)
     assert figures()["change"] == pytest.approx(distance(outputs, inputs), rel=1e-5)  # of all four
+
+
+@pytest.mark.parametrize("size", [None, (32, 32)], ids=["light", "full"])
+def test_u_gat_its_heat_map_is_scored_as_attention(size):
+    make_set(SMALL, tests=3)
+    blobs(SMALL / "testA_mask", "012", seed=5)
+    generator = tiny(network=UGATITGenerator, size=size)
+    store(AtoB=generator)
+    assert run("net") == 0
+    with torch.no_grad():
+        heat = generator(side("testA") / 127.5 - 1).heat_map
+    masks = [read(SMALL / f"testA_mask/{i}.png", channels=1) for i in range(3)]
+    assert figures()["IoU"] == pytest.approx(np.mean([iou(h, m) for h, m in zip(heat, masks, strict=True)]))
+    off = np.mean([h[m <= 127].mean().item() for h, m in zip(heat, masks, strict=True)])
+    assert figures()["background attention"] == pytest.approx(off, rel=1e-5) and 0 < figures()["AP"] < 1
 
 
 class FindsWhite(nn.Module):

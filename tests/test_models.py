@@ -8,16 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import (
+    CAM,
+    ILN,
+    AdaLIN,
     AttentionGenerator,
+    CAMDiscriminator,
     InstanceNorm2d,
     PatchDiscriminator,
     ReflectionConv2d,
     ReplayBuffer,
     ResNetGenerator,
     SingleMaskGenerator,
+    UGATITGenerator,
+    depths,
+    heat_map,
     load_generator,
     load_official,
+    open_generators,
     pack_generator,
+    translate_any_size,
 )
 
 # Published counts (with biases everywhere) less the biases that InstanceNorm cancels.
@@ -29,13 +38,19 @@ PARAMETERS = {
     "SingleMaskGenerator": (SingleMaskGenerator, 11_378_179 + 64 * 49 + 1 - STEM_AND_BLOCKS - HEAD),  # a fourth output
     "ResNetGenerator": (ResNetGenerator, 11_378_179 - STEM_AND_BLOCKS - HEAD),
     "PatchDiscriminator": (PatchDiscriminator, 2_764_737 - (128 + 256 + 512)),
+    # The official PyTorch code of U-GAT-IT has no such biases.
+    "UGATITGenerator, full": (partial(UGATITGenerator, size=(256, 256)), 278_959_808),
+    "UGATITGenerator, light": (UGATITGenerator, 10_589_888),
+    "CAMDiscriminator, global": (partial(CAMDiscriminator, n_layers=7), 53_130_176),
+    "CAMDiscriminator, local": (partial(CAMDiscriminator, n_layers=5), 3_290_560),
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_official_ones_less_the_cancelled_biases(name):
     network, expected = PARAMETERS[name]
-    assert sum(p.numel() for p in network().parameters()) == expected
+    with torch.device("meta"):
+        assert sum(p.numel() for p in network().parameters()) == expected
 
 
 @pytest.mark.parametrize("kernel", [1, 7])
@@ -45,7 +60,7 @@ def test_attention_generator_fuses_masks_that_sum_to_one(kernel, height, width):
     x = torch.rand(2, 3, height, width) * 2 - 1
     for parameter in generator.parameters():  # far from the start, where all masks are alike
         nn.init.normal_(parameter, std=0.5)
-    image, attention, content = generator(x)
+    image, attention, content = generator(x)[:3]
     assert image.shape == x.shape
     assert attention.shape == (2, 5, height, width)
     assert content.shape == (2, 4, 3, height, width)
@@ -65,7 +80,7 @@ def test_without_background_nothing_of_the_input_is_kept():
     x = torch.rand(2, 3, 8, 12) * 2 - 1
     for parameter in generator.parameters():
         nn.init.normal_(parameter, std=0.5)
-    image, attention, content = generator(x)
+    image, attention, content = generator(x)[:3]
     assert content.shape == (2, 3, 3, 8, 12) and attention.shape == (2, 3, 8, 12)
     by_hand = sum(content[:, i] * attention[:, i : i + 1] for i in range(3))
     torch.testing.assert_close(image, by_hand)
@@ -80,7 +95,7 @@ def test_scheme_one_fuses_one_content_by_one_mask(channels):
         nn.init.normal_(parameter, std=0.5)
     raw = generator.decoder(generator.encoder(x))
     mask, painted = 1 / (1 + torch.exp(-raw[:, :1])), torch.tanh(raw[:, 1:])
-    image, attention, content = generator(x)
+    image, attention, content = generator(x)[:3]
     assert mask.std() > 0.05 and content.shape == (2, 1, channels, 8, 12)
     torch.testing.assert_close(content[:, 0], painted)
     torch.testing.assert_close(attention, torch.cat([mask, 1 - mask], dim=1))
@@ -112,13 +127,13 @@ def test_nearest_upsampling_knows_no_grid(generator):
 
 def test_other_channels_and_widths():
     generator = AttentionGenerator(channels=1, ngf=4, n_residual_blocks=0, n_masks=2)
-    image, attention, content = generator(torch.zeros(1, 1, 12, 12))
+    image, attention, content = generator(torch.zeros(1, 1, 12, 12))[:3]
     assert (image.shape, attention.shape, content.shape) == ((1, 1, 12, 12), (1, 2, 12, 12), (1, 1, 1, 12, 12))
     assert ResNetGenerator(ngf=4, n_residual_blocks=1)(torch.zeros(1, 3, 16, 8)).image.shape == (1, 3, 16, 8)
     assert ResNetGenerator(ngf=4, n_residual_blocks=1)(torch.zeros(1, 3, 8, 8)).foreground is None
 
 
-@pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator])
+@pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator])
 @pytest.mark.parametrize("size", [(4, 8), (30, 32), (32, 34)])
 def test_a_size_that_does_not_fit_is_named(generator, size):
     with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels.*multiples of 4 and at least 8"):
@@ -150,13 +165,193 @@ def test_a_logit_sees_a_patch_of_the_stated_size(n_layers, field):
 
 def test_weights_are_drawn_from_n_0_002():
     torch.manual_seed(0)
-    for network in (AttentionGenerator(ngf=32, n_residual_blocks=2), PatchDiscriminator()):
+    for network in (
+        AttentionGenerator(ngf=32, n_residual_blocks=2),
+        PatchDiscriminator(),
+        UGATITGenerator(ngf=32, n_residual_blocks=1),
+        CAMDiscriminator(),
+    ):
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
                 assert not parameter.any(), name
             elif parameter.numel() > 5000:
                 assert abs(parameter.std() - 0.02) < 0.001, name
                 assert abs(parameter.mean()) < 0.001, name
+
+
+def test_u_gat_it_may_start_from_torchs_own_weights():
+    """Uniform, of a width that depends on the layer."""
+    torch.manual_seed(0)
+    for network in (UGATITGenerator(ngf=32, n_residual_blocks=1, init="default"), CAMDiscriminator(init="default")):
+        for name, parameter in network.named_parameters():
+            if parameter.numel() > 5000:
+                bound = parameter[0].numel() ** -0.5
+                assert parameter.abs().max() <= bound and abs(parameter.std() / bound - 3**-0.5) < 0.02, name
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  U-GAT-IT: norms, class activation maps, spectral norm
+# ----------------------------------------------------------------------------------------------------------
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_layer_instance_norm(x, rho, gamma, beta):
+    """Picture by picture and channel by channel; variances over n - 1, as torch.var."""
+    out = torch.empty_like(x)
+    for b, picture in enumerate(x):
+        layer_mean = picture.sum() / picture.numel()
+        layer_var = ((picture - layer_mean) ** 2).sum() / (picture.numel() - 1)
+        for c, channel in enumerate(picture):
+            mean = channel.sum() / channel.numel()
+            var = ((channel - mean) ** 2).sum() / (channel.numel() - 1)
+            instance, layer = (channel - mean) / (var + 1e-5) ** 0.5, (channel - layer_mean) / (layer_var + 1e-5) ** 0.5
+            out[b, c] = gamma[b, c] * (rho[c] * instance + (1 - rho[c]) * layer) + beta[b, c]
+    return out
+
+
+def test_adalin_and_iln_are_their_formulas():
+    x = 3 * random(2, 5, 4, 6) + random(1, 5, 1, 1, seed=1)
+    gamma, beta = random(2, 5, seed=2), random(2, 5, seed=3)
+    adaptive, learned = AdaLIN(5).double(), ILN(5).double()
+    assert torch.equal(adaptive.rho.flatten(), torch.full((5,), 0.9, dtype=torch.float32).double())
+    assert not learned.rho.any() and (learned.gamma == 1).all() and not learned.beta.any()
+    for rho in (torch.linspace(0, 1, 5, dtype=torch.float64), None):
+        if rho is not None:
+            adaptive.rho.data[0, :, 0, 0] = learned.rho.data[0, :, 0, 0] = rho
+        learned.gamma.data, learned.beta.data = gamma[:1, :, None, None], beta[:1, :, None, None]
+        expected = plain_layer_instance_norm(x, adaptive.rho.flatten(), gamma, beta)
+        assert (adaptive(x, gamma, beta) - expected).abs().max() < 1e-12
+        same = [style[:1].expand(2, -1) for style in (gamma, beta)]
+        expected = plain_layer_instance_norm(x, learned.rho.flatten(), *same)
+        assert (learned(x) - expected).abs().max() < 1e-12
+    assert adaptive(x.bfloat16().float(), gamma.bfloat16(), beta.bfloat16()).dtype == torch.float64
+
+
+def test_a_class_activation_map_is_its_formula():
+    cam, x = CAM(6).double(), random(2, 6, 3, 4)
+    found, logits = cam(x)
+    average, maximum = cam.average.weight[0], cam.maximum.weight[0]
+    for b, picture in enumerate(x):
+        assert abs(logits[b, 0] - sum(w * c.mean() for w, c in zip(average, picture, strict=True))) < 1e-12
+        assert abs(logits[b, 1] - sum(w * c.max() for w, c in zip(maximum, picture, strict=True))) < 1e-12
+        weighed = [w * c for weights in (average, maximum) for w, c in zip(weights, picture, strict=True)]
+        for k, row in enumerate(cam.mix.weight[:, :, 0, 0]):
+            expected = cam.mix.bias[k] + sum(w * c for w, c in zip(row, weighed, strict=True))
+            assert (found[b, k] - expected).abs().max() < 1e-12
+
+
+def test_a_heat_map_goes_from_zero_to_one_in_every_picture():
+    features = random(3, 4, 4, 2).requires_grad_()
+    features.data[1] *= 100
+    features.data[2] = 0.5  # alike everywhere: nothing stands out
+    found = heat_map(features, (8, 4))
+    assert found.shape == (3, 1, 8, 4) and not found.requires_grad and not found[2].any()
+    for picture, shown in zip(features[:2].detach(), found, strict=False):
+        total = picture.sum(dim=0)
+        total = (total - total.min()) / (total.max() - total.min())
+        for i in range(8):  # bilinear, centres of pixels at halves
+            for j in range(4):
+                y, x = ((n + 0.5) / 2 - 0.5 for n in (i, j))
+                y, x = min(max(y, 0), 3), min(max(x, 0), 1)
+                (top, down), (left, right) = ((int(n), min(int(n) + 1, last)) for n, last in ((y, 3), (x, 1)))
+                upper = total[top, left] * (1 - x % 1) + total[top, right] * (x % 1)
+                lower = total[down, left] * (1 - x % 1) + total[down, right] * (x % 1)
+                assert abs(shown[0, i, j] - (upper * (1 - y % 1) + lower * (y % 1))) < 1e-12
+
+
+def power_iteration(weight, u):
+    """The weight over the value that one step finds; no gradient flows through the step."""
+    matrix = weight.reshape(len(weight), -1)
+    v = matrix.detach().T @ u
+    v = v / v.norm()
+    u = matrix.detach() @ v
+    u = u / u.norm()
+    return weight / (u @ matrix @ v), u
+
+
+def plain_discriminator(x, weights, us, n_layers):
+    """The official discriminator with the weights of ours; ``us`` holds the iterations' vectors and moves on."""
+
+    def normed(name):
+        weight, u = power_iteration(weights[f"{name}.parametrizations.weight.original"], us[name])
+        us[name] = u
+        return weight
+
+    def reflected(x, weight, bias=None, stride=1):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias, stride)
+
+    for i in range(n_layers - 1):
+        stride = 2 if i < n_layers - 2 else 1
+        x = F.leaky_relu(reflected(x, normed(f"layers.{i}"), weights[f"layers.{i}.bias"], stride), 0.2)
+    logits, weighed = [], []
+    for name, pooled in (("average", x.mean(dim=(2, 3))), ("maximum", x.amax(dim=(2, 3)))):
+        logits.append(pooled @ normed(f"cam.{name}").T)
+        weighed.append(x * weights[f"cam.{name}.parametrizations.weight.original"][..., None, None])
+    x = F.conv2d(torch.cat(weighed, dim=1), weights["cam.mix.weight"], weights["cam.mix.bias"])
+    x = F.leaky_relu(x, 0.2)
+    return reflected(x, normed("verdict")), torch.cat(logits, dim=1), x.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("n_layers, size", [(3, (12, 16)), (5, (24, 32))])
+def test_a_discriminator_is_the_official_one_call_after_call(n_layers, size):
+    torch.manual_seed(0)
+    discriminator = CAMDiscriminator(ndf=2, n_layers=n_layers, init="default").double()
+    weights, start = dict(discriminator.named_parameters()), dict(discriminator.named_buffers())
+    us = {name.removesuffix(".parametrizations.weight.0.u"): u.clone() for name, u in start.items()}
+    # Real and translated pictures in calls of their own, the power iteration a step ahead in the second.
+    calls = [random(2, 3, *size, seed=seed) for seed in range(2)]
+    for x in calls:
+        with torch.no_grad():  # leaves no trace
+            again = discriminator(x)
+            heat = discriminator.heat_map(x)
+        found, (logit_map, logits, total) = discriminator(x), plain_discriminator(x, weights, us, n_layers)
+        assert found[0].shape == (2, 1, *(n // 2 ** (n_layers - 2) - 2 for n in size)) and found[1].shape == (2, 2)
+        for ours, plain, before in zip(found, (logit_map, logits), again, strict=True):
+            assert (ours - plain).abs().max() < 1e-12 and torch.equal(ours, before)
+        assert (heat - heat_map(total, size)).abs().max() < 1e-12
+        parameters = list(weights.values())
+        gradients = [
+            torch.autograd.grad(sum(p.square().sum() for p in o), parameters) for o in (found, (logit_map, logits))
+        ]
+        for ours, plain in zip(*gradients, strict=True):
+            assert plain.abs().max() > 0 and (ours - plain).abs().max() < 1e-12 * max(1, plain.abs().max())
+    for _ in range(300):
+        discriminator(calls[0])
+    for layer in (*discriminator.layers, discriminator.verdict):
+        with torch.no_grad():
+            assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) - 1) < 1e-6
+
+
+def test_the_discriminators_depth_follows_the_pictures():
+    sizes = {512: (7, 5), 256: (7, 5), 255: (6, 4), 128: (6, 4), 64: (5, 3), 32: (4, 3), 16: (4, 3), 12: (4, 3)}
+    for size, expected in sizes.items():
+        assert depths(size) == expected
+        for n_layers in expected:
+            with torch.device("meta"):
+                assert CAMDiscriminator(ndf=1, n_layers=n_layers).min_size <= size
+    for n_layers in (3, 4, 5):
+        discriminator = CAMDiscriminator(ndf=1, n_layers=n_layers)
+        least = discriminator.min_size
+        assert discriminator(torch.rand(1, 3, least, least))[0].shape == (1, 1, 1, 1)
+        with pytest.raises(RuntimeError, match="Padding size"):
+            discriminator(torch.rand(1, 3, least - 1, least))
+
+
+def test_the_full_u_gat_it_takes_one_size_and_the_light_one_any():
+    full, light = (UGATITGenerator(ngf=4, n_residual_blocks=1, size=size) for size in ((16, 24), None))
+    for network, size in ((full, (16, 24)), (light, (8, 12)), (light, (16, 24))):
+        t = network(torch.rand(2, 3, *size))
+        assert t.image.shape == (2, 3, *size) and t.image.abs().max() <= 1
+        assert t.cam_logits.shape == (2, 2) and t.attention is None and t.content is None
+        assert t.foreground is t.heat_map and t.heat_map.shape == (2, 1, *size)
+        assert t.heat_map.amin() >= 0 and 0.5 < t.heat_map.amax() <= 1
+    for size in ((24, 16), (16, 28)):
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels: .* training size alone, 16 x 24"):
+            full(torch.rand(1, 3, *size))
+    assert translate_any_size(light, torch.rand(5, 3, 1, 2)).cam_logits.shape == (5, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -336,6 +531,91 @@ def test_official_weights_compute_the_same_function(name, prefix, tmp_path):
     assert type(through_any) is network and about == {}
 
 
+def official_ugatit_weights(seed, size=None, ngf=4, n_blocks=2):
+    """State dict of a generator of the official PyTorch code of U-GAT-IT; ``size`` is that of the full network."""
+    rng = torch.Generator().manual_seed(seed)
+    dim = 4 * ngf
+    shapes = {"DownBlock.1.weight": (ngf, 3, 7, 7)}
+    shapes |= {"DownBlock.5.weight": (2 * ngf, ngf, 3, 3), "DownBlock.9.weight": (dim, 2 * ngf, 3, 3)}
+    for i in range(n_blocks):
+        shapes |= {f"DownBlock.{12 + i}.conv_block.{j}.weight": (dim, dim, 3, 3) for j in (1, 5)}
+        for j in (1, 2):
+            shapes |= {f"UpBlock1_{i + 1}.conv{j}.weight": (dim, dim, 3, 3)}
+            shapes |= {f"UpBlock1_{i + 1}.norm{j}.rho": (1, dim, 1, 1)}
+    shapes |= {"gap_fc.weight": (1, dim), "gmp_fc.weight": (1, dim)}
+    shapes |= {"conv1x1.weight": (dim, 2 * dim, 1, 1), "conv1x1.bias": (dim,)}
+    shapes |= {"FC.0.weight": (dim, dim if size is None else dim * (size // 4) ** 2), "FC.2.weight": (dim, dim)}
+    shapes |= {"gamma.weight": (dim, dim), "beta.weight": (dim, dim)}
+    for i, out in ((2, 2 * ngf), (7, ngf)):
+        shapes |= {f"UpBlock2.{i}.weight": (out, 2 * out, 3, 3)}
+        shapes |= {f"UpBlock2.{i + 1}.{name}": (1, out, 1, 1) for name in ("rho", "gamma", "beta")}
+    shapes |= {"UpBlock2.11.weight": (3, ngf, 7, 7)}
+    weights = {k: 0.3 * torch.randn(shape, generator=rng) for k, shape in shapes.items()}
+    return {k: v.abs().clamp(0, 1) if k.endswith("rho") else v for k, v in weights.items()}
+
+
+def official_ugatit_forward(x, weights, n_blocks=2):
+    """Picture, CAM logits, sum of the attended features."""
+
+    def conv(x, name, reflect, stride=1):
+        return F.conv2d(F.pad(x, (reflect,) * 4, mode="reflect"), weights[f"{name}.weight"], stride=stride)
+
+    def norm(x, rho, gamma, beta):
+        return plain_layer_instance_norm(x, rho.flatten(), *(s.flatten(1).expand(len(x), -1) for s in (gamma, beta)))
+
+    x = norm_relu(conv(x, "DownBlock.1", 3))
+    x = norm_relu(conv(x, "DownBlock.5", 1, stride=2))
+    x = norm_relu(conv(x, "DownBlock.9", 1, stride=2))
+    for i in range(n_blocks):
+        y = norm_relu(conv(x, f"DownBlock.{12 + i}.conv_block.1", 1))
+        x = x + F.instance_norm(conv(y, f"DownBlock.{12 + i}.conv_block.5", 1))
+    by_average, by_maximum = weights["gap_fc.weight"], weights["gmp_fc.weight"]
+    logits = torch.cat([x.mean(dim=(2, 3)) @ by_average.T, x.amax(dim=(2, 3)) @ by_maximum.T], dim=1)
+    x = torch.cat([x * by_average[..., None, None], x * by_maximum[..., None, None]], dim=1)
+    x = F.relu(F.conv2d(x, weights["conv1x1.weight"], weights["conv1x1.bias"]))
+    total = x.sum(dim=1, keepdim=True)
+    light = weights["FC.0.weight"].shape[1] == x.shape[1]
+    style = x.mean(dim=(2, 3)) if light else x.reshape(len(x), -1)
+    for name in ("FC.0", "FC.2"):
+        style = F.relu(style @ weights[f"{name}.weight"].T)
+    gamma, beta = style @ weights["gamma.weight"].T, style @ weights["beta.weight"].T
+    for i in range(1, n_blocks + 1):
+        y = F.relu(norm(conv(x, f"UpBlock1_{i}.conv1", 1), weights[f"UpBlock1_{i}.norm1.rho"], gamma, beta))
+        x = x + norm(conv(y, f"UpBlock1_{i}.conv2", 1), weights[f"UpBlock1_{i}.norm2.rho"], gamma, beta)
+    for i in (2, 7):
+        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        x = conv(x, f"UpBlock2.{i}", 1)
+        x = F.relu(norm(x, *(weights[f"UpBlock2.{i + 1}.{name}"] for name in ("rho", "gamma", "beta"))))
+    return torch.tanh(conv(x, "UpBlock2.11", 3)), logits, total
+
+
+@pytest.mark.parametrize("size", [None, 16], ids=["light", "full"])
+def test_official_u_gat_it_files_hold_both_directions(size, tmp_path):
+    path = tmp_path / "selfie2anime_params_0100000.pt"
+    weights = {"genA2B": official_ugatit_weights(1, size), "genB2A": official_ugatit_weights(2, size)}
+    judges = {name: {"model.1.bias": torch.zeros(4)} for name in ("disGA", "disGB", "disLA", "disLB")}
+    torch.save({**weights, **judges}, path)
+    x = random(2, 3, size or 24, size or 12).clamp(-1, 1)
+    opened = open_generators(path)
+    assert list(opened) == ["AtoB", "BtoA"]
+    for (direction, (generator, about)), state in zip(opened.items(), weights.values(), strict=True):
+        assert about["direction"] == direction
+        assert about.get("options") == (None if size is None else {"img_height": 16, "img_width": 16})
+        t = generator.double()(x)
+        image, logits, total = official_ugatit_forward(x, {k: v.double() for k, v in state.items()})
+        assert image.std() > 0.1 and (t.image - image).abs().max() < 1e-9
+        assert (t.cam_logits - logits).abs().max() < 1e-9
+        assert (t.heat_map - heat_map(total, x.shape[-2:])).abs().max() < 1e-9
+    # One of them alone, and in DataParallel's clothes.
+    torch.save({f"module.{k}": v for k, v in weights["genB2A"].items()}, path)
+    alone, about = load_generator(path)
+    assert torch.equal(alone.double()(x).image, opened["BtoA"][0](x).image)
+    assert "direction" not in about and list(open_generators(path)) == ["AtoB"]
+    torch.save({"genA2B": {**weights["genA2B"], "gap_fc.bias": torch.zeros(1)}, "genB2A": {}}, path)
+    with pytest.raises(ValueError, match=r"not expected: gap_fc\.bias"):  # no norm would cancel it
+        load_official(path)
+
+
 def test_running_statistics_of_old_checkpoints_are_dropped(tmp_path):
     weights = official_cyclegan_weights(n_blocks=6)
     weights |= {"model.2.running_mean": torch.zeros(4), "model.2.num_batches_tracked": torch.tensor(3)}
@@ -381,6 +661,8 @@ def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
         AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
         SingleMaskGenerator(3, 4, 1),
         ResNetGenerator(1, 4, 2),
+        UGATITGenerator(1, 4, 1),
+        UGATITGenerator(3, 4, 1, size=(16, 16), init="default"),
     ],
     ids=lambda g: type(g).__name__,
 )

@@ -1,24 +1,30 @@
 """The textbook step stands here as the oracle: six generator calls, plain discriminator calls, plain loops."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from models import AttentionGenerator
+from models import ILN, AdaLIN, AttentionGenerator
 from systems import SYSTEMS, Turn, least_squares, mask_measures
 from train import play, trained_parameters, update
 
 SMALL = dict(ngf=4, ndf=4, n_residual_blocks=2, n_layers_D=2)
-SYSTEM_SETTINGS = {"attentiongan": {**SMALL, "n_masks": 4}, "attentiongan1": SMALL, "cyclegan": SMALL}
+SYSTEM_SETTINGS = {
+    "attentiongan": {**SMALL, "n_masks": 4},
+    "attentiongan1": SMALL,
+    "cyclegan": SMALL,
+    "ugatit": dict(ngf=4, ndf=4, n_residual_blocks=2, light=True, img_height=16, img_width=16),
+}
 
 
 def build(name, seed=0, **settings):
     torch.manual_seed(seed)
     system = SYSTEMS[name](**{**SYSTEM_SETTINGS[name], **settings}).double()
-    for parameter in system.parameters():  # larger than at the start, so that every term matters
-        if parameter.ndim == 4:
+    for key, parameter in system.named_parameters():  # larger than at the start, so that every term matters
+        if parameter.ndim in (2, 4) and not key.endswith((".rho", ".gamma", ".beta")):
             nn.init.normal_(parameter, std=0.15)
     return system
 
@@ -141,6 +147,107 @@ def test_the_terms_that_tie_the_output_to_the_input_may_come_later():
     assert ratios("attentiongan1", 10, 0) == ({0.5}, {0.5})
 
 
+def ugatit_discriminators(system, batch):
+    """The terms of U-GAT-IT's first turn as the official code has them: every call made singly, real before fake."""
+    losses = {}
+    for side, other in ("AB", "BA"):
+        fake = getattr(system, f"G_{other}{side}")(batch[other]).image.detach()
+        loss = 0
+        for scale in ("global", "local"):
+            D = getattr(system, f"{scale}_D_{side}")
+            for on_real, on_fake in zip(D(batch[side]), D(fake), strict=True):  # logit map, CAM logits
+                loss = loss + ((on_real - 1) ** 2).mean() + (on_fake**2).mean()
+        losses[f"D_{side}"] = loss
+    return losses
+
+
+def ugatit_generators(system, batch):
+    """Those of its second turn, for which the official code runs the generators again."""
+    l1, bce = nn.L1Loss(), nn.BCEWithLogitsLoss()
+    losses = {}
+    for source, target in ("AB", "BA"):
+        G, F = getattr(system, f"G_{source}{target}"), getattr(system, f"G_{target}{source}")
+        fake, same_target = G(batch[source]), G(batch[target])
+        judged = [x for s in ("global", "local") for x in getattr(system, f"{s}_D_{target}")(fake.image)]
+        losses[f"G_{source}{target}"] = sum(((x - 1) ** 2).mean() for x in judged)
+        losses[f"cycle_{source}"] = 10 * l1(F(fake.image).image, batch[source])
+        losses[f"identity_{source}"] = 10 * l1(F(batch[source]).image, batch[source])
+        is_source, is_target = fake.cam_logits, same_target.cam_logits
+        cam = bce(is_source, torch.ones_like(is_source)) + bce(is_target, torch.zeros_like(is_target))
+        losses[f"cam_{source}{target}"] = 1000 * cam
+    return losses
+
+
+UGATIT_TEXTBOOK = {"D": ugatit_discriminators, "G": ugatit_generators}
+
+
+@pytest.mark.parametrize("settings", [{}, {"light": False}], ids=["light", "full"])
+def test_losses_and_gradients_of_u_gat_it_are_the_official_ones(settings):
+    # Two of a kind, because each call of a discriminator takes its power iteration further.
+    ours, book, batch = build("ugatit", **settings), build("ugatit", **settings), make_batch(1)
+    fakes = ours(batch)
+    assert [turn.player for turn in ours.turns] == ["D", "G"]
+    for turn in ours.turns:
+        found, expected = turn.losses(batch, fakes), UGATIT_TEXTBOOK[turn.player](book, batch)
+        assert found.keys() == expected.keys()
+        for key in found:
+            assert abs(found[key] - expected[key]) < 1e-12 * max(1, expected[key]), key
+        pairs = zip(
+            gradients(found, trained_parameters(ours, turn.networks)),
+            gradients(expected, trained_parameters(book, turn.networks)),
+            strict=True,
+        )
+        for mine, textbook in pairs:
+            assert mine.abs().max() > 0
+            assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
+    for (key, mine), theirs in zip(ours.named_buffers(), book.buffers(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-12, key
+
+
+def test_weights_of_u_gat_its_terms_may_change():
+    batch = make_batch(1)
+    plain = build("ugatit")
+    weighed = build("ugatit", lambda_gan=3.0, lambda_cyc=20.0, lambda_id=5.0, lambda_cam=100.0)
+    factors = {"D": 3, "G": 3, "cycle": 2, "identity": 0.5, "cam": 0.1}
+    for mine, theirs in zip(plain.turns, weighed.turns, strict=True):
+        a, b = mine.losses(batch, plain(batch)), theirs.losses(batch, weighed(batch))
+        for key in a:
+            torch.testing.assert_close(b[key], factors[key.split("_")[0]] * a[key])
+
+
+def test_several_whole_steps_of_u_gat_it_are_the_official_ones():
+    """The order of turns, weight decay on every parameter, ρ brought back to [0, 1] after each step."""
+    ours, book = build("ugatit"), build("ugatit")
+    with torch.no_grad():  # near both of its bounds
+        for system in (ours, book):
+            for rho in (p for key, p in system.named_parameters() if key.endswith("rho")):
+                rho.copy_((rho > 0.5).double())
+    make = partial(torch.optim.Adam, lr=1e-3, betas=(0.5, 0.999), weight_decay=1e-4)
+    optimizers = {turn.player: make(trained_parameters(ours, turn.networks), fused=True) for turn in ours.turns}
+    G = [*book.G_AB.parameters(), *book.G_BA.parameters()]
+    D = [p for name, child in book.named_children() if "_D_" in name for p in child.parameters()]
+    by_book = {"D": make(D, foreach=False, fused=False), "G": make(G, foreach=False, fused=False)}
+    clipped = set()
+    for step in range(3):
+        batch = make_batch(step)
+        play(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        for player, optimizer in by_book.items():
+            optimizer.zero_grad()
+            sum(UGATIT_TEXTBOOK[player](book, batch).values()).backward()
+            optimizer.step()
+        for key, parameter in book.named_parameters():
+            if key.endswith("rho"):
+                clipped |= {
+                    bound for bound in (0, 1) if bool(((parameter < 0) if bound == 0 else (parameter > 1)).any())
+                }
+                parameter.data = parameter.data.clamp(0, 1)
+    assert clipped == {0, 1}
+    for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-9, key
+        assert not key.endswith("rho") or 0 <= mine.min() <= mine.max() <= 1
+    assert {type(m) for m in ours.G_AB.modules() if hasattr(m, "rho")} == {AdaLIN, ILN}
+
+
 class TextbookPool:
     """CycleGAN's image pool on a Python list, with the draws of ``source`` (a ReplayBuffer) replayed."""
 
@@ -229,11 +336,14 @@ def test_a_turn_is_pure_and_changes_only_its_own_networks(name):
     fakes = system(batch)
     for i, turn in enumerate(system.turns):
         assert isinstance(turn, Turn)
-        first, second = turn.losses(batch, fakes), turn.losses(batch, fakes)
+        with torch.no_grad():  # with a graph, the power iterations of spectral norms go on
+            first, second = turn.losses(batch, fakes), turn.losses(batch, fakes)
         assert all(torch.equal(first[k], second[k]) for k in first)
+        losses = turn.losses(batch, fakes)
+        assert losses.keys() == first.keys()
         before = {k: v.clone() for k, v in system.state_dict().items() if isinstance(v, torch.Tensor)}
         optimizer = torch.optim.Adam(trained_parameters(system, turn.networks), fused=True)
-        update(optimizer, first)
+        update(optimizer, losses)
         changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, system.state_dict()[k])}
         assert changed == set(turn.networks)
         if i == 0:  # nor is any work spent on the gradients of networks that do not move
@@ -254,11 +364,17 @@ def test_a_sheet_has_both_directions(name):
     system, batch = build(name), make_batch(0)
     columns = system.sheet(batch)
     expected = ["real A", "fake B", "recovered A", "real B", "fake A", "recovered B"]
-    assert [c for c in columns if "attention" not in c] == expected
+    assert [c for c in columns if c.split()[0] not in ("attention", "global", "local")] == expected
     assert torch.equal(columns["fake B"], system.G_AB(batch["A"]).image)
     assert torch.equal(columns["recovered B"], system.G_AB(system.G_BA(batch["B"]).image).image)
     if name != "cyclegan":
         assert torch.equal(columns["attention A"], 2 * system.G_AB(batch["A"]).foreground - 1)
+    if name == "ugatit":
+        for scale in ("global", "local"):
+            judge = getattr(system, f"{scale}_D_B")
+            assert torch.equal(columns[f"{scale} D_B"], 2 * judge.heat_map(columns["fake B"]) - 1)
+        again = system.sheet(batch)  # drawing it is no step of the power iterations
+        assert all(torch.equal(column, again[key]) for key, column in columns.items())
     assert all(not c.requires_grad for c in columns.values())
 
 
@@ -281,6 +397,24 @@ def test_least_squares_sums_over_maps():
     assert least_squares(maps, 1.0) == 1.0 + 4.0
 
 
+def test_bf16_keeps_u_gat_its_norms_maps_and_losses_in_float32():
+    torch.manual_seed(0)
+    system = SYSTEMS["ugatit"](**SYSTEM_SETTINGS["ugatit"])
+    batch = {k: v.float() for k, v in make_batch(0).items()}
+    norms = [m for m in system.G_AB.modules() if isinstance(m, (AdaLIN, ILN))]
+    seen = []
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        fakes = system(batch)
+        losses = [loss for turn in system.turns for loss in turn.losses(batch, fakes).values()]
+        weight = system.global_D_A.layers[0].weight
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    parts = [part for t in fakes for part in (t.image, t.cam_logits, t.heat_map)]
+    assert all(t.dtype == torch.float32 for t in (*parts, *losses, weight))
+    assert all(loss.isfinite() for loss in losses)
+
+
 def test_bf16_keeps_softmax_fusion_and_losses_in_float32():
     torch.manual_seed(0)
     system = SYSTEMS["attentiongan"](**SYSTEM_SETTINGS["attentiongan"])
@@ -288,7 +422,7 @@ def test_bf16_keeps_softmax_fusion_and_losses_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         fakes = system(batch)
         losses = [loss for turn in system.turns for loss in turn.losses(batch, fakes).values()]
-    assert all(t.dtype == torch.float32 for t in (*fakes.fake_B, fakes.same_A, fakes.pooled_B, *losses))
+    assert all(t.dtype == torch.float32 for t in (*fakes.fake_B[:3], fakes.same_A, fakes.pooled_B, *losses))
     # Masks rounded to bf16 sum to 1 only to about 1e-2.
     assert (fakes.fake_B.attention.sum(dim=1) - 1).abs().max() < 1e-5
 
@@ -327,3 +461,24 @@ def test_settings_reach_the_networks():
     expected |= dict(background=True, upsample="transposed")
     assert system.G_BA.settings == expected
     assert system.min_size == 12 and system.size_multiple == 4
+
+
+def test_settings_reach_u_gat_its_networks():
+    def layers(system):
+        return len(system.global_D_B.layers) + 1, len(system.local_D_A.layers) + 1
+
+    with torch.device("meta"):
+        full = SYSTEMS["ugatit"](ngf=8, ndf=4, channels=1, img_height=128, img_width=256)
+        light = SYSTEMS["ugatit"](light=True)
+    assert full.G_BA.settings == dict(channels=1, ngf=8, n_residual_blocks=4, size=(128, 256))
+    assert layers(full) == (6, 4) and full.global_D_A.layers[0].bias.shape == (4,) and full.min_size == 48
+    assert light.G_AB.settings == dict(channels=3, ngf=64, n_residual_blocks=4, size=None)
+    assert layers(light) == (7, 5)
+    torch.manual_seed(0)
+    default = SYSTEMS["ugatit"](light=True, init="default", ngf=8, ndf=8)
+    for network, key in (
+        (default.G_AB, "encoder.0.weight"),
+        (default.local_D_B, "layers.0.parametrizations.weight.original"),
+    ):
+        weight = network.get_parameter(key)
+        assert weight.abs().max() > 0.9 * weight[0].numel() ** -0.5

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_models import official_ugatit_weights
 
 import train
 import utils
@@ -24,6 +25,12 @@ from utils import InputError
 
 TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
 QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
+
+
+def quick(system: str) -> str:
+    """QUICK for a system: none of the options that it does not have."""
+    lacking = {"attentiongan": (), "ugatit": ("n_masks", "n_layers_D", "pool_size")}.get(system, ("n_masks",))
+    return re.sub(rf" --({'|'.join(lacking)}) \d+", "", QUICK) if lacking else QUICK
 
 
 def run(command: str) -> int:
@@ -87,22 +94,22 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 
 @pytest.mark.parametrize("system", train.SYSTEMS)
 def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
-    tiny = QUICK if system == "attentiongan" else QUICK.replace("--n_masks 3", "")
-    assert run(f"{tiny} --system {system} --n_epochs 2 --sample_interval 6") == 0
+    assert run(f"{quick(system)} --system {system} --n_epochs 2 --sample_interval 6") == 0
     name = f"small_{system}"
     entries = log(name)
     assert [e["step"] for e in entries] == [4, 8, 12]
     assert [e["epoch"] for e in entries] == [1, 2, 2]
-    own = {"attentiongan1": {"guided_G_AB", "tv_BA", "pixel_AB", "guided_D_A"}}.get(
-        system, {"identity_A", "identity_B"}
-    )
+    own = {
+        "attentiongan1": {"guided_G_AB", "tv_BA", "pixel_AB", "guided_D_A"},
+        "ugatit": {"identity_A", "cam_AB", "cam_BA", "rho_AB"},
+    }.get(system, {"identity_A", "identity_B"})
     assert {"G_AB", "G_BA", "cycle_A", "cycle_B", "D_A", "D_B", "lr", *own} <= entries[0].keys()
-    n_masks = {"attentiongan": 3, "attentiongan1": 2, "cyclegan": 0}[system]
+    n_masks = {"attentiongan": 3, "attentiongan1": 2}.get(system, 0)
     if n_masks:
         assert len(entries[0]["mask_AB_mean"]) == len(entries[0]["mask_BA_entropy"]) == n_masks
         assert abs(sum(entries[0]["mask_AB_mean"]) - 1) < 1e-4
     with Image.open(f"images/{name}/00000006.png") as sheet:
-        columns = 8 if n_masks else 6
+        columns = {"cyclegan": 6, "ugatit": 12}.get(system, 8)
         zoom = 8  # 12 pixels become 96, two rows of test pictures
         assert sheet.size == (columns * (12 * zoom + 2) + 2, 2 * (12 * zoom + 2) + 2 + 18)
     with Image.open(f"images/{name}/curves.png") as curves:
@@ -128,10 +135,26 @@ def test_the_log_holds_means_over_its_interval(small_set):
 def test_the_learning_rate_is_the_official_rule():
     options = train.parse_options([])
     assert (options.n_epochs, options.decay_epoch) == (200, 100)
-    official = [1 - max(0, epoch + 1 - 100) / (100 + 1) for epoch in range(200)]
-    assert [train.learning_rate(options, e) / options.lr for e in range(200)] == pytest.approx(official)
-    constant = train.parse_options(["--n_epochs", "60", "--decay_epoch", "60"])
-    assert {train.learning_rate(constant, e) for e in range(60)} == {2e-4}
+    official = [1 - max(0, epoch + 1 - 100) / (100 + 1) for epoch in range(200) for _ in range(3)]
+    assert [train.learning_rate(options, step, 3) / options.lr for step in range(600)] == pytest.approx(official)
+    for unit in ("epoch", "step"):
+        constant = train.parse_options(["--n_epochs", "60", "--decay_epoch", "60", "--decay_by", unit])
+        assert {train.learning_rate(constant, step, 2) for step in range(120)} == {2e-4}
+
+
+def test_u_gat_its_rate_falls_with_each_step_and_its_presets_are_the_official_ones():
+    options = train.parse_options(["--system", "ugatit", "--n_epochs", "100"])
+    assert (options.lr, options.weight_decay, options.b1, options.b2) == (1e-4, 1e-4, 0.5, 0.999)
+    weights = (options.lambda_gan, options.lambda_cyc, options.lambda_id, options.lambda_cam)
+    assert weights == (1, 10, 10, 1000) and options.batch_size == 1
+    # 1,000 steps: the official code subtracts a 500th of the rate before each of the second half, and ends at zero.
+    official = [1.0] * 500 + [1 - (k + 1) / 500 for k in range(500)]
+    found = [train.learning_rate(options, step, 10) / 1e-4 for step in range(1000)]
+    assert found == pytest.approx(official, abs=1 / 500)
+    assert found[499] == 1 > found[500] and found[-1] == pytest.approx(1 / 501)
+    assert train.parse_options(["--system", "ugatit"]).n_epochs * 3400 == pytest.approx(1e6, rel=1e-3)
+    plain = train.parse_options([])
+    assert (plain.lr, plain.weight_decay, plain.decay_by) == (2e-4, 0, "epoch")
 
 
 def test_the_rate_reaches_the_optimizers(small_set):
@@ -139,6 +162,12 @@ def test_the_rate_reaches_the_optimizers(small_set):
     rates = [e["lr"] for e in log("r")]
     assert rates == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
     assert {g["lr"] for o in checkpoint("r")["optimizers"].values() for g in o["param_groups"]} == {rates[-1]}
+    flags = "--n_epochs 2 --decay_epoch 1 --decay_by step --weight_decay 0.5 --log_interval 1"
+    assert run(f"{QUICK} --name s {flags}") == 0
+    rates = [e["lr"] for e in log("s")]
+    assert rates == pytest.approx([2e-4] * 6 + [2e-4 * (1 - k / 7) for k in range(1, 7)])
+    groups = [g for o in checkpoint("s")["optimizers"].values() for g in o["param_groups"]]
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(rates[-1], 0.5)}
 
 
 def test_help_shows_each_systems_own_defaults(capsys):
@@ -154,9 +183,7 @@ def test_help_shows_each_systems_own_defaults(capsys):
 
 def test_the_curriculum_and_the_warm_up_reach_the_losses(small_set):
     """In a run whose rate is nearly zero each cycle loss is the full one times its factor."""
-    still = f"{QUICK} --n_epochs 2 --log_interval 1 --lr 1e-12 --pool_size 0 --precision float32".replace(
-        "--n_masks 3", ""
-    )
+    still = f"{quick('cyclegan')} --n_epochs 2 --log_interval 1 --lr 1e-12 --pool_size 0 --precision float32"
     runs = {}
     for name, extra in (
         ("plain", "--curriculum_epochs 0"),
@@ -206,11 +233,12 @@ def test_every_flag_has_help():
         (7, "--cache_gb 0 --n_cpu 2", ""),
         (8, "", "--system attentiongan1 --curriculum_epochs 1"),
         (17, "", "--no_background --upsample nearest --ema_decay 0.9"),
+        (10, "", "--system ugatit --ema_decay 0.9 --init default"),
     ],
 )
 def test_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, loading, extra):
-    quick = QUICK.replace("--n_masks 3", "") if "attentiongan1" in extra else QUICK
-    command = f"{quick} --n_epochs 3 --decay_epoch 1 --precision float32 {extra}"
+    system = re.search(r"--system (\w+)|$", extra).group(1) or "attentiongan"
+    command = f"{quick(system)} --n_epochs 3 --decay_epoch 1 --precision float32 {extra}"
     assert run(f"{command} --name straight") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -551,11 +579,22 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
     assert "nowhere: no generator for AtoB found" in capsys.readouterr().err
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from saved_models/first/AtoB.pt") == 2
-    assert "is one file, expected a run or folder" in capsys.readouterr().err
+    assert "AtoB.pt translates AtoB alone, expected a run or folder" in capsys.readouterr().err
     Path("bad").mkdir()
     Path("bad/AtoB.pt").write_bytes(b"x")
     assert run(f"{QUICK} --n_epochs 1 --name fifth --init_from bad") == 2
     assert "bad/AtoB.pt: not a readable weights file" in capsys.readouterr().err
+
+
+def test_init_from_an_official_u_gat_it_file_that_holds_both(small_set):
+    weights = {name: official_ugatit_weights(seed, n_blocks=1) for seed, name in enumerate(("genA2B", "genB2A"))}
+    torch.save(weights, "official.pt")
+    still = "--n_epochs 1 --lr 0 --system ugatit --light --init_from official.pt --name r"
+    assert run(f"{quick('ugatit')} {still}") == 0
+    for network, name in (("G_AB", "genA2B"), ("G_BA", "genB2A")):
+        found = checkpoint("r")["networks"][network]
+        assert torch.equal(found["encoder.0.weight"], weights[name]["DownBlock.1.weight"])
+        assert torch.equal(found["decoder.8.weight"], weights[name]["UpBlock2.11.weight"])
 
 
 def test_generators_are_found_by_run_shipped_name_folder_and_file():
@@ -595,6 +634,7 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--name pretrained", r"--name pretrained: expected a plain name"),
         ("--b1 1.5", r"--b1 1.5: expected 0 or more, below 1"),
         ("--lr nan", r"--lr nan: expected at least 0"),
+        ("--weight_decay -1", r"--weight_decay -1.0: expected at least 0"),
         ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
         ("--no_background --attn_disc concat", r"--attn_disc concat needs the background mask"),
         ("--resume --overwrite", r"no such checkpoint, nothing to resume"),
@@ -618,6 +658,8 @@ def test_values_that_do_not_fit_are_named(small_set, capsys, flags, message):
     [
         ("--system nonsense", "argument --system: invalid choice: 'nonsense'"),
         ("--system cyclegan --n_masks 4", "--n_masks 4: no option of cyclegan"),
+        ("--system cyclegan --light", "--light: no option of cyclegan"),
+        ("--system ugatit --init zero", "argument --init: invalid choice: 'zero'"),
         ("--batch_size many", "argument --batch_size: invalid int value: 'many'"),
     ],
 )

@@ -64,7 +64,10 @@ CASES = {
     "II in float32": ("attentiongan", {}, torch.float32),
     "II, guided": ("attentiongan", {"attn_disc": "concat"}, torch.float64),
     "I, guided": ("attentiongan1", {"attn_disc": "mask"}, torch.float64),
+    "U-GAT-IT": ("ugatit", {"light": True}, torch.float64),
 }
+# A system has a replay buffer, or it has not.
+NO_POOL = {"attentiongan": {"pool_size": 0}, "attentiongan1": {"pool_size": 0}, "ugatit": {}}
 
 
 def be_a_rank(rank: int, folder: str) -> None:
@@ -72,7 +75,7 @@ def be_a_rank(rank: int, folder: str) -> None:
     results = {}
     for case, (name, settings, dtype) in CASES.items():
         # Rank 1 starts from other weights, to see that it is given rank 0's.
-        system = build(name, seed=rank, pool_size=0, **settings).to(dtype)
+        system = build(name, seed=rank, **NO_POOL[name], **settings).to(dtype)
         half = slice(2 * rank, 2 * rank + 2)
         results[case] = three_steps(system, train_dist.distribute(system), half)
         assert all("module" not in name for name in system.state_dict())
@@ -84,7 +87,7 @@ def test_two_ranks_with_half_the_batch_take_the_step_of_one_process(tmp_path):
     mp.spawn(be_a_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for case, (name, settings, dtype) in CASES.items():
-        system = build(name, seed=0, pool_size=0, **settings).to(dtype)
+        system = build(name, seed=0, **NO_POOL[name], **settings).to(dtype)
         alone = three_steps(system, system, slice(0, 4))
         for what in ("gradients", "weights"):
             for one, first, second in zip(alone[what], ranks[0][case][what], ranks[1][case][what], strict=True):

@@ -17,7 +17,7 @@ from torch import nn
 import translate
 import utils
 from datasets import Picture, resize
-from models import AttentionGenerator, ResNetGenerator, pack_generator, translate_any_size
+from models import AttentionGenerator, ResNetGenerator, UGATITGenerator, pack_generator, translate_any_size
 from translate import OnUnitRange, Task, make_batches, name_outputs
 from utils import InputError
 
@@ -93,19 +93,21 @@ def assert_shows(path, values):
     "size, fitting",
     [((8, 8), (8, 8)), ((12, 20), (12, 20)), ((33, 50), (36, 52)), ((5, 300), (8, 300)), ((1, 1), (8, 8))],
 )
-@pytest.mark.parametrize("network", [AttentionGenerator, ResNetGenerator])
+@pytest.mark.parametrize("network", [AttentionGenerator, ResNetGenerator, UGATITGenerator])
 @torch.no_grad()
 def test_what_does_not_fit_is_the_generators_answer_to_repeated_edges(network, size, fitting):
     generator = tiny(network=network)
     images = torch.rand(2, 3, *size) * 2 - 1
     translation, whole = translate_any_size(generator, images), generator(repeat_edges(images, *fitting))
     assert translation.image.shape == images.shape
-    assert (translation.attention is None) == (network is ResNetGenerator)
+    assert (translation.attention is None) == (network is not AttentionGenerator)
     for part, expected in zip(translation, whole, strict=True):
         assert (part is None) == (expected is None)
-        if part is not None:
+        if part is not None and part.ndim > 2:
             assert part.shape[-2:] == size
             assert torch.equal(part, expected[..., : size[0], : size[1]])
+        elif part is not None:  # logits
+            assert torch.equal(part, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -293,6 +295,37 @@ def test_masks_and_contents_make_the_picture():
     # Half a level for every mask, for the contents and for the picture.
     error = (made - read("out/horse.png")).abs()
     assert error.max() <= n / 2 + 1 and error.mean() < 0.5
+
+
+def test_u_gat_its_heat_map_is_its_attention():
+    generator = tiny(network=UGATITGenerator)
+    store(AtoB=generator)
+    for i in range(2):  # in one batch, each with its own
+        save(noise(i, (33, 21)), Path(f"in/{i}.png"))
+    assert run("--input in --output out --masks") == 0
+    assert {p.name for p in Path("out").iterdir()} == {"0.png", "0_masks", "1.png", "1_masks"}
+    for i in range(2):
+        assert_shows(f"out/{i}.png", by_hand(generator, Path(f"in/{i}.png")))
+        assert [p.name for p in Path(f"out/{i}_masks").iterdir()] == ["attention.png"]
+        with torch.no_grad():
+            t = translate_any_size(generator, (tensor(noise(i, (33, 21))) / 127.5 - 1).float()[None])
+        assert_shows(f"out/{i}_masks/attention.png", 2 * t.heat_map[0] - 1)
+
+
+def test_the_full_u_gat_it_refuses_other_sizes_one_by_one(capsys):
+    generator = tiny(network=UGATITGenerator, size=(16, 24))
+    store(AtoB=generator)
+    sizes = {"fits": (24, 16), "twice": (48, 32), "turned": (16, 24), "unlike": (25, 16)}
+    for i, (name, size) in enumerate(sizes.items()):
+        save(noise(i, size), Path(f"in/{name}.png"))
+    assert run("--input in --output out --masks") == 1
+    out, err = capsys.readouterr()
+    assert out == "1 of 4 pictures translated into out\n" and len(err.splitlines()) == 3
+    why = "the full U-GAT-IT takes pictures of its training size alone, 16 x 24 (the light one any)"
+    assert f"not translated: in/twice.png: picture of 32 x 48 pixels: {why}\n" in err
+    assert_shows("out/fits.png", by_hand(generator, Path("in/fits.png")))
+    assert run("--input in --output out --max_size 24") == 1  # shrunk to fit
+    assert capsys.readouterr().out == "2 of 4 pictures translated into out\n"
 
 
 def test_generators_without_masks_are_refused(capsys):
@@ -531,7 +564,12 @@ def test_a_checkpoint_is_asked_for(capsys):
 
 
 @pytest.mark.parametrize(
-    "network, names", [(AttentionGenerator, ["translation", "attention"]), (ResNetGenerator, ["translation"])]
+    "network, names",
+    [
+        (AttentionGenerator, ["translation", "attention"]),
+        (ResNetGenerator, ["translation"]),
+        (UGATITGenerator, ["translation", "attention"]),
+    ],
 )
 def test_onnx_computes_the_same_at_any_size(network, names, capsys):
     generator = tiny(network=network)
@@ -552,11 +590,25 @@ def test_onnx_computes_the_same_at_any_size(network, names, capsys):
         assert len(expected) == len(names)
         assert torch.equal(expected[0], (translation.image + 1) / 2)
         if "attention" in names:
-            assert torch.equal(expected[1], 1 - translation.attention[:, -1:])
+            assert torch.equal(expected[1], translation.foreground)
         for found, part in zip(session.run(None, {"image": images.numpy()}), expected, strict=True):
             assert found.shape == part.shape and found.shape[2:] == size[2:]
             assert found.min() >= -1e-5 and found.max() <= 1 + 1e-5 and found.std() > 0.02
             assert np.abs(found - part.numpy()).max() < 1e-4
+
+
+def test_onnx_of_the_full_u_gat_it_has_its_size(capsys):
+    generator = tiny(network=UGATITGenerator, size=(16, 24))
+    store(AtoB=generator)
+    assert run("--export model.onnx") == 0
+    assert "any batch, pictures of 16 x 24" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 24]
+    images = torch.rand(3, 3, 16, 24)
+    with torch.no_grad():
+        expected = OnUnitRange(generator)(images)
+    for found, part in zip(session.run(None, {"image": images.numpy()}), expected, strict=True):
+        assert found.std() > 0.02 and np.abs(found - part.numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
