@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 3 --n_layers_D 2 \
         --lambda_id 5 --lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 250
 
-.PHONY: demo demo-seeds compare test lint format
+.PHONY: demo demo-seeds compare bench test test-gpu lint format
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO) --name demo --overwrite
@@ -25,8 +25,19 @@ demo-seeds: .venv/installed
 compare: .venv/installed
 	$(BIN)/python compare.py systems
 
+# How fast this machine takes a step, beside the textbook step, and what fits into its memory: docs/benchmark.md.
+bench: .venv/installed
+	$(BIN)/python benchmark.py --out docs/benchmark
+	$(BIN)/python benchmark.py --inference --batch_sizes 1 16 --sizes 256 --out docs/benchmark
+	$(BIN)/python benchmark.py --memory --batch_sizes 1 4 --systems attentiongan attentiongan1 cyclegan ugatit \
+	    --out docs/benchmark
+	$(BIN)/python benchmark.py --loader --out docs/benchmark
+
 test: .venv/installed-dev
 	$(BIN)/pytest -q -n 2
+
+test-gpu: .venv/installed-dev
+	$(BIN)/pytest -q -m gpu
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

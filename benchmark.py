@@ -3,6 +3,7 @@
     python benchmark.py                                       # a training step, optimisations switched on in turn
     python benchmark.py --sizes 256 --batch_sizes 1 4 8 16    # for a GPU
     python benchmark.py --memory --systems attentiongan cyclegan --sizes 128 256
+    python benchmark.py --systems ugatit --light              # other flags are those of train.py
     python benchmark.py --inference --batch_sizes 1 16
     python benchmark.py --loader --dataset_name horse2zebra
 
@@ -531,6 +532,7 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
         return sections
 
     for system in own.systems:
+        name = " ".join([system, *others])
         if own.memory:
             cells = [["size", *(f"batch {n}" for n in own.batch_sizes)]]
             table = []
@@ -543,7 +545,7 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
                     line.append(f"{server.figures['peak']:,.0f} MiB" if server.trouble is None else server.trouble)
                     table.append({"size": size, "batch": n, "trouble": server.trouble, **server.figures})
                 cells.append(line)
-            show(f"Peak memory of a training step, {system}", cells, table)
+            show(f"Peak memory of a training step, {name}", cells, table)
             continue
         for size in own.sizes:
             for n in own.batch_sizes:
@@ -559,7 +561,7 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
                 variants = [variants[i - 1] for i in sorted(own.variants)] if own.variants else variants
                 rows = measure(variants, found, device, own.rounds)
                 what = "Inference" if own.inference else "Training step"
-                show(f"{what}, {system}, {size} × {size}, batch {n}", lay_out(rows), rows)
+                show(f"{what}, {name}, {size} × {size}, batch {n}", lay_out(rows), rows)
     return sections
 
 

@@ -78,7 +78,8 @@ def test_the_command_measures_and_writes(capsys):
     shown = capsys.readouterr().out
     written = json.loads(Path("docs/speed.json").read_text())
     ((title, section),) = written.items()
-    assert title.startswith("Training step, attentiongan, 16 × 16, batch 2") and " ".join(command) in section["command"]
+    assert title.startswith(f"Training step, attentiongan {TINY}, 16 × 16, batch 2")
+    assert " ".join(command) in section["command"]
     assert [row["variant"] for row in section["rows"]] == ["textbook, float32", "+ fused Adam"]
     for row in section["rows"]:
         assert row["pairs/s"] == pytest.approx(2 / row["s"]) and row["s least"] <= row["s"] <= row["s most"]
