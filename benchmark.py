@@ -359,6 +359,7 @@ def measure(
         server.end()
     peaks = {s.variant.name: 2 * MATMUL**3 / statistics.median(s.seconds) for s in servers if s.variant in rates}
     flop = count_flop(variants[0].kind, options)
+    rate = "pictures/s" if variants[0].kind == "inference" else "pairs/s"
     rows = []
     for server in servers[: len(variants)]:
         variant, seconds = server.variant, server.seconds
@@ -367,7 +368,7 @@ def measure(
             rows.append(row | {"trouble": server.trouble})
             continue
         median = statistics.median(seconds)
-        row |= {"s": median, "s least": min(seconds), "s most": max(seconds), "pairs/s": options.batch_size / median}
+        row |= {"s": median, "s least": min(seconds), "s most": max(seconds), rate: options.batch_size / median}
         row |= {"TFLOP/s": flop / median / 1e12, "share of matmul": flop / median / peaks[variant.precision]}
         rows.append(row | server.figures)
     return rows
@@ -417,28 +418,29 @@ def seconds(value: float) -> str:
 
 def lay_out(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The cells of ``measure``'s rows, headings first."""
-    first = rows[0]
-    heads = ["", "median (least–most)", "pairs/s", f"× {first['variant']}", "peak memory", "kept for backward"]
-    heads += ["TFLOP/s", "of matmul's rate", "warm-up"]
-    kernels = any("kernels" in row for row in rows)
-    cells = [[*heads, "kernels"] if kernels else heads]
+    first, done = rows[0], [row for row in rows if "trouble" not in row]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "": lambda row: row["variant"],
+        "median (least–most)": lambda row: f"{seconds(row['s'])} ({seconds(row['s least'])}–{seconds(row['s most'])})",
+        "pairs/s": lambda row: f"{row['pairs/s']:.2f}",
+        "pictures/s": lambda row: f"{row['pictures/s']:.2f}",
+        f"× {first['variant']}": lambda row: f"{first['s'] / row['s']:.2f}" if "s" in first else "–",
+        "peak memory": lambda row: f"{row['peak']:,.0f} MiB",
+        "kept for backward": lambda row: f"{row['kept']:,.0f} MiB",
+        "TFLOP/s": lambda row: f"{row['TFLOP/s']:.3f}",
+        "of matmul's rate": lambda row: f"{100 * row['share of matmul']:.0f} %",
+        "warm-up": lambda row: f"{row['warm-up']:.0f} s",
+        "kernels": lambda row: str(row["kernels"]),
+    }
+    for head, key in (("pairs/s",) * 2, ("pictures/s",) * 2, ("kept for backward", "kept"), ("kernels",) * 2):
+        if not any(row.get(key) for row in done):
+            del columns[head]
+    cells = [list(columns)]
     for row in rows:
         if "trouble" in row:
-            cells.append([row["variant"], row["trouble"], *[""] * (len(cells[0]) - 2)])
-            continue
-        ratio = f"{first['s'] / row['s']:.2f}" if "s" in first else "–"
-        line = [
-            row["variant"],
-            f"{seconds(row['s'])} ({seconds(row['s least'])}–{seconds(row['s most'])})",
-            f"{row['pairs/s']:.2f}",
-            ratio,
-            f"{row['peak']:,.0f} MiB",
-            f"{row['kept']:,.0f} MiB",
-            f"{row['TFLOP/s']:.3f}",
-            f"{100 * row['share of matmul']:.0f} %",
-            f"{row['warm-up']:.0f} s",
-        ]
-        cells.append([*line, str(row["kernels"])] if kernels else line)
+            cells.append([row["variant"], row["trouble"], *[""] * (len(columns) - 2)])
+        else:
+            cells.append([show(row) for show in columns.values()])
     return cells
 
 
