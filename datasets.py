@@ -270,6 +270,10 @@ class UnpairedDataset(Dataset):
         return image.flip(-1) if rng.random() < 0.5 else image
 
 
+# What a system may ask for (``System.data``). All are made alike, and offer ``check``, ``load`` and ``held_out``.
+KINDS = {"unpaired": UnpairedDataset}
+
+
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
     """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
 

@@ -56,6 +56,7 @@ class System(nn.Module, ABC):
     Children with parameters are the same on every rank; others (replay buffers) are each rank's own.
     """
 
+    data = "unpaired"  # the kind of samples it plays with: a key of ``datasets.KINDS``
     learners: dict[str, str]  # direction ("AtoB") to the name of the network that learns to translate so
     generators: dict[str, str]  # direction to the one that is saved and shown: the learner, or an average of it
     min_size: int  # least height and width of a training picture, in pixels

@@ -25,6 +25,7 @@ from torch import Tensor
 import utils
 from datasets import (
     BUILT_IN,
+    KINDS,
     MODES,
     RESIZE,
     EpochSampler,
@@ -353,9 +354,11 @@ def set_up(
 
 
 def build_dataset(options: argparse.Namespace) -> UnpairedDataset:
+    with torch.device("meta"):
+        kind = build_system(options).data
     root = Path(options.data_dir) / options.dataset_name
     size = options.img_height, options.img_width
-    return UnpairedDataset(root, size, options.channels, options.resize, options.seed, options.eval_interval > 0)
+    return KINDS[kind](root, size, options.channels, options.resize, options.seed, options.eval_interval > 0)
 
 
 def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
