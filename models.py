@@ -10,7 +10,8 @@ exactly zero, and Adam would turn the rounding noise of that zero into a random 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,13 +83,14 @@ class ReflectionConv2d(nn.Conv2d):
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """PyTorch's, without affine parameters; (B, C, H, W) to the same shape, on the CPU in the same layout too."""
+    """PyTorch's, without running statistics; (B, C, H, W) to the same shape, on the CPU in the same layout too."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not x.is_contiguous():
             # channels_last, in which oneDNN convolves faster, but F.instance_norm copies to the default layout and
             # back. BatchNorm does not, and for a single picture it is the same.
-            return torch.cat([F.batch_norm(picture, None, None, training=True) for picture in x.split(1)])
+            affine = self.weight, self.bias
+            return torch.cat([F.batch_norm(picture, None, None, *affine, training=True) for picture in x.split(1)])
         return super().forward(x)
 
 
@@ -152,10 +154,14 @@ def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transpose
 
 
 def init_weights(network: nn.Module, std: float = 0.02) -> None:
-    """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1)."""
+    """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1).
+
+    The factors of an affine norm come from N(1, std), as in the official code of pix2pix.
+    """
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, 0.0, std)
+        is_norm = isinstance(module, InstanceNorm2d) and module.affine
+        if is_norm or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(module.weight, float(is_norm), std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -274,6 +280,35 @@ class SpectralNorm(nn.Module):
             return weight / (u @ matrix @ v)
 
 
+class NoiseDropout(nn.Module):
+    """Half of all values are dropped and the others doubled, in use as in training: pix2pix's only noise (Sec. 2.2).
+
+    While training every call draws from torch's random state. In evaluation mode what is kept never changes, is the
+    same for every picture, and repeats itself with the period ``side`` in both directions, so that a picture's
+    translation depends on nothing else. Takes (B, dim, H, W), H and W multiples of ``side`` then.
+    """
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        kept = np.random.default_rng((9, side)).random((1, dim, side, side)) < 0.5  # 9: see datasets.py, "Randomness"
+        self.register_buffer("kept", torch.from_numpy(kept), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.dropout(x, 0.5)
+        side = self.kept.shape[-1]
+        return 2 * x * self.kept.tile(1, 1, x.shape[2] // side, x.shape[3] // side)
+
+
+@contextmanager
+def in_use(network: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode for the block: pictures to be looked at draw nothing from the random state of training."""
+    try:
+        yield network.eval()
+    finally:
+        network.train()
+
+
 def check_size(x: Tensor, multiple: int, least: int) -> None:
     height, width = x.shape[-2:]
     if height % multiple or width % multiple or min(height, width) < least:
@@ -390,6 +425,53 @@ class ResNetGenerator(nn.Module):
         return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
 
 
+class UNetGenerator(nn.Module):
+    """The U-Net of pix2pix (Isola et al., CVPR 2017, Appendix 6.1.1), as in the official PyTorch code.
+
+    ``depth`` convolutions of stride 2 (C64-C128-C256-C512-C512-…, 4×4, LeakyReLU 0.2) and as many transposed ones
+    (ReLU), each of which but the innermost also sees the output of its mirror image. InstanceNorm with factors and
+    biases stands where the paper has BatchNorm, and computes what that computes at the paper's batch of 1: not in the
+    first, the innermost and the last. Dropout is in the decoder's blocks of equal width but the innermost: three at
+    depth 8, two at 7, none below 6; see ``NoiseDropout``.
+
+    Takes (B, channels, H, W) in [-1, 1], H and W multiples of 2 ** depth (ValueError otherwise); returns a
+    ``Translation`` with the picture alone.
+    """
+
+    def __init__(self, channels: int = 3, ngf: int = 64, depth: int = 8):
+        super().__init__()
+        self.settings = dict(channels=channels, ngf=ngf, depth=depth)
+        self.size_multiple = self.min_size = 2**depth
+        dims = [ngf * min(2**i, 8) for i in range(depth)]
+        self.first = nn.Conv2d(channels, dims[0], 4, stride=2, padding=1, bias=False)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i in range(1, depth):
+            norm = [InstanceNorm2d(dims[i], affine=True)] if i < depth - 1 else []  # a single pixel has no deviation
+            conv = nn.Conv2d(dims[i - 1], dims[i], 4, stride=2, padding=1, bias=False)
+            self.down.append(nn.Sequential(nn.LeakyReLU(0.2), conv, *norm))
+        for i in reversed(range(1, depth)):
+            innermost = i == depth - 1
+            conv = nn.ConvTranspose2d(dims[i] * (1 if innermost else 2), dims[i - 1], 4, 2, padding=1, bias=False)
+            noise = [] if innermost or dims[i - 1] < 8 * ngf else [NoiseDropout(dims[i - 1], 2 ** (depth - i))]
+            norm = InstanceNorm2d(dims[i - 1], affine=True)
+            self.up.append(nn.Sequential(nn.ReLU(inplace=True), conv, norm, *noise))
+        self.last = nn.Sequential(
+            nn.ReLU(inplace=True), nn.ConvTranspose2d(2 * dims[0], channels, 4, stride=2, padding=1)
+        )
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Translation:
+        check_size(x, self.size_multiple, self.min_size)
+        x = self.first(x)  # (B, ngf, H/2, W/2)
+        passed = []
+        for down in self.down:
+            passed.append(x)
+            x = down(x)
+        for up in self.up:
+            x = torch.cat([passed.pop(), up(x)], dim=1)
+        return Translation(torch.tanh(at_least_float32(self.last(x))))
+
+
 class UGATITGenerator(nn.Module):
     """The generator of U-GAT-IT (Kim et al., ICLR 2020, Appendix), as in the official PyTorch code.
 
@@ -481,12 +563,12 @@ def translate_any_size(generator: nn.Module, images: Tensor) -> Translation:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al., CVPR 2017): C64-C128-C256-C512-1, 4×4, LeakyReLU 0.2, InstanceNorm but in the first.
 
-    Every logit judges one patch: 70×70 pixels with ``n_layers`` 3 (34×34 with 2, 142×142 with 4). Takes
-    (B, channels, H, W), each side at least ``min_size``; returns a tuple of one logit map,
-    (B, 1, H/8 - 2, W/8 - 2) with 3 layers.
+    Every logit judges one patch: 70×70 pixels with ``n_layers`` 3 (34×34 with 2, 142×142 with 4). ``affine`` norms have
+    factors and biases, like the BatchNorm of pix2pix. Takes (B, channels, H, W), each side at least ``min_size``;
+    returns a tuple of one logit map, (B, 1, H/8 - 2, W/8 - 2) with 3 layers.
     """
 
-    def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 3):
+    def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 3, affine: bool = False):
         super().__init__()
         self.min_size = 3 * 2**n_layers  # below, the last norm would see a single pixel
         dims = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
@@ -495,7 +577,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < n_layers else 1
             layers += [
                 nn.Conv2d(dims[i - 1], dims[i], 4, stride, padding=1, bias=False),
-                InstanceNorm2d(dims[i]),
+                InstanceNorm2d(dims[i], affine=affine),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         layers += [nn.Conv2d(dims[-1], 1, 4, padding=1)]
@@ -619,7 +701,8 @@ class ReplayBuffer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 GENERATORS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator)
+    cls.__name__: cls
+    for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UNetGenerator, UGATITGenerator)
 }
 
 
