@@ -9,6 +9,7 @@ Notation: pictures of domains A and B, ``fake_B = G_AB(real_A)``, ``recovered_A 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,9 @@ from models import (
     SingleMaskGenerator,
     Translation,
     UGATITGenerator,
+    UNetGenerator,
     depths,
+    in_use,
 )
 from utils import InputError
 
@@ -96,13 +99,24 @@ def least_squares(logits: Sequence[Tensor], target: float) -> Tensor:
     return torch.stack([(x - target).square().mean() for x in logits]).sum()
 
 
-def real_against_fake(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """The least-squares loss of a discriminator, halved to slow it down (CycleGAN, Appendix 7.1).
+def cross_entropy(logits: Sequence[Tensor], target: float) -> Tensor:
+    """Binary cross-entropy (Goodfellow et al., 2014), mean over each map, summed over the maps of a discriminator."""
+    return torch.stack([F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x in logits]).sum()
+
+
+GanLoss = Callable[[Sequence[Tensor], float], Tensor]
+GAN_LOSSES: dict[str, GanLoss] = {"bce": cross_entropy, "lsgan": least_squares}
+
+
+def real_against_fake(
+    discriminator: nn.Module, real: Tensor, fake: Tensor, gan_loss: GanLoss = least_squares
+) -> Tensor:
+    """The loss of a discriminator, halved to slow it down (pix2pix, Sec. 3.3; CycleGAN, Appendix 7.1).
 
     Both go through in one call, which is exact as long as the norm is per picture.
     """
     maps = [logits.chunk(2) for logits in discriminator(torch.cat([real, fake]))]
-    return 0.5 * (least_squares([r for r, _ in maps], 1.0) + least_squares([f for _, f in maps], 0.0))
+    return 0.5 * (gan_loss([r for r, _ in maps], 1.0) + gan_loss([f for _, f in maps], 0.0))
 
 
 def mask_measures(attention: Tensor) -> dict[str, Tensor]:
@@ -479,6 +493,83 @@ class UGATIT(System):
 
 
 # ----------------------------------------------------------------------------------------------------------
+#  pix2pix
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Paired(System):
+    """pix2pix (Isola et al., CVPR 2017, eq. 4), with the terms of the official PyTorch code.
+
+    One generator, for one ``direction``, and a discriminator that sees input and output together:
+    L_D = ½ [ GAN(D([x, y]), 1) + GAN(D([x, G(x)]), 0) ],
+    L_G = lambda_gan · GAN(D([x, G(x)]), 1) + lambda_L1 · |G(x) - y|₁.
+
+    The discriminator moves first. A term of weight 0 is left out: without the adversarial one (the paper's "L1") there
+    is no discriminator. InputError where no term is left. No replay buffer.
+    """
+
+    data = "paired"
+
+    def __init__(
+        self,
+        generator: Callable[[], nn.Module],
+        discriminator: Callable[[], nn.Module],
+        direction: str,
+        gan_loss: GanLoss,
+        lambda_gan: float,
+        lambda_L1: float,
+    ):
+        super().__init__()
+        if not (lambda_gan or lambda_L1):
+            raise InputError("--lambda_gan 0 --lambda_L1 0: nothing to train by, expected one of them above 0")
+        self.G = generator()
+        self.min_size, self.size_multiple = self.G.min_size, self.G.size_multiple
+        if lambda_gan:
+            self.D = discriminator()
+            self.min_size = max(self.min_size, self.D.min_size)
+        self.learners = self.generators = {direction: "G"}
+        self.source, self.target = direction[0], direction[-1]
+        self.gan_loss, self.lambda_gan, self.lambda_L1 = gan_loss, lambda_gan, lambda_L1
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        learn = Turn("G", ("G",), self.generator_losses)
+        return (Turn("D", ("D",), self.discriminator_losses), learn) if self.lambda_gan else (learn,)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.G(batch[self.source]).image
+
+    def discriminator_losses(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        given, real = batch[self.source], batch[self.target]
+        pairs = torch.cat([given, real], dim=1), torch.cat([given, fake.detach()], dim=1)
+        return {"D": real_against_fake(self.D, *pairs, self.gan_loss)}
+
+    def generator_losses(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        losses = {}
+        if self.lambda_gan:
+            logits = self.D(torch.cat([batch[self.source], fake], dim=1))
+            losses["G"] = self.lambda_gan * self.gan_loss(logits, 1.0)
+        if self.lambda_L1:
+            losses["L1"] = self.lambda_L1 * F.l1_loss(fake, batch[self.target])
+        return losses
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        """``change``: mean |output - input| in [0, 2]."""
+        return {"change": F.l1_loss(fake, batch[self.source])}
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        with in_use(self.G) as generator:
+            fake = generator(batch[self.source]).image
+        return {
+            f"real {self.source}": batch[self.source],
+            f"fake {self.target}": fake,
+            f"real {self.target}": batch[self.target],
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------
 #  The table
 # ----------------------------------------------------------------------------------------------------------
 
@@ -611,6 +702,34 @@ def ugatit(
     )
 
 
+def pix2pix(
+    *,
+    channels: int = 3,
+    ngf: int = 64,
+    ndf: int = 64,
+    unet_depth: int = 0,
+    n_layers_D: int = 3,
+    direction: str = "AtoB",
+    gan_loss: str = "bce",
+    lambda_gan: float = 1.0,
+    lambda_L1: float = 100.0,
+    img_height: int = 256,
+    img_width: int = 256,
+) -> Paired:
+    """pix2pix."""
+    depth = unet_depth or int(math.log2(min(img_height, img_width)))
+    if depth < 2:
+        raise InputError(f"--unet_depth {depth}: expected at least 2, or 0 for the pictures' own")
+    return Paired(
+        lambda: UNetGenerator(channels, ngf, depth),
+        lambda: PatchDiscriminator(2 * channels, ndf, n_layers_D, affine=True),
+        direction,
+        GAN_LOSSES[gan_loss],
+        lambda_gan,
+        lambda_L1,
+    )
+
+
 # Name to builder. A builder's keywords are the system's options and their defaults its presets; ``seed`` is the
 # key of the replay buffers' randomness, ``img_height`` and ``img_width`` are the size of the training pictures.
 # ``train.py`` makes the flags from here.
@@ -619,6 +738,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "attentiongan1": attentiongan1,
     "cyclegan": cyclegan,
     "ugatit": ugatit,
+    "pix2pix": pix2pix,
 }
 
 # What a system wants of the options that all systems share, where it is not their usual default.
