@@ -3,6 +3,7 @@
     python compare.py systems                      # AttentionGAN I and II, guided and not, CycleGAN
     python compare.py ablations --seeds 0 1 2
     python compare.py horses --data_dir data --extractor efficientnet-lite0
+    python compare.py pix2pix --extractor efficientnet-lite0
 
 Every run is an ordinary one, ``train.py`` under the name ``compare_<comparison>_<setting>_<seed>``; what stands already
 is resumed or, when finished, kept. The table (mean ± standard deviation over seeds) goes to
@@ -33,8 +34,8 @@ import torch
 import evaluate
 import train
 import utils
-from datasets import find_side, normalise, unaugmented
-from models import open_generator
+from datasets import TASKS, find_side, normalise, true_translation, unaugmented
+from models import open_generator, open_generators
 from utils import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -54,6 +55,10 @@ SMALL = (
 HORSES = (
     "--dataset_name horse2zebra --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 "
     "--n_epochs 4 --decay_epoch 4 --n_cpu 1 --sample_interval 0"
+)
+FACADES = (
+    "--dataset_name facades --img_height 64 --img_width 64 --ngf 32 --ndf 32 --n_layers_D 2 "
+    "--n_epochs 20 --decay_epoch 10 --n_cpu 0 --sample_interval 0"
 )
 COMPARISONS = {
     "systems": Comparison(
@@ -91,6 +96,16 @@ COMPARISONS = {
             "warm-up 3000": "--lambda_warmup 3000",
             "nearest upsampling": "--upsample nearest",
             "nearest, warm-up 3000": "--upsample nearest --lambda_warmup 3000",
+        },
+    ),
+    # The ablation of the pix2pix paper (Table 1), labels to photographs, and CycleGAN on the same pictures unpaired.
+    "pix2pix": Comparison(
+        FACADES,
+        {
+            "L1": "--system pix2pix --direction BtoA --lambda_gan 0",
+            "cGAN": "--system pix2pix --direction BtoA --lambda_L1 0",
+            "L1 + cGAN": "--system pix2pix --direction BtoA",
+            "CycleGAN, unpaired": "--system cyclegan --n_residual_blocks 6",
         },
     ),
 }
@@ -225,24 +240,38 @@ def make_table(settings: Mapping[str, Sequence[Mapping[str, float]]]) -> list[st
 
 @torch.no_grad()
 def draw(comparison: str, seed: int, root: Path, path: Path, n: int = 4) -> None:
-    """A sheet with a row for each setting: the first ``n`` test pictures of A, their translations, the attention."""
+    """A sheet with a row for each setting: the first ``n`` test pictures, their translations, the attention, the truth.
+
+    The direction is the first that all settings have; what no setting has is left out.
+    """
+    opened = {s: open_generators(run_name(comparison, s, seed)) for s in COMPARISONS[comparison].settings}
+    direction = next(d for d in evaluate.DIRECTIONS if all(d in generators for generators in opened.values()))
     rows = []
-    for setting in COMPARISONS[comparison].settings:
-        generator, about = open_generator(run_name(comparison, setting, seed), "AtoB")
+    for generators in opened.values():
+        generator, about = generators[direction]
         options = about["options"]
-        size = options["img_height"], options["img_width"]
-        pictures = find_side(root, "test", "A")[:n]
-        images = torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures])
-        inputs = normalise(images)
-        translation = generator(inputs)
-        attention = translation.foreground
-        blank = torch.ones_like(inputs[:, :1])
-        rows.append((inputs, translation.image, blank if attention is None else 2 * attention - 1))
+        task, size = options.get("task", TASKS[0]), (options["img_height"], options["img_width"])
+        read = partial(unaugmented, size=size, channels=options["channels"], how=options["resize"])
+        pictures = find_side(root, "test", direction[0], task)[:n]
+        truths = [true_translation(picture, task, direction[-1]) for picture in pictures]
+        inputs = normalise(torch.stack([read(picture) for picture in pictures]))
+        translation = generator.eval()(inputs)
+        rows.append(
+            {
+                "input": inputs,
+                "output": translation.image,
+                "attention": None if translation.foreground is None else 2 * translation.foreground - 1,
+                "truth": None if None in truths else normalise(torch.stack([read(p) for p in truths if p is not None])),
+            }
+        )
     columns = {}
-    for i in range(len(rows[0][0])):
-        for name, column in zip(("input", "output", "attention"), zip(*rows, strict=True), strict=True):
-            columns[f"{name} {i + 1}"] = torch.stack([batch[i] for batch in column])
-    utils.draw_sheet(columns, rows=list(COMPARISONS[comparison].settings)).save(path)
+    for i in range(len(rows[0]["input"])):
+        for name in ("input", "output", "attention", "truth"):
+            parts = [row[name] for row in rows]
+            if any(part is not None for part in parts):
+                blank = torch.ones_like(rows[0]["input"][i, :1])
+                columns[f"{name} {i + 1}"] = torch.stack([blank if part is None else part[i] for part in parts])
+    utils.draw_sheet(columns, rows=list(opened)).save(path)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -276,7 +305,8 @@ def compare(options: argparse.Namespace) -> None:
             s: [run[direction] | {"steps/s": speeds[s]} for run in group if direction in run]
             for s, group in collected.items()
         }
-        lines += ["", f"## {direction}", "", *make_table(runs)]
+        if any(runs.values()):
+            lines += ["", f"## {direction}", "", *make_table({s: group for s, group in runs.items() if group})]
     lines += ["", "## Settings", "", *(f"- {s}: `{own or 'as above'}`" for s, own in settings.items())]
     out = Path("docs")
     out.mkdir(exist_ok=True)

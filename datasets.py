@@ -1,17 +1,18 @@
-"""Pictures on disk: unpaired folders, the built-in set, the public sets, your own pictures, and the loader.
+"""Pictures on disk: unpaired and paired folders, the built-in set, the public sets, your own pictures, the loader.
 
     python datasets.py --dataset_name horse2zebra                                  # fetch a public set
     python datasets.py --dataset_name solid2striped                                # draw the built-in set
     python datasets.py --from_A photos/horses --from_B photos/zebras --dataset_name mine
 
 A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
-``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves then serve unpaired.
+``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves serve paired and unpaired.
+Colourisation (``task``) takes one folder of colour pictures, ``data/<name>/train`` (``test`` optional): A is its grey.
 
 Randomness: what happens to a training sample (crop, flip, unpaired partner) is a pure function of
 (seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
 in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
-5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares), because numpy pads short keys with
-zeros and equal keys would give equal streams.
+5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 dropout in use), because numpy pads short
+keys with zeros and equal keys would give equal streams.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import tarfile
 import threading
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -50,6 +53,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
 SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
 RESIZE = ("squash", "short_side")
+TASKS = ("translation", "colorization")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -58,15 +62,21 @@ RESIZE = ("squash", "short_side")
 
 
 class Picture(NamedTuple):
-    """A picture file, or one half of a file that holds A and B side by side."""
+    """A picture file, or one half of a file that holds A and B side by side, or the grey version of either."""
 
     path: Path
     half: str | None = None  # "left", "right"
+    grey: bool = False
 
     def open(self, channels: int = 3) -> Image.Image:
-        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; OSError when the file is damaged."""
+        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; OSError when the file is damaged.
+
+        A grey version has its luminance in every channel.
+        """
         with Image.open(self.path) as file:
-            image = to_mode(ImageOps.exif_transpose(file), MODES[channels])
+            image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
+        if self.grey:
+            image = image.convert(MODES[channels])
         if self.half is not None:
             middle = image.width // 2
             image = image.crop(
@@ -105,17 +115,24 @@ def find_pictures(folder: Path) -> list[Picture]:
     ]
 
 
-def find_side(root: Path, split: str, side: str) -> list[Picture]:
+def find_side(root: Path, split: str, side: str, task: str = "translation") -> list[Picture]:
     """The pictures of one domain (``side`` "A" or "B") of one split ("train" or "test"); [] where there are none.
 
     A folder ``<split><side>`` comes first; failing that, the left (A) or right (B) halves of ``<split>``
-    (pix2pix's ``val`` stands in for a missing ``test``).
+    (pix2pix's ``val`` stands in for a missing ``test``). For the ``task`` "colorization" side B is all of ``<split>``
+    (or ``val``), failing that of ``<split>B``, and side A the same pictures in grey.
     """
+    whole = (split, "val") if split == "test" else (split,)
+    if task == "colorization":
+        for name in (*whole, f"{split}B"):
+            if (root / name).is_dir():
+                return [p._replace(grey=side == "A") for p in find_pictures(root / name)]
+        return []
     folder = root / f"{split}{side}"
     if folder.is_dir():
         return find_pictures(folder)
     half = {"A": "left", "B": "right"}[side]
-    for name in (split, "val") if split == "test" else (split,):
+    for name in whole:
         if (root / name).is_dir():
             return [Picture(p.path, half) for p in find_pictures(root / name)]
     return []
@@ -179,20 +196,22 @@ def quantise(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Unpaired data
+#  Unpaired and paired data
 # ----------------------------------------------------------------------------------------------------------
 
 
-class UnpairedDataset(Dataset):
-    """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
+class PictureDataset(Dataset, ABC):
+    """What all kinds of data have in common: pictures of some sides, read, kept and augmented alike.
 
     Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3, ``how`` to
-    resize (see ``resize``), a ``seed``, and whether to ``hold_out`` a seeded tenth of either side, at least two
-    pictures. Raises InputError when a side is missing, empty or too small for that.
+    resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side, at least two pictures, and
+    the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
 
-    ``dataset[epoch, index]`` is {"A": uint8 (channels, height, width), "B": likewise}, resized to 1.12 × the
-    size, randomly cropped and flipped. Pictures are decoded each time, or once if ``load`` has kept them.
+    ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, resized to 1.12 × the size, randomly
+    cropped and flipped. Pictures are decoded each time, or once if ``load`` has kept them.
     """
+
+    paired: bool  # whether the sides are in step, picture by picture
 
     def __init__(
         self,
@@ -202,39 +221,42 @@ class UnpairedDataset(Dataset):
         how: str = "squash",
         seed: int = 0,
         hold_out: bool = False,
+        task: str = "translation",
     ):
-        self.root, self.size, self.channels, self.how, self.seed = root, size, channels, how, seed
+        self.root, self.size, self.channels, self.how, self.seed, self.task = root, size, channels, how, seed, task
         self.scaled = int(SCALE * size[0]), int(SCALE * size[1])
         self.kept: dict[Picture, Tensor] = {}
-        self.sides = {side: find_side(root, "train", side) for side in "AB"}
-        self.held_out: dict[str, list[Picture]] = {"A": [], "B": []}
+        self.sides = self.find_sides("train")
+        self.held_out: dict[str, list[Picture]] = {side: [] for side in self.sides}
         for d, (side, pictures) in enumerate(self.sides.items()):
             if not pictures:
-                raise InputError(missing(root, side))
+                raise InputError(missing(root, side, task))
             if hold_out:
                 if len(pictures) < 3:
                     raise InputError(f"{root / f'train{side}'}: {len(pictures)} pictures, --eval_interval needs 3")
                 n = max(2, round(len(pictures) / 10))
-                key = 0 if pictures[0].half else d  # halves of one file stay together
+                key = 0 if self.paired or pictures[0].half else d  # pairs and halves of one file stay together
                 out = set(np.random.default_rng((8, seed, key)).permutation(len(pictures))[:n].tolist())
                 self.held_out[side] = [p for i, p in enumerate(pictures) if i in out]
                 self.sides[side] = [p for i, p in enumerate(pictures) if i not in out]
 
+    @abstractmethod
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        """All pictures of "train" or "test" by side; [] where a side has none."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+
+    @abstractmethod
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """The sample of (epoch, index)."""
+
     def check(self) -> None:
         """Decode every picture, the test pictures too; InputError names those that cannot be read."""
-        tests = [p for side in "AB" for p in find_side(self.root, "test", side)]
-        trains = [p for pictures in (*self.sides.values(), *self.held_out.values()) for p in pictures]
-        refuse_unreadable(unreadable(sorted([*trains, *tests])))
-
-    def __len__(self) -> int:
-        return max(map(len, self.sides.values()))
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key
-        rng = np.random.default_rng((1, self.seed, epoch, index))
-        A, B = self.sides["A"], self.sides["B"]
-        pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
-        return {side: self.augment(picture, rng) for side, picture in pair.items()}
+        all_sides = self.sides, self.held_out, self.find_sides("test")
+        paths = {p.path for sides in all_sides for pictures in sides.values() for p in pictures}
+        refuse_unreadable(unreadable([Picture(path) for path in sorted(paths)]))
 
     def load(self, limit: float) -> bool:
         """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes.
@@ -261,17 +283,109 @@ class UnpairedDataset(Dataset):
         """uint8 (channels, height, width), 1.12 × the training size or, with "short_side", longer on one side."""
         return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
 
-    def augment(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        """All that a sample draws."""
+        return np.random.default_rng((1, self.seed, epoch, index))
+
+    def read(self, picture: Picture) -> Tensor:
+        """``decode``, or what ``load`` has kept of it."""
+        return self.kept[picture] if picture in self.kept else self.decode(picture)
+
+    def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         height, width = self.size
-        image = self.kept[picture] if picture in self.kept else self.decode(picture)
         top = int(rng.integers(image.shape[1] - height + 1))
         left = int(rng.integers(image.shape[2] - width + 1))
         image = image[:, top : top + height, left : left + width]
         return image.flip(-1) if rng.random() < 0.5 else image
 
 
+class UnpairedDataset(PictureDataset):
+    """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
+
+    Samples are {"A", "B"}, each cropped and flipped by itself. For "colorization" A and B share no picture: every
+    second one is grey.
+    """
+
+    paired = False
+
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        sides = {side: find_side(self.root, split, side, self.task) for side in "AB"}
+        if self.task == "colorization" and split == "train":
+            return {"A": sides["A"][::2], "B": sides["B"][1::2]}
+        return sides
+
+    def __len__(self) -> int:
+        return max(map(len, self.sides.values()))
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        rng = self.rng(epoch, index)
+        A, B = self.sides["A"], self.sides["B"]
+        pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
+        return {side: self.augment(self.read(picture), rng) for side, picture in pair.items()}
+
+
+class PairedDataset(PictureDataset):
+    """Pictures of A and B that belong together: halves of one file, equal names in two folders, or grey and colour.
+
+    Samples are {"A", "B"}, cropped and flipped alike. InputError where a picture has no partner, or, where the aspect
+    is kept, one of another.
+    """
+
+    paired = True
+
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
+
+    def __len__(self) -> int:
+        return len(self.sides["A"])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        pair = {side: pictures[key[1]] for side, pictures in self.sides.items()}
+        images = {side: self.read(picture) for side, picture in pair.items()}
+        if images["A"].shape != images["B"].shape:
+            raise InputError(
+                f"{pair['A'].path} and {pair['B'].path} differ in their aspect: --resize {self.how} keeps it, expected "
+                "--resize squash"
+            )
+        return {side: self.augment(image, self.rng(*key)) for side, image in images.items()}  # the same draws for both
+
+
+def in_step(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """Both sides of paired data in the order of their names; InputError where they are no pairs."""
+    if [p.path for p in sides["A"]] == [p.path for p in sides["B"]]:
+        return sides
+    if root.name == BUILT_IN:
+        raise InputError(f"{root}: expected pairs, found the built-in set, whose equal names are different scenes")
+
+    def name(picture: Picture) -> Path:
+        """Without the folder of the side, and without the ending."""
+        return Path(*picture.path.relative_to(root).parts[1:]).with_suffix("")
+
+    A, B = (Counter(map(name, pictures)) for pictures in sides.values())
+    lone = (A - B) + (B - A)
+    if lone:
+        raise InputError(
+            f"{root}: expected pairs, side by side in the pictures of {split}, or with equal names in {split}A and "
+            f"{split}B; found {sum(lone.values())} without a partner, such as {min(lone)}"
+        )
+    return {side: sorted(pictures, key=name) for side, pictures in sides.items()}
+
+
 # What a system may ask for (``System.data``). All are made alike, and offer ``check``, ``load`` and ``held_out``.
-KINDS = {"unpaired": UnpairedDataset}
+KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset}
+
+
+def as_input(path: Path, task: str, direction: str) -> Picture:
+    """A picture file as a generator of ``direction`` wants it, which was trained for ``task``: grey, or as it is."""
+    return Picture(path, grey=task == "colorization" and direction == "AtoB")
+
+
+def true_translation(picture: Picture, task: str, target: str) -> Picture | None:
+    """What a picture should become on side ``target``, where its file holds both sides; None where nothing tells."""
+    if task == "colorization":
+        return picture._replace(grey=target == "A")
+    return picture._replace(half={"A": "left", "B": "right"}[target]) if picture.half else None
 
 
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
@@ -282,16 +396,18 @@ def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how:
     return to_tensor(ImageOps.fit(resize(picture.open(channels), size, how), size[::-1]))
 
 
-def fixed_batch(root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash") -> dict[str, Tensor]:
+def fixed_batch(
+    root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash", task: str = "translation"
+) -> dict[str, Tensor]:
     """The first ``n`` test pictures of both sides (training pictures where there are no test folders).
 
     {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer than ``n`` where a side has fewer; see
     ``unaugmented``. Raises InputError where a side has none.
     """
-    sides = {side: (find_side(root, "test", side) or find_side(root, "train", side))[:n] for side in "AB"}
+    sides = {s: (find_side(root, "test", s, task) or find_side(root, "train", s, task))[:n] for s in "AB"}
     for side, pictures in sides.items():
         if not pictures:
-            raise InputError(missing(root, side))
+            raise InputError(missing(root, side, task))
     n = min(map(len, sides.values()))
     return {side: torch.stack([unaugmented(p, size, channels, how) for p in ps[:n]]) for side, ps in sides.items()}
 
@@ -355,10 +471,13 @@ def make_loader(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def missing(root: Path, side: str) -> str:
+def missing(root: Path, side: str, task: str = "translation") -> str:
     """What to say when a data set, or one side of it, is not there."""
-    folder = root if not root.is_dir() else root / f"train{side}"
+    colour = task == "colorization"
+    folder = root if not root.is_dir() else root / ("train" if colour else f"train{side}")
     found = f"no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else "no such folder"
+    if colour:
+        return f"{folder}: {found}. Expected colour pictures, two at least, in {root}/train or {root}/trainB."
     elsewhere = "" if root.parent == Path("data") else f" --data_dir {root.parent}"
     own = f"python datasets.py --from_A FOLDER --from_B FOLDER --dataset_name {root.name}{elsewhere}"
     lines = [

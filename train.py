@@ -28,8 +28,9 @@ from datasets import (
     KINDS,
     MODES,
     RESIZE,
+    TASKS,
     EpochSampler,
-    UnpairedDataset,
+    PictureDataset,
     draw_built_in,
     fixed_batch,
     make_loader,
@@ -38,8 +39,8 @@ from datasets import (
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, check_extractor, kernel_distance
-from models import open_generators, pack_generator
-from systems import SYSTEMS, TRAINING_PRESETS, Batch, System
+from models import in_use, open_generators, pack_generator
+from systems import GAN_LOSSES, SYSTEMS, TRAINING_PRESETS, Batch, System
 from utils import SAVED_MODELS, InputError, say
 
 # ----------------------------------------------------------------------------------------------------------
@@ -59,9 +60,14 @@ SYSTEM_HELP = {
     "upsample": "how generators enlarge: transposed convolutions as the papers, or nearest neighbour and convolution",
     "attn_disc": "attention-guided discriminator beside the plain one: sees [mask, picture] (concat), or their product",
     "attn_real": "mask it sees of a real picture: the picture's own, or its translated partner's as the paper writes",
+    "unet_depth": "how often the U-Net halves the picture, whose sides are multiples of 2 to its power; "
+    "0: log2 of the smaller side",
+    "direction": "which side is translated into the other; of facades the labels are B",
+    "gan_loss": "adversarial loss: cross-entropy as the paper (bce) or least squares",
+    "lambda_L1": "weight of |output - truth|; 0: the conditional GAN alone",
     "light": "small generators, whose MLP reads averages over the picture; later they take pictures of any size",
     "init": "first weights: N(0, 0.02) as the paper says (normal), or torch's own as the official code (default)",
-    "lambda_gan": "weight of each adversarial term",
+    "lambda_gan": "weight of each adversarial term; with 0 pix2pix trains by L1 alone, without discriminator",
     "lambda_cam": "weight of the cross-entropy of the generators' class activation maps",
     "lambda_pixel": "weight of each direction's |output - input|",
     "lambda_tv": "weight of each mask's total variation, a sum over its pixels",
@@ -78,6 +84,8 @@ SYSTEM_CHOICES = {
     "attn_disc": ("none", "concat", "mask"),
     "attn_real": ("own", "partner"),
     "init": ("normal", "default"),
+    "direction": ("AtoB", "BtoA"),
+    "gan_loss": tuple(GAN_LOSSES),
 }
 # Keywords of builders that are no flags of their system.
 SHARED = ("seed", "img_height", "img_width")
@@ -120,6 +128,12 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", default=DEFAULT_DATASET, help=f"folder below --data_dir; {BUILT_IN} is drawn on first use")
     add("--data_dir", default="data", help="folder that holds the data sets")
+    add(
+        "--task",
+        choices=TASKS,
+        default="translation",
+        help="colorization: the pictures of train (or trainB) and test (or testB) are B, their grey versions A",
+    )
     add("--img_height", type=int, default=256, help="height of the training pictures, pixels")
     add("--img_width", type=int, default=256, help="width of the training pictures, pixels")
     add(
@@ -286,12 +300,14 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         "n_masks": 2,
         "n_residual_blocks": 0,
         "n_layers_D": 1,
+        "unet_depth": 0,
+        "lambda_L1": 0,
     }
     for key, bound in least.items():
         if not getattr(options, key, bound) >= bound:  # nan is not
             raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
     for key in ("b1", "b2", "ema_decay"):
-        if not 0 <= getattr(options, key) < 1:
+        if not 0 <= getattr(options, key, 0) < 1:
             raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")
     if options.decay_epoch > options.n_epochs:
         raise InputError(
@@ -306,6 +322,8 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
     if options.channels not in MODES:
         raise InputError(f"--channels {options.channels}: expected one of {list(MODES)}")
+    if options.task == "colorization" and options.channels != 3:
+        raise InputError(f"--task colorization makes colours: --channels {options.channels}, expected 3")
     if getattr(options, "attention_kernel", 1) not in (1, 7):
         raise InputError(f"--attention_kernel {options.attention_kernel}: expected 1 (official code) or 7 (paper)")
     with torch.device("meta"):
@@ -340,6 +358,8 @@ def set_up(
     if options.compile:
         for network in (system.get_submodule(name) for turn in system.turns for name in turn.networks):
             network.compile(dynamic=False)  # in place: the names of the weights stay
+    if utils.rank():  # dropout on every rank of its own
+        torch.manual_seed(options.seed + 1_000_003 * utils.rank())
     optimizers: dict[str, torch.optim.Optimizer] = {
         turn.player: torch.optim.Adam(
             trained_parameters(system, turn.networks),
@@ -353,12 +373,13 @@ def set_up(
     return system, optimizers, utils.make_autocast(device, options.precision)
 
 
-def build_dataset(options: argparse.Namespace) -> UnpairedDataset:
+def build_dataset(options: argparse.Namespace) -> PictureDataset:
     with torch.device("meta"):
         kind = build_system(options).data
     root = Path(options.data_dir) / options.dataset_name
     size = options.img_height, options.img_width
-    return KINDS[kind](root, size, options.channels, options.resize, options.seed, options.eval_interval > 0)
+    hold_out = options.eval_interval > 0
+    return KINDS[kind](root, size, options.channels, options.resize, options.seed, hold_out, options.task)
 
 
 def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
@@ -372,7 +393,7 @@ def load_generators(system: System, where: str) -> None:
         if direction not in opened:
             raise InputError(
                 f"--init_from {where} translates {', '.join(opened)} alone, expected a run or folder with a generator "
-                "for each direction"
+                f"for {direction}"
             )
         source, _ = opened[direction]
         network = system.get_submodule(name)
@@ -507,7 +528,7 @@ class Validation:
     Test pictures take no part, so generators may be chosen by it. Raises InputError when the extractor cannot be had.
     """
 
-    def __init__(self, options: argparse.Namespace, dataset: UnpairedDataset, device: torch.device):
+    def __init__(self, options: argparse.Namespace, dataset: PictureDataset, device: torch.device):
         self.device = device
         with torch.random.fork_rng(devices=[]):  # building a network draws weights; the run must not notice
             self.extractor = Extractor(options.extractor, options.inception and Path(options.inception), device)
@@ -522,9 +543,9 @@ class Validation:
         """The KID of every direction, in float32."""
         figures = {}
         for direction, name in system.generators.items():
-            generator = system.get_submodule(name)
             reals = (normalise(batch.to(self.device)) for batch in self.images[direction[0]].split(8))
-            fakes = torch.cat([quantise(generator(real).image).cpu() for real in reals])
+            with in_use(system.get_submodule(name)) as generator:
+                fakes = torch.cat([quantise(generator(real).image).cpu() for real in reals])
             distance = kernel_distance(self.extractor(fakes).vectors, self.features[direction[-1]])
             figures[f"KID{self.extractor.suffix}_{direction}"] = distance
         return figures
@@ -622,7 +643,7 @@ def train(
             f"{len(dataset)} samples in {options.data_dir}/{options.dataset_name} do not fill one batch of "
             f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
         )
-    samples = fixed_batch(dataset.root, 4, dataset.size, options.channels, options.resize)
+    samples = fixed_batch(dataset.root, 4, dataset.size, options.channels, options.resize, options.task)
     samples = next(utils.to_device([samples], device, normalise))
 
     run = Run(options, system, optimizers, len(loader), device)

@@ -276,25 +276,26 @@ class Checkpoints:
 
 
 def find_generator(where: str | Path, direction: str | None) -> Path:
-    """The generator file for "AtoB" or "BtoA" that ``where`` stands for; for None any file, and "AtoB" of all else.
+    """The generator file for "AtoB" or "BtoA" that ``where`` stands for; for None any file, "AtoB" before "BtoA".
 
     ``where`` is a file, a folder, the name of a run (``saved_models/<name>``) or of shipped weights
     (``saved_models/pretrained/<name>``). A folder holds ``AtoB.pt`` and ``BtoA.pt``, as ``train.py`` writes
     them, or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``. InputError where nothing fits.
     """
-    any_file, direction = direction is None, direction or "AtoB"
-    official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}[direction]
+    official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}
+    wanted = tuple(official) if direction is None else (direction,)
+    names = [name for each in wanted for name in (f"{each}.pt", official[each])]
     for place in places(where):
         if place.is_file():
-            if not any_file and place.name.startswith("latest_net_G_") and place.name != official:
+            if direction is not None and place.name.startswith("latest_net_G_") and place.name not in names:
                 raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
             return place
-        for name in (f"{direction}.pt", official):
+        for name in names:
             if (place / name).is_file():
                 return place / name
     looked = ", ".join(dict.fromkeys(map(str, places(where))))
     raise InputError(
-        f"{where}: no generator for {direction} found. Looked for a file, or {direction}.pt or {official} in {looked}"
+        f"{where}: no generator for {' or '.join(wanted)} found. Looked for a file, or {' or '.join(names)} in {looked}"
     )
 
 
