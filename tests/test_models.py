@@ -1,3 +1,4 @@
+import itertools
 import re
 from functools import partial
 
@@ -14,14 +15,17 @@ from models import (
     AttentionGenerator,
     CAMDiscriminator,
     InstanceNorm2d,
+    NoiseDropout,
     PatchDiscriminator,
     ReflectionConv2d,
     ReplayBuffer,
     ResNetGenerator,
     SingleMaskGenerator,
     UGATITGenerator,
+    UNetGenerator,
     depths,
     heat_map,
+    in_use,
     load_generator,
     load_official,
     open_generators,
@@ -38,6 +42,10 @@ PARAMETERS = {
     "SingleMaskGenerator": (SingleMaskGenerator, 11_378_179 + 64 * 49 + 1 - STEM_AND_BLOCKS - HEAD),  # a fourth output
     "ResNetGenerator": (ResNetGenerator, 11_378_179 - STEM_AND_BLOCKS - HEAD),
     "PatchDiscriminator": (PatchDiscriminator, 2_764_737 - (128 + 256 + 512)),
+    # Nor do the official U-Net and its discriminator have such biases; BatchNorm has factors and biases there.
+    "UNetGenerator, depth 8": (UNetGenerator, 54_413_955),
+    "UNetGenerator, depth 7": (partial(UNetGenerator, depth=7), 41_828_995),
+    "PatchDiscriminator, conditional": (partial(PatchDiscriminator, 6, affine=True), 2_768_705),
     # The official PyTorch code of U-GAT-IT has no such biases.
     "UGATITGenerator, full": (partial(UGATITGenerator, size=(256, 256)), 278_959_808),
     "UGATITGenerator, light": (UGATITGenerator, 10_589_888),
@@ -179,6 +187,18 @@ def test_weights_are_drawn_from_n_0_002():
                 assert abs(parameter.mean()) < 0.001, name
 
 
+def test_factors_of_affine_norms_are_drawn_from_n_1_002():
+    torch.manual_seed(0)
+    for network in (UNetGenerator(ngf=32, depth=6), PatchDiscriminator(6, affine=True)):
+        norms = [m for m in network.modules() if isinstance(m, InstanceNorm2d)]
+        factors = torch.cat([norm.weight for norm in norms])
+        assert abs(factors.mean() - 1) < 0.003 and abs(factors.std() - 0.02) < 0.003
+        assert not any(norm.bias.any() for norm in norms)
+        convolutions = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        for weight in (m.weight for m in convolutions if m.weight.numel() > 5000):
+            assert abs(weight.std() - 0.02) < 0.001 and abs(weight.mean()) < 0.001
+
+
 def test_u_gat_it_may_start_from_torchs_own_weights():
     """Uniform, of a width that depends on the layer."""
     torch.manual_seed(0)
@@ -187,6 +207,95 @@ def test_u_gat_it_may_start_from_torchs_own_weights():
             if parameter.numel() > 5000:
                 bound = parameter[0].numel() ** -0.5
                 assert parameter.abs().max() <= bound and abs(parameter.std() / bound - 3**-0.5) < 0.02, name
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  pix2pix: the U-Net and its noise
+# ----------------------------------------------------------------------------------------------------------
+
+
+def official_unet_parameters(depth, ngf=64, channels=3):
+    """Counted by the recursion of the official code: weights of 4 x 4 kernels, two numbers for every norm's channel."""
+    widths = [ngf, 2 * ngf, 4 * ngf, *[8 * ngf] * (depth - 3)]
+    total = 16 * channels * ngf + 16 * 2 * ngf * channels + channels  # the outermost block; its last layer has a bias
+    for i, (outer, inner) in enumerate(itertools.pairwise(widths)):
+        innermost = i == depth - 2
+        total += 16 * outer * inner + (0 if innermost else 2 * inner)
+        total += 16 * inner * (1 if innermost else 2) * outer + 2 * outer
+    return total
+
+
+@pytest.mark.parametrize("depth, millions", [(8, 54.4), (7, 41.8), (5, 16.7)])
+def test_the_u_net_is_as_large_as_the_official_one(depth, millions):
+    with torch.device("meta"):
+        found = sum(p.numel() for p in UNetGenerator(depth=depth).parameters())
+    assert found == official_unet_parameters(depth) and round(found / 1e6, 1) == millions
+
+
+def official_unet(x, net, kept):
+    """The official code's recursion on the weights of ours: BatchNorm over the batch, activations in place.
+
+    ``kept``: what dropout leaves, by level, for those levels where the official code has dropout.
+    """
+    depth = net.settings["depth"]
+
+    def norm(x, layer):
+        return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+
+    def block(x, level):
+        x = F.leaky_relu(x, 0.2, inplace=True)  # so that x is not what it was when it is concatenated
+        down, up = net.down[level - 1], net.up[depth - 1 - level]
+        y = F.conv2d(x, down[1].weight, stride=2, padding=1)
+        if level < depth - 1:
+            y = block(norm(y, down[2]), level + 1)
+        y = norm(F.conv_transpose2d(F.relu(y, inplace=True), up[1].weight, stride=2, padding=1), up[2])
+        return torch.cat([x, 2 * y * kept[level] if level in kept else y], dim=1)
+
+    x = F.relu(block(F.conv2d(x, net.first.weight, stride=2, padding=1), 1), inplace=True)
+    return torch.tanh(F.conv_transpose2d(x, net.last[1].weight, net.last[1].bias, stride=2, padding=1))
+
+
+@pytest.mark.parametrize("depth, size", [(6, (64, 64)), (5, (32, 64)), (7, (128, 128))])
+def test_the_u_net_is_the_official_one_at_its_batch_of_one(depth, size):
+    torch.manual_seed(depth)
+    net = UNetGenerator(ngf=2, depth=depth).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    levels = range(4, depth - 1)  # num_downs - 5 blocks
+    kept = {level: next(m for m in net.up[depth - 1 - level] if isinstance(m, NoiseDropout)).kept for level in levels}
+    assert sum(isinstance(m, NoiseDropout) for m in net.modules()) == len(kept)
+    x = torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
+    ours, theirs = net(x).image, torch.cat([official_unet(one, net, kept) for one in x.split(1)])
+    assert (ours - theirs).abs().max() < 1e-10 and ours.std() > 0.1
+    weights = list(net.parameters())
+    for mine, official in zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs)), strict=True):
+        assert (mine - official).abs().max() < 1e-9 * official.abs().max()
+
+
+def test_noise_is_drawn_in_training_and_fixed_in_use():
+    noise, x = NoiseDropout(6, 8), torch.ones(3, 6, 8, 16)
+    torch.manual_seed(0)
+    first, second = noise(x), noise(x)
+    assert set(first.unique().tolist()) == {0.0, 2.0} and abs(first.mean() - 1) < 0.1
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    torch.manual_seed(0)
+    assert torch.equal(noise(x), first)
+    before = torch.get_rng_state()
+    with in_use(noise):
+        fixed = noise(x)
+        assert torch.equal(noise(x[:1]), fixed[:1])
+    assert noise.training and torch.equal(torch.get_rng_state(), before)
+    assert set(fixed.unique().tolist()) == {0.0, 2.0} and abs(fixed.mean() - 1) < 0.1
+    assert all(torch.equal(one, fixed[0]) for one in fixed)
+    assert torch.equal(fixed[..., :8], fixed[..., 8:]) and not torch.equal(fixed[..., :4], fixed[..., 4:8])
+    with in_use(NoiseDropout(6, 8)) as another:
+        assert torch.equal(another(x), fixed)
+    assert not noise.state_dict()
+
+
+def test_a_size_that_the_u_net_cannot_halve_is_named():
+    with pytest.raises(ValueError, match=r"24 x 32 pixels.*multiples of 16 and at least 16"):
+        UNetGenerator(ngf=2, depth=4)(torch.zeros(1, 3, 24, 32))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -661,6 +770,7 @@ def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
         AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
         SingleMaskGenerator(3, 4, 1),
         ResNetGenerator(1, 4, 2),
+        UNetGenerator(1, 4, 3),
         UGATITGenerator(1, 4, 1),
         UGATITGenerator(3, 4, 1, size=(16, 16), init="default"),
     ],
@@ -685,12 +795,19 @@ def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["AttentionGenerator", "PatchDiscriminator"])
+LAID_OUT = {
+    "AttentionGenerator": partial(AttentionGenerator, 3, 4, 2, 3),
+    "PatchDiscriminator": partial(PatchDiscriminator, 3, 4, 2),
+    "UNetGenerator": partial(UNetGenerator, 3, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_layout_changes_no_value_and_no_gradient(name, n):
     """channels_last goes another way through the norms."""
     torch.manual_seed(0)
-    network = (AttentionGenerator(3, 4, 2, 3) if name == "AttentionGenerator" else PatchDiscriminator(3, 4, 2)).double()
+    network = LAID_OUT[name]().double()
     x = torch.rand(n, 3, 24, 16, dtype=torch.float64, requires_grad=True)
 
     def results(layout):
@@ -707,6 +824,20 @@ def test_instance_norm_keeps_channels_last_and_is_pytorchs():
     normed = InstanceNorm2d(5)(x)
     assert normed.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(normed, torch.nn.functional.instance_norm(x))
+
+
+def test_affine_instance_norm_is_batch_norm_of_one_picture_in_either_layout():
+    x = torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    norm = InstanceNorm2d(5, affine=True).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    parts = [F.batch_norm(one, None, None, norm.weight, norm.bias, training=True) for one in x.split(1)]
+    layouts = torch.contiguous_format, torch.channels_last
+    for layout in layouts:
+        assert (norm(x.contiguous(memory_format=layout)) - torch.cat(parts)).abs().max() < 1e-12
+    for layout in layouts:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm.float()(x.bfloat16().contiguous(memory_format=layout)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
