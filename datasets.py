@@ -1,17 +1,18 @@
-"""Pictures on disk: unpaired folders, the built-in set, the public sets, your own pictures, and the loader.
+"""Pictures on disk: unpaired and plain folders, the built-in set, the public sets, your own pictures, and the loader.
 
     python datasets.py --dataset_name horse2zebra                                  # fetch a public set
     python datasets.py --dataset_name solid2striped                                # draw the built-in set
     python datasets.py --from_A photos/horses --from_B photos/zebras --dataset_name mine
 
 A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
-``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves then serve unpaired.
+``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves then serve unpaired. Systems
+that make pictures from noise take any folder of pictures (see ``find_plain``).
 
-Randomness: what happens to a training sample (crop, flip, unpaired partner) is a pure function of
+Randomness: what happens to a training sample (crop, flip, unpaired partner, noise) is a pure function of
 (seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
 in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
-5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares), because numpy pads short keys with
-zeros and equal keys would give equal streams.
+5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 noise of samples, 10 fixed noise,
+11 neighbours of noise), because numpy pads short keys with zeros and equal keys would give equal streams.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -121,6 +122,21 @@ def find_side(root: Path, split: str, side: str) -> list[Picture]:
     return []
 
 
+def find_plain(root: Path, split: str) -> list[Picture]:
+    """The pictures of one split ("train" or "test") of a set without domains; [] where there are none.
+
+    From the first of these folders that exists: ``<split>``, ``<split>A``, and to train ``root`` itself, without what
+    its test folders and ``val`` hold.
+    """
+    for name in (split, f"{split}A"):
+        if (root / name).is_dir():
+            return find_pictures(root / name)
+    if split == "test" or not root.is_dir():
+        return []
+    aside = ("test", "testA", "testB", "val")
+    return [p for p in find_pictures(root) if p.path.relative_to(root).parts[0] not in aside]
+
+
 def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
     """Object masks from a JSON file, 0/255 grey pictures by the stem of their names.
 
@@ -169,8 +185,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return images.float().div(127.5).sub(1)
+    """uint8 [0, 255] to float32 [-1, 1]; what is no picture of 8 bits (noise) passes as it is."""
+    return images.float().div(127.5).sub(1) if images.dtype == torch.uint8 else images
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -243,19 +259,8 @@ class UnpairedDataset(Dataset):
         """
         pictures = list(dict.fromkeys(picture for side in self.sides.values() for picture in side))
         least = self.channels * self.scaled[0] * self.scaled[1]  # of each; "short_side" may make it longer
-        if least * len(pictures) > limit:
-            return False
-        kept, total = {}, 0
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = tqdm(pool.map(self.decode, pictures), "reading pictures", len(pictures), leave=False, delay=1)
-            for picture, image in zip(pictures, decoded, strict=True):
-                kept[picture] = image
-                total += image.nbytes
-                if total > limit:
-                    pool.shutdown(cancel_futures=True)
-                    return False
-        self.kept = kept
-        return True
+        self.kept = decode_all(pictures, self.decode, least, limit)
+        return bool(self.kept)
 
     def decode(self, picture: Picture) -> Tensor:
         """uint8 (channels, height, width), 1.12 × the training size or, with "short_side", longer on one side."""
@@ -269,9 +274,107 @@ class UnpairedDataset(Dataset):
         image = image[:, top : top + height, left : left + width]
         return image.flip(-1) if rng.random() < 0.5 else image
 
+    def fixed_batch(self, n: int) -> dict[str, Tensor]:
+        """What sheets show: ``n`` samples that are always the same, see the function of this name."""
+        return fixed_batch(self.root, n, self.size, self.channels, self.how)
 
-# What a system may ask for (``System.data``). All are made alike, and offer ``check``, ``load`` and ``held_out``.
-KINDS = {"unpaired": UnpairedDataset}
+
+def decode_all(
+    pictures: Sequence[Picture], decode: Callable[[Picture], Tensor], least: int, limit: float
+) -> dict[Picture, Tensor]:
+    """All pictures decoded, or none where that takes more than ``limit`` bytes; each takes ``least`` or more."""
+    if least * len(pictures) > limit:
+        return {}
+    kept, total = {}, 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = tqdm(pool.map(decode, pictures), "reading pictures", len(pictures), leave=False, delay=1)
+        for picture, image in zip(pictures, decoded, strict=True):
+            kept[picture] = image
+            total += image.nbytes
+            if total > limit:
+                pool.shutdown(cancel_futures=True)
+                return {}
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Plain data
+# ----------------------------------------------------------------------------------------------------------
+
+
+class PlainDataset(Dataset):
+    """Pictures without domains, each with a noise vector; as many samples an epoch as pictures (see ``find_plain``).
+
+    Made as ``UnpairedDataset``, with ``nz``, the length of the noise. Nothing can be held out: InputError for that, and
+    where there are no pictures.
+
+    ``dataset[epoch, index]`` is {"image": uint8 (channels, height, width), "noise": float32 (nz,)}: the picture resized
+    (see ``unaugmented``) and flipped at random, the noise uniform in [-1, 1].
+    """
+
+    SAMPLES = 6  # noise vectors for each picture of a sheet
+
+    def __init__(
+        self,
+        root: Path,
+        size: tuple[int, int],
+        channels: int = 3,
+        how: str = "squash",
+        seed: int = 0,
+        hold_out: bool = False,
+        nz: int = 100,
+    ):
+        if hold_out:
+            raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
+        self.root, self.size, self.channels, self.how, self.seed, self.nz = root, size, channels, how, seed, nz
+        self.kept: dict[Picture, Tensor] = {}
+        self.held_out: dict[str, list[Picture]] = {}
+        self.pictures, self.tests = find_plain(root, "train"), find_plain(root, "test")
+        if not self.pictures:
+            raise InputError(missing_plain(root))
+
+    def check(self) -> None:
+        """Decode every picture, the test pictures too; InputError names those that cannot be read."""
+        refuse_unreadable(unreadable(sorted([*self.pictures, *self.tests])))
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        picture = self.pictures[index]
+        image = self.kept[picture] if picture in self.kept else self.decode(picture)
+        if np.random.default_rng((1, self.seed, epoch, index)).random() < 0.5:
+            image = image.flip(-1)
+        return {"image": image, "noise": draw_noise((9, self.seed, epoch, index), self.nz)}
+
+    def load(self, limit: float) -> bool:
+        """As ``UnpairedDataset.load``."""
+        self.kept = decode_all(self.pictures, self.decode, self.channels * self.size[0] * self.size[1], limit)
+        return bool(self.kept)
+
+    def decode(self, picture: Picture) -> Tensor:
+        return unaugmented(picture, self.size, self.channels, self.how)
+
+    def fixed_batch(self, n: int) -> dict[str, Tensor]:
+        """The first ``n`` test pictures (training pictures without a test folder), fixed noise for ``SAMPLES`` × n."""
+        images = torch.stack([self.decode(picture) for picture in (self.tests or self.pictures)[:n]])
+        return {"image": images, "noise": fixed_noise(self.SAMPLES * len(images), self.nz, self.seed)}
+
+
+def draw_noise(key: Sequence[int], *shape: int) -> Tensor:
+    """Noise as DCGAN's generator takes it, uniform in [-1, 1], float32, a pure function of the key ("Randomness")."""
+    return torch.from_numpy(np.random.default_rng(key).uniform(-1, 1, shape).astype(np.float32))
+
+
+def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
+    """The first ``n`` noise vectors of a seed, (n, nz): those of the sheets and of ``generate.py``."""
+    return draw_noise((10, seed), n, nz)
+
+
+# What a system may ask for (``System.data``). All are made alike, and offer ``check``, ``load``, ``held_out`` and
+# ``fixed_batch``; what more they are to know are options of the systems that ask for them.
+KINDS = {"unpaired": UnpairedDataset, "plain": PlainDataset}
 
 
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
@@ -369,6 +472,12 @@ def missing(root: Path, side: str) -> str:
     if root.name in (*PUBLIC_SETS, *BY_HAND):
         lines.insert(1, f"  To fetch this set:    python datasets.py --dataset_name {root.name}{elsewhere}")
     return "\n".join(lines)
+
+
+def missing_plain(root: Path) -> str:
+    """What to say when a data set without domains is not there."""
+    found = "no such folder" if not root.is_dir() else f"no pictures ({', '.join(EXTENSIONS)}) to train on in it"
+    return f"{root}: {found}. Expected pictures in {root}/train, in {root}/trainA, or in {root} itself"
 
 
 def refuse_unreadable(reasons: dict[Path, str], most: int = 10) -> None:
