@@ -753,12 +753,13 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.
     ("AtoB", "BtoA", or None: a file's own, else "AtoB"; ``NOISE`` for one that draws from noise).
     """
     path = find_generator(where, direction)
+    way = None if direction == NOISE else direction
     try:
-        generator, about = load_generator(path, direction)
+        generator, about = load_generator(path, way)
     except ValueError as error:
         raise InputError(str(error)) from error
     if "direction" not in about:  # official files tell it by their names alone
-        about["direction"] = "BtoA" if path.stem.endswith("_B") else direction or "AtoB"
+        about["direction"] = "BtoA" if path.stem.endswith("_B") else way or "AtoB"
     if about["direction"] == NOISE != direction:
         raise InputError(f"{path}: draws pictures from noise (generate.py shows them) and translates none")
     if direction == NOISE != about["direction"]:
