@@ -1,4 +1,4 @@
-"""Pictures on disk: unpaired and paired folders, the built-in set, the public sets, your own pictures, the loader.
+"""Pictures on disk: unpaired, paired and plain folders, the built-in set, the public sets, your own, and the loader.
 
     python datasets.py --dataset_name horse2zebra                                  # fetch a public set
     python datasets.py --dataset_name solid2striped                                # draw the built-in set
@@ -7,12 +7,14 @@
 A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
 ``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves serve paired and unpaired.
 Colourisation (``task``) takes one folder of colour pictures, ``data/<name>/train`` (``test`` optional): A is its grey.
+Systems that make pictures from noise take any folder of pictures (see ``find_plain``).
 
-Randomness: what happens to a training sample (crop, flip, unpaired partner) is a pure function of
+Randomness: what happens to a training sample (crop, flip, unpaired partner, noise) is a pure function of
 (seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
 in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
-5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 dropout in use), because numpy pads short
-keys with zeros and equal keys would give equal streams.
+5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 noise of samples, 10 fixed noise,
+11 neighbours of noise, 12 dropout in use), because numpy pads short keys with zeros and equal keys would give equal
+streams.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ def find_pictures(folder: Path) -> list[Picture]:
     ]
 
 
-def find_side(root: Path, split: str, side: str, task: str = "translation") -> list[Picture]:
+def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[Picture]:
     """The pictures of one domain (``side`` "A" or "B") of one split ("train" or "test"); [] where there are none.
 
     A folder ``<split><side>`` comes first; failing that, the left (A) or right (B) halves of ``<split>``
@@ -136,6 +138,21 @@ def find_side(root: Path, split: str, side: str, task: str = "translation") -> l
         if (root / name).is_dir():
             return [Picture(p.path, half) for p in find_pictures(root / name)]
     return []
+
+
+def find_plain(root: Path, split: str) -> list[Picture]:
+    """The pictures of one split ("train" or "test") of a set without domains; [] where there are none.
+
+    From the first of these folders that exists: ``<split>``, ``<split>A``, and to train ``root`` itself, without what
+    its test folders and ``val`` hold.
+    """
+    for name in (split, f"{split}A"):
+        if (root / name).is_dir():
+            return find_pictures(root / name)
+    if split == "test" or not root.is_dir():
+        return []
+    aside = ("test", "testA", "testB", "val")
+    return [p for p in find_pictures(root) if p.path.relative_to(root).parts[0] not in aside]
 
 
 def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
@@ -186,8 +203,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return images.float().div(127.5).sub(1)
+    """uint8 [0, 255] to float32 [-1, 1]; what is no picture of 8 bits (noise) passes as it is."""
+    return images.float().div(127.5).sub(1) if images.dtype == torch.uint8 else images
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -196,7 +213,7 @@ def quantise(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Unpaired and paired data
+#  Unpaired, paired and plain data
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,11 +224,12 @@ class PictureDataset(Dataset, ABC):
     resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side, at least two pictures, and
     the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
 
-    ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, resized to 1.12 × the size, randomly
-    cropped and flipped. Pictures are decoded each time, or once if ``load`` has kept them.
+    ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random, with ``jitter``
+    resized to 1.12 × the size and cropped at random. Pictures are decoded each time, or once if ``load`` has kept them.
     """
 
     paired: bool  # whether the sides are in step, picture by picture
+    jitter = True  # else pictures are as ``unaugmented`` makes them, but for flips
 
     def __init__(
         self,
@@ -221,10 +239,10 @@ class PictureDataset(Dataset, ABC):
         how: str = "squash",
         seed: int = 0,
         hold_out: bool = False,
-        task: str = "translation",
+        task: str = TASKS[0],
     ):
         self.root, self.size, self.channels, self.how, self.seed, self.task = root, size, channels, how, seed, task
-        self.scaled = int(SCALE * size[0]), int(SCALE * size[1])
+        self.scaled = (int(SCALE * size[0]), int(SCALE * size[1])) if self.jitter else size
         self.kept: dict[Picture, Tensor] = {}
         self.sides = self.find_sides("train")
         self.held_out: dict[str, list[Picture]] = {side: [] for side in self.sides}
@@ -280,8 +298,10 @@ class PictureDataset(Dataset, ABC):
         return True
 
     def decode(self, picture: Picture) -> Tensor:
-        """uint8 (channels, height, width), 1.12 × the training size or, with "short_side", longer on one side."""
-        return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
+        """uint8 (channels, height, width), to be cropped with ``jitter``: then "short_side" leaves one side longer."""
+        if self.jitter:
+            return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
+        return unaugmented(picture, self.size, self.channels, self.how)
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """All that a sample draws."""
@@ -297,6 +317,10 @@ class PictureDataset(Dataset, ABC):
         left = int(rng.integers(image.shape[2] - width + 1))
         image = image[:, top : top + height, left : left + width]
         return image.flip(-1) if rng.random() < 0.5 else image
+
+    def fixed_batch(self, n: int) -> dict[str, Tensor]:
+        """What sheets show, always the same: ``n`` pictures of each side (see the function of this name)."""
+        return fixed_batch(self.root, n, self.size, self.channels, self.how, self.task)
 
 
 class UnpairedDataset(PictureDataset):
@@ -372,8 +396,70 @@ def in_step(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str
     return {side: sorted(pictures, key=name) for side, pictures in sides.items()}
 
 
-# What a system may ask for (``System.data``). All are made alike, and offer ``check``, ``load`` and ``held_out``.
-KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset}
+class PlainDataset(PictureDataset):
+    """Pictures without domains, each with a noise vector; as many samples an epoch as pictures (see ``find_plain``).
+
+    Takes ``nz``, the length of the noise, too. Samples are {"image": uint8 (channels, height, width), "noise": float32
+    (nz,)}: the picture flipped at random and not cropped, the noise uniform in [-1, 1]. InputError for ``hold_out`` and
+    for any other ``task``.
+    """
+
+    paired = jitter = False
+    SAMPLES = 6  # noise vectors for each picture of a sheet
+
+    def __init__(
+        self,
+        root: Path,
+        size: tuple[int, int],
+        channels: int = 3,
+        how: str = "squash",
+        seed: int = 0,
+        hold_out: bool = False,
+        task: str = TASKS[0],
+        nz: int = 100,
+    ):
+        if hold_out:
+            raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
+        if task != TASKS[0]:
+            raise InputError(f"--task {task} is for translations, and pictures from noise are none")
+        self.nz = nz
+        super().__init__(root, size, channels, how, seed)
+
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        pictures = find_plain(self.root, split)
+        if split == "train" and not pictures:
+            raise InputError(missing_plain(self.root))
+        return {"image": pictures}
+
+    def __len__(self) -> int:
+        return len(self.sides["image"])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        image = self.read(self.sides["image"][key[1]])
+        if self.rng(*key).random() < 0.5:
+            image = image.flip(-1)
+        return {"image": image, "noise": draw_noise((9, self.seed, *key), self.nz)}
+
+    def fixed_batch(self, n: int) -> dict[str, Tensor]:
+        """The first ``n`` test pictures (training pictures without a test folder), fixed noise for ``SAMPLES`` × n."""
+        shown = (self.find_sides("test")["image"] or self.sides["image"])[:n]
+        noise = fixed_noise(self.SAMPLES * len(shown), self.nz, self.seed)
+        return {"image": torch.stack([self.decode(picture) for picture in shown]), "noise": noise}
+
+
+def draw_noise(key: Sequence[int], *shape: int) -> Tensor:
+    """Noise as DCGAN's generator takes it, uniform in [-1, 1], float32, a pure function of the key ("Randomness")."""
+    return torch.from_numpy(np.random.default_rng(key).uniform(-1, 1, shape).astype(np.float32))
+
+
+def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
+    """The first ``n`` noise vectors of a seed, (n, nz): those of the sheets and of ``generate.py``."""
+    return draw_noise((10, seed), n, nz)
+
+
+# What a system may ask for (``System.data``). What one of them takes beyond the others (``nz``) is an option of the
+# systems that ask for it.
+KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
 
 
 def as_input(path: Path, task: str, direction: str) -> Picture:
@@ -397,7 +483,7 @@ def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how:
 
 
 def fixed_batch(
-    root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash", task: str = "translation"
+    root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash", task: str = TASKS[0]
 ) -> dict[str, Tensor]:
     """The first ``n`` test pictures of both sides (training pictures where there are no test folders).
 
@@ -471,7 +557,7 @@ def make_loader(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def missing(root: Path, side: str, task: str = "translation") -> str:
+def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
     """What to say when a data set, or one side of it, is not there."""
     colour = task == "colorization"
     folder = root if not root.is_dir() else root / ("train" if colour else f"train{side}")
@@ -488,6 +574,12 @@ def missing(root: Path, side: str, task: str = "translation") -> str:
     if root.name in (*PUBLIC_SETS, *BY_HAND):
         lines.insert(1, f"  To fetch this set:    python datasets.py --dataset_name {root.name}{elsewhere}")
     return "\n".join(lines)
+
+
+def missing_plain(root: Path) -> str:
+    """What to say when a data set without domains is not there."""
+    found = "no such folder" if not root.is_dir() else f"no pictures ({', '.join(EXTENSIONS)}) to train on in it"
+    return f"{root}: {found}. Expected pictures in {root}/train, in {root}/trainA, or in {root} itself"
 
 
 def refuse_unreadable(reasons: dict[Path, str], most: int = 10) -> None:

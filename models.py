@@ -1,9 +1,10 @@
 """The networks: generators, discriminators and the replay buffer.
 
 Pictures are float tensors of shape (B, channels, H, W) with values in [-1, 1]. A generator returns a
-``Translation``; a discriminator returns a tuple of logits (one map for the PatchGAN).
+``Translation`` (one that draws from noise the pictures alone); a discriminator returns a tuple of logits (one map for
+the PatchGAN).
 
-Convolutions that are followed by InstanceNorm carry no bias: the norm subtracts it again, its gradient is
+Convolutions that are followed by InstanceNorm or BatchNorm carry no bias: the norm subtracts it again, its gradient is
 exactly zero, and Adam would turn the rounding noise of that zero into a random walk.
 """
 
@@ -13,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from utils import InputError, find_generator, places
+from utils import NOISE, InputError, find_generator, places
 
 
 class Translation(NamedTuple):
@@ -156,10 +158,10 @@ def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transpose
 def init_weights(network: nn.Module, std: float = 0.02) -> None:
     """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1).
 
-    The factors of an affine norm come from N(1, std), as in the official code of pix2pix.
+    The factors of affine norms come from N(1, std), as in the official codes of pix2pix and DCGAN.
     """
     for module in network.modules():
-        is_norm = isinstance(module, InstanceNorm2d) and module.affine
+        is_norm = isinstance(module, (InstanceNorm2d, nn.BatchNorm2d)) and module.affine
         if is_norm or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, float(is_norm), std)
             if module.bias is not None:
@@ -290,7 +292,7 @@ class NoiseDropout(nn.Module):
 
     def __init__(self, dim: int, side: int):
         super().__init__()
-        kept = np.random.default_rng((9, side)).random((1, dim, side, side)) < 0.5  # 9: see datasets.py, "Randomness"
+        kept = np.random.default_rng((12, side)).random((1, dim, side, side)) < 0.5  # 12: see datasets.py, "Randomness"
         self.register_buffer("kept", torch.from_numpy(kept), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -536,6 +538,57 @@ class UGATITGenerator(nn.Module):
         return Translation(image, cam_logits=logits, heat_map=heat_map(features, x.shape[-2:]))
 
 
+class DCGANGenerator(nn.Module):
+    """The generator of DCGAN (Radford et al., ICLR 2016): noise is projected to 4×4, then doubled up to ``size``.
+
+    BatchNorm and ReLU follow every layer but the last, which ends in tanh. ``upsample``: "transposed" doubles by
+    transposed convolutions (4×4, stride 2) as the paper, "nearest" repeats pixels and convolves (3×3), with channels
+    wide enough to have as many parameters (see ``noise_widths``). ``size`` is one of ``sizes``.
+
+    Takes (B, nz) noise, as it was trained on; returns (B, channels, size, size) in [-1, 1]. In evaluation mode
+    BatchNorm uses its running statistics, and a picture does not depend on the others of its batch.
+    """
+
+    sizes = (16, 32, 64, 128)
+
+    def __init__(self, nz: int = 100, ngf: int = 64, channels: int = 3, size: int = 64, upsample: str = "transposed"):
+        super().__init__()
+        self.settings = dict(nz=nz, ngf=ngf, channels=channels, size=size, upsample=upsample)
+        widths = noise_widths(nz, ngf, channels, size, upsample)
+        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], 4, bias=False)]  # of one pixel: a projection
+        for width, following in zip(widths, [*widths[1:], channels], strict=True):
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            if upsample == "transposed":
+                layers += [nn.ConvTranspose2d(width, following, 4, stride=2, padding=1, bias=False)]
+            else:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, following, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers)
+        init_weights(self)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return torch.tanh(at_least_float32(self.layers(noise[:, :, None, None])))
+
+
+def noise_widths(nz: int, ngf: int, channels: int, size: int, upsample: str) -> list[int]:
+    """Channels of DCGAN's generator at 4×4, 8×8, … up to half of ``size``: halved each time, ``ngf`` at the last.
+
+    With "nearest", whose 3×3 kernels have fewer weights, ``ngf`` gives way to the number that brings the parameters
+    nearest to those of the transposed one.
+    """
+
+    def widths(last: int) -> list[int]:
+        return [last * size // 2 ** (i + 3) for i in range(int(math.log2(size)) - 2)]
+
+    def parameters(dims: list[int], kernel: int) -> int:
+        weights = sum(a * b for a, b in zip(dims, [*dims[1:], channels], strict=True))
+        return 16 * nz * dims[0] + kernel**2 * weights + 2 * sum(dims)
+
+    if upsample == "transposed":
+        return widths(ngf)
+    wanted = parameters(widths(ngf), 4)
+    return widths(min(range(ngf, 2 * ngf), key=lambda last: abs(parameters(widths(last), 3) - wanted)))
+
+
 def one_size(size: tuple[int, int]) -> str:
     """Why a generator refuses pictures that are not of ``size``, (height, width)."""
     return f"the full U-GAT-IT takes pictures of its training size alone, {size[0]} x {size[1]} (the light one any)"
@@ -630,6 +683,35 @@ class CAMDiscriminator(nn.Module):
         return heat_map(self.attend(x)[0], x.shape[-2:])
 
 
+class DCGANDiscriminator(nn.Module):
+    """The discriminator of DCGAN (Radford et al., ICLR 2016): 4×4 convolutions of stride 2 down to 4×4, LeakyReLU 0.2.
+
+    ``ndf`` channels at first, doubled with every halving; BatchNorm but in the first. Takes (B, channels, size, size),
+    real and generated pictures in calls of their own, because BatchNorm sees the batch; returns a tuple of one logit
+    for each picture, (B,).
+    """
+
+    def __init__(self, channels: int = 3, ndf: int = 64, size: int = 64):
+        super().__init__()
+        dims = [ndf * 2**i for i in range(int(math.log2(size)) - 2)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        for width, following in pairwise(dims):
+            layers += [
+                nn.Conv2d(width, following, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(following),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        layers += [nn.Conv2d(dims[-1], 1, 4, bias=False)]
+        self.layers = nn.Sequential(*layers)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (at_least_float32(self.layers(x)).flatten(),)
+
+
 def depths(size: int) -> tuple[int, int]:
     """``n_layers`` of the global and the local discriminator for pictures whose shorter side is ``size`` pixels.
 
@@ -702,7 +784,14 @@ class ReplayBuffer(nn.Module):
 
 GENERATORS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UNetGenerator, UGATITGenerator)
+    for cls in (
+        AttentionGenerator,
+        SingleMaskGenerator,
+        ResNetGenerator,
+        UNetGenerator,
+        UGATITGenerator,
+        DCGANGenerator,
+    )
 }
 
 
@@ -745,25 +834,32 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.
     """``load_generator`` for a run, shipped weights, a folder or a file (see ``utils.find_generator``).
 
     What it says of itself always has its direction. Raises InputError when there is no generator for ``direction``
-    ("AtoB", "BtoA", or None: a file's own, else "AtoB").
+    ("AtoB", "BtoA", or None: a file's own, else "AtoB"; ``NOISE`` for one that draws from noise).
     """
     path = find_generator(where, direction)
+    way = None if direction == NOISE else direction
     try:
-        generator, about = load_generator(path, direction)
+        generator, about = load_generator(path, way)
     except ValueError as error:
         raise InputError(str(error)) from error
     if "direction" not in about:  # official files tell it by their names alone
-        about["direction"] = "BtoA" if path.stem.endswith("_B") else direction or "AtoB"
+        about["direction"] = "BtoA" if path.stem.endswith("_B") else way or "AtoB"
+    if about["direction"] == NOISE != direction:
+        raise InputError(f"{path}: draws pictures from noise (generate.py shows them) and translates none")
+    if direction == NOISE != about["direction"]:
+        raise InputError(f"{path}: translates {about['direction']}, expected a generator that draws from noise (dcgan)")
     if direction is not None and about["direction"] != direction:
         raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
     return generator, about
 
 
-def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+def open_generators(where: str | Path, noise: bool = False) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """``open_generator`` for every direction that ``where`` has: both for most folders and runs, one for most files.
 
-    Raises InputError when there is none.
+    With ``noise`` it is the one generator that draws from noise. Raises InputError when there is none.
     """
+    if noise:
+        return {NOISE: open_generator(where, NOISE)}
     if any(place.is_file() for place in places(where)):
         generator, about = open_generator(where)
         others = [d for d in about.get("directions", ()) if d != about["direction"]]

@@ -24,6 +24,8 @@ from models import (
     AdaLIN,
     AttentionGenerator,
     CAMDiscriminator,
+    DCGANDiscriminator,
+    DCGANGenerator,
     PatchDiscriminator,
     ReplayBuffer,
     ResNetGenerator,
@@ -34,7 +36,7 @@ from models import (
     depths,
     in_use,
 )
-from utils import InputError
+from utils import NOISE, InputError
 
 Batch = Mapping[str, Tensor]
 
@@ -45,7 +47,7 @@ class Turn(NamedTuple):
     player: "G" or "D", also the key of its optimizer.
     networks: the names of what the move may change (names, so that a wrapped network leaves no stale reference).
     losses: (batch, fakes) to named, already weighted scalars; calling it twice changes nothing (but that the power
-        iteration of a spectral norm goes on).
+        iteration of a spectral norm and the running statistics of BatchNorm go on).
     """
 
     player: str
@@ -60,7 +62,7 @@ class System(nn.Module, ABC):
     """
 
     data = "unpaired"  # the kind of samples it plays with: a key of ``datasets.KINDS``
-    learners: dict[str, str]  # direction ("AtoB") to the name of the network that learns to translate so
+    learners: dict[str, str]  # direction ("AtoB", or ``NOISE``) to the name of the network that learns to translate so
     generators: dict[str, str]  # direction to the one that is saved and shown: the learner, or an average of it
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
@@ -100,7 +102,10 @@ def least_squares(logits: Sequence[Tensor], target: float) -> Tensor:
 
 
 def cross_entropy(logits: Sequence[Tensor], target: float) -> Tensor:
-    """Binary cross-entropy (Goodfellow et al., 2014), mean over each map, summed over the maps of a discriminator."""
+    """Binary cross-entropy (Goodfellow et al., 2014): mean over each map of logits, summed over the maps.
+
+    With the target 1 for generated pictures it is the generator's loss in its form that does not saturate.
+    """
     return torch.stack([F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x in logits]).sum()
 
 
@@ -570,6 +575,61 @@ class Paired(System):
 
 
 # ----------------------------------------------------------------------------------------------------------
+#  DCGAN
+# ----------------------------------------------------------------------------------------------------------
+
+
+#  DCGAN
+# ----------------------------------------------------------------------------------------------------------
+
+
+class DCGAN(System):
+    """DCGAN (Radford et al., ICLR 2016): pictures from noise, one generator against one discriminator.
+
+    L_D = CE(D(real), 1) + CE(D(G(noise)), 0), L_G = CE(D(G(noise)), 1), CE the binary cross-entropy; the discriminator
+    moves first. A batch is {"image": (B, channels, size, size), "noise": (B, nz)}. Real and generated pictures go
+    through the discriminator in calls of their own, because BatchNorm sees the batch.
+    """
+
+    data = "plain"
+
+    def __init__(self, generator: Callable[[], nn.Module], discriminator: Callable[[], nn.Module]):
+        super().__init__()
+        self.G, self.D = generator(), discriminator()
+        self.learners = self.generators = {NOISE: "G"}
+        self.min_size = self.size_multiple = self.G.settings["size"]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn("D", ("D",), self.discriminator_losses), Turn("G", ("G",), self.generator_losses))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.G(batch["noise"])
+
+    def discriminator_losses(self, batch: Batch, fakes: Tensor) -> dict[str, Tensor]:
+        return {
+            "D_real": cross_entropy(self.D(batch["image"]), 1.0),
+            "D_fake": cross_entropy(self.D(fakes.detach()), 0.0),
+        }
+
+    def generator_losses(self, batch: Batch, fakes: Tensor) -> dict[str, Tensor]:
+        return {"G": cross_entropy(self.D(fakes), 1.0)}
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, fakes: Tensor) -> dict[str, Tensor]:
+        """``spread_*``: the standard deviation of a pixel over the batch, their mean; near 0 when all are alike."""
+        pictures = {"real": batch["image"], "fake": fakes}
+        return {f"spread_{name}": x.std(dim=0, correction=0).mean() for name, x in pictures.items()}
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        """A column of real pictures and as many columns of samples as there are noise vectors for each of them."""
+        with in_use(self.G) as generator:
+            samples = generator(batch["noise"]).split(len(batch["image"]))
+        return {"real": batch["image"]} | {f"sample {i}": column for i, column in enumerate(samples, 1)}
+
+
+# ----------------------------------------------------------------------------------------------------------
 #  The table
 # ----------------------------------------------------------------------------------------------------------
 
@@ -730,6 +790,28 @@ def pix2pix(
     )
 
 
+def dcgan(
+    *,
+    channels: int = 3,
+    nz: int = 100,
+    ngf: int = 64,
+    ndf: int = 64,
+    upsample: str = "transposed",
+    img_height: int = 64,
+    img_width: int = 64,
+) -> DCGAN:
+    """DCGAN."""
+    if img_height != img_width or img_height not in DCGANGenerator.sizes:
+        raise InputError(
+            f"--img_height {img_height} --img_width {img_width}: dcgan makes square pictures, expected both to be one "
+            f"of {', '.join(map(str, DCGANGenerator.sizes))}"
+        )
+    return DCGAN(
+        lambda: DCGANGenerator(nz, ngf, channels, img_height, upsample),
+        lambda: DCGANDiscriminator(channels, ndf, img_height),
+    )
+
+
 # Name to builder. A builder's keywords are the system's options and their defaults its presets; ``seed`` is the
 # key of the replay buffers' randomness, ``img_height`` and ``img_width`` are the size of the training pictures.
 # ``train.py`` makes the flags from here.
@@ -739,10 +821,20 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "cyclegan": cyclegan,
     "ugatit": ugatit,
     "pix2pix": pix2pix,
+    "dcgan": dcgan,
 }
 
 # What a system wants of the options that all systems share, where it is not their usual default.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     # 294 epochs of selfie2anime's 3,400 pictures are the official 1,000,000 steps.
     "ugatit": {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"},
+    # The epochs are those of pytorch/examples.
+    "dcgan": {
+        "img_height": 64,
+        "img_width": 64,
+        "resize": "short_side",
+        "n_epochs": 25,
+        "batch_size": 128,
+        "decay_by": "never",
+    },
 }

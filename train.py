@@ -32,7 +32,6 @@ from datasets import (
     EpochSampler,
     PictureDataset,
     draw_built_in,
-    fixed_batch,
     make_loader,
     normalise,
     quantise,
@@ -50,7 +49,8 @@ from utils import SAVED_MODELS, InputError, say
 # Help for the options that a system's builder declares; a default stands there (see systems.py).
 SYSTEM_HELP = {
     "channels": "colour channels of the pictures: 3 RGB, 1 grey",
-    "ngf": "channels of the generators' first convolution",
+    "nz": "length of a noise vector",
+    "ngf": "channels of the generators' first convolution; of dcgan's, which runs the other way, before the last",
     "ndf": "channels of the discriminators' first convolution",
     "n_residual_blocks": "residual blocks of each generator",
     "n_layers_D": "stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34",
@@ -111,6 +111,7 @@ The defaults are CycleGAN's schedule, which the official AttentionGAN options sh
 rate falling to zero from epoch 100. The official AttentionGAN script trains instead with
   --batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5
 U-GAT-IT (--system ugatit) has defaults of its own: 294 epochs, on selfie2anime the official 1,000,000 steps.
+DCGAN (--system dcgan), too: 64 x 64, batch 128, 25 epochs at one rate, the middle of each picture (short_side).
 """
 
 
@@ -131,7 +132,7 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add(
         "--task",
         choices=TASKS,
-        default="translation",
+        default=TASKS[0],
         help="colorization: the pictures of train (or trainB) and test (or testB) are B, their grey versions A",
     )
     add("--img_height", type=int, default=256, help="height of the training pictures, pixels")
@@ -170,7 +171,12 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         help="epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
         "(default: half of --n_epochs)",
     )
-    add("--decay_by", choices=("epoch", "step"), default="epoch", help="how often the rate falls after --decay_epoch")
+    add(
+        "--decay_by",
+        choices=("epoch", "step", "never"),
+        default="epoch",
+        help="how often the rate falls after --decay_epoch",
+    )
     add("--batch_size", type=int, default=1, help="samples per step and process")
     add("--lr", type=float, default=2e-4, help="Adam: learning rate")
     add("--b1", type=float, default=0.5, help="Adam: decay of the first moment")
@@ -295,6 +301,7 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
     least |= {
         "lambda_warmup": 0,
         "curriculum_epochs": 0,
+        "nz": 1,
         "ngf": 1,
         "ndf": 1,
         "n_masks": 2,
@@ -375,11 +382,15 @@ def set_up(
 
 def build_dataset(options: argparse.Namespace) -> PictureDataset:
     with torch.device("meta"):
-        kind = build_system(options).data
-    root = Path(options.data_dir) / options.dataset_name
-    size = options.img_height, options.img_width
-    hold_out = options.eval_interval > 0
-    return KINDS[kind](root, size, options.channels, options.resize, options.seed, hold_out, options.task)
+        make = KINDS[build_system(options).data]
+    given = {
+        **vars(options),
+        "root": Path(options.data_dir) / options.dataset_name,
+        "size": (options.img_height, options.img_width),
+        "how": options.resize,
+        "hold_out": options.eval_interval > 0,
+    }
+    return make(**{key: given[key] for key in inspect.signature(make).parameters})
 
 
 def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
@@ -388,7 +399,7 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 def load_generators(system: System, where: str) -> None:
     """Give the learners the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
-    opened = open_generators(where)
+    opened = open_generators(where, noise=utils.NOISE in system.learners)
     for direction, name in system.learners.items():
         if direction not in opened:
             raise InputError(
@@ -609,8 +620,10 @@ def learning_rate(options: argparse.Namespace, step: int, steps_per_epoch: int) 
     """The rate of a step, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
 
     It falls with each epoch, by the rule of the official AttentionGAN code, or (``decay_by`` "step") with each step; it
-    would reach zero in the one after the last.
+    would reach zero in the one after the last. With ``decay_by`` "never" it stays.
     """
+    if options.decay_by == "never":
+        return options.lr
     by_step = options.decay_by == "step"
     done, unit = (step, steps_per_epoch) if by_step else (step // steps_per_epoch, 1)
     constant, total = unit * options.decay_epoch, unit * options.n_epochs
@@ -643,8 +656,7 @@ def train(
             f"{len(dataset)} samples in {options.data_dir}/{options.dataset_name} do not fill one batch of "
             f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
         )
-    samples = fixed_batch(dataset.root, 4, dataset.size, options.channels, options.resize, options.task)
-    samples = next(utils.to_device([samples], device, normalise))
+    samples = next(utils.to_device([dataset.fixed_batch(4)], device, normalise))
 
     run = Run(options, system, optimizers, len(loader), device)
     state = run.load() if options.resume else {"step": 0}
@@ -672,7 +684,8 @@ def train(
                 for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
                     group["lr"] = lr
                 players.begin(epoch, record.step)
-                record.note(play(players, optimizers, autocast, batch), sum(map(len, batch.values())), epoch, lr)
+                images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is none
+                record.note(play(players, optimizers, autocast, batch), images, epoch, lr)
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
                     with autocast():
                         record.sheet(system.sheet(samples))

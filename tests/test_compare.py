@@ -3,10 +3,13 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import compare
-from datasets import draw_built_in
+from datasets import Picture, draw_built_in, fixed_noise, quantise, unaugmented
+from metrics import Features, kernel_distance
+from models import load_generator
 
 TINY = (
     "--dataset_name solid2striped --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 "
@@ -66,6 +69,55 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeyp
     assert "compare_systems_good_0: done" in shown.out and "compare_systems_bad_0: failed" in shown.out
     assert "1 of 2 runs failed" in shown.err and "--n_layers_D 0: expected at least 1" in shown.err
     assert compare.is_finished("compare_systems_good_0")
+
+
+def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(monkeypatch, capsys):
+    tiny = "--system dcgan --dataset_name solid2striped --channels 1 --img_height 16 --img_width 16 --nz 4 --ngf 4 "
+    tiny += "--ndf 4 --batch_size 2 --n_epochs 2 --n_cpu 0 --sample_interval 0"
+    settings = {"transposed": "", "nearest": "--upsample nearest"}
+    monkeypatch.setitem(compare.COMPARISONS, "dcgan", compare.Comparison(tiny, settings))
+    assert compare.main(["dcgan"]) == 2
+    assert (
+        "--extractor none: samples are compared by their features" in capsys.readouterr().err
+        and not Path("saved_models").exists()
+    )
+
+    class PixelExtractor:
+        suffix = "-pixels"
+
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, images):
+            return Features(images.float().flatten(1) / 255, None)
+
+    monkeypatch.setattr(compare, "Extractor", PixelExtractor)
+    draw_built_in(Path("data/solid2striped"), n_train=4, n_test=3)
+    assert compare.main(["dcgan", "--seeds", "3", "4", "--extractor", "pixels"]) == 0
+    text = Path("docs/compare_dcgan.md").read_text()
+    heads, _, *rows = text.split("## generator")[1].split("## Settings")[0].strip().splitlines()
+    rows = {cells(line)[0]: cells(line) for line in rows}
+    assert list(rows) == [*settings, "the training pictures"]
+    column = cells(heads).index("100 KID-pixels")
+
+    def pictures(folder):
+        paths = sorted(Path("data/solid2striped", folder).glob("*.png"))
+        return torch.stack([unaugmented(Picture(path), (16, 16), 1) for path in paths]).float().flatten(1) / 255
+
+    real = pictures("testA")
+    for setting in settings:
+        figures = []
+        for seed in (3, 4):
+            generator, about = load_generator(f"saved_models/compare_dcgan_{setting}_{seed}/generator.pt")
+            assert about["step"] == 4 and generator.settings["upsample"] == setting
+            with torch.no_grad():
+                samples = quantise(generator.eval()(fixed_noise(500, 4, seed)))
+            figures.append(100 * kernel_distance(samples.float().flatten(1) / 255, real))
+        expected = f"{statistics.mean(figures):.2f} ± {statistics.stdev(figures):.2f}"
+        assert rows[setting][column] == expected and float(rows[setting][cells(heads).index("steps/s")]) > 0
+    assert rows["the training pictures"][column] == f"{100 * kernel_distance(pictures('trainA'), real):.2f}"
+    with Image.open("docs/compare_dcgan.png") as sheet:
+        assert sheet.height == 18 + 2 * (16 * 6 + 2) + 2
 
 
 def test_every_comparison_has_flags_that_train_takes():

@@ -28,13 +28,16 @@ from datasets import (
     RESIZE,
     EpochSampler,
     Picture,
+    PlainDataset,
     PublicSet,
     UnpairedDataset,
     draw_built_in,
     fetch,
     find_pictures,
+    find_plain,
     find_side,
     fixed_batch,
+    fixed_noise,
     import_pictures,
     make_loader,
     normalise,
@@ -469,6 +472,108 @@ def test_fixed_batch_takes_the_middle_when_the_aspect_is_kept(tmp_path):
         save(image, tmp_path / f"train{side}" / "0.png")
     batch = fixed_batch(tmp_path, 1, (16, 16), how="short_side")["A"][0]
     assert torch.equal(batch, torch.tensor(BLUE, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Plain folders
+# ----------------------------------------------------------------------------------------------------------
+
+
+def places(pictures, root):
+    return [str(picture.path.relative_to(root)) for picture in pictures]
+
+
+def test_plain_pictures_come_from_train_trainA_or_the_folder_itself(tmp_path):
+    for path in ("a.png", "deep/b.png", "test/c.png", "testA/d.png", "val/e.png"):
+        plain(tmp_path / path)
+    assert places(find_plain(tmp_path, "train"), tmp_path) == ["a.png", "deep/b.png"]
+    assert places(find_plain(tmp_path, "test"), tmp_path) == ["test/c.png"]
+    plain(tmp_path / "trainA" / "f.png")
+    plain(tmp_path / "trainB" / "g.png")
+    assert places(find_plain(tmp_path, "train"), tmp_path) == ["trainA/f.png"]
+    shutil.rmtree(tmp_path / "test")
+    assert places(find_plain(tmp_path, "test"), tmp_path) == ["testA/d.png"]
+    plain(tmp_path / "train" / "deep" / "h.png")
+    assert places(find_plain(tmp_path, "train"), tmp_path) == ["train/deep/h.png"]
+    assert find_plain(tmp_path / "nowhere", "train") == find_plain(tmp_path / "nowhere", "test") == []
+
+
+def test_what_a_plain_set_lacks_or_cannot_do_is_named(tmp_path):
+    with pytest.raises(
+        InputError, match=r"faces: no such folder\. Expected pictures in .*faces/train, in .*trainA, or"
+    ):
+        PlainDataset(tmp_path / "faces", (16, 16))
+    plain(tmp_path / "test" / "a.png")
+    with pytest.raises(InputError, match=r"no pictures \(\.jpg, .*\) to train on in it"):
+        PlainDataset(tmp_path, (16, 16))
+    plain(tmp_path / "b.png")
+    with pytest.raises(InputError, match="--eval_interval measures translations"):
+        PlainDataset(tmp_path, (16, 16), hold_out=True)
+    with pytest.raises(InputError, match="--task colorization is for translations, and pictures from noise are none"):
+        PlainDataset(tmp_path, (16, 16), task="colorization")
+    (tmp_path / "test" / "bad.png").write_text("no")
+    with pytest.raises(InputError, match=r"1 picture.*\n.*test/bad\.png: "):
+        PlainDataset(tmp_path, (16, 16)).check()
+
+
+@pytest.mark.parametrize("how", RESIZE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_plain_sample_is_the_picture_or_its_mirror_image_and_noise(tmp_path, how, channels):
+    pictures = [noise(i, (32, 48)) for i in range(4)]
+    for i, picture in enumerate(pictures):
+        save(picture, tmp_path / f"{i}.png")
+    dataset = PlainDataset(tmp_path, (16, 16), channels, how, seed=3, nz=50)
+    assert len(dataset) == 4 and dataset.held_out == {"image": []}
+    flipped, vectors = set(), []
+    for epoch in range(8):
+        for i, picture in enumerate(pictures):
+            sample = dataset[epoch, i]
+            again = PlainDataset(tmp_path, (16, 16), channels, how, seed=3, nz=50)[epoch, i]
+            assert all(torch.equal(sample[key], again[key]) for key in ("image", "noise"))
+            seen = picture.convert("L") if channels == 1 else picture
+            upright = resize(seen, (16, 16), how)  # 16 x 24 where the aspect is kept, of which the middle is taken
+            top = (upright.height - 16) // 2
+            upright = to_tensor(upright)[:, top : top + 16]
+            mirrored = torch.equal(sample["image"], upright.flip(-1))
+            assert mirrored or torch.equal(sample["image"], upright)
+            flipped.add(mirrored)
+            assert sample["noise"].dtype == torch.float32 and sample["noise"].shape == (50,)
+            vectors.append(sample["noise"])
+    vectors = torch.stack(vectors)
+    assert flipped == {True, False} and len(vectors.unique(dim=0)) == 32
+    assert -1 <= vectors.min() < -0.99 < 0.99 < vectors.max() <= 1 and abs(vectors.var() - 1 / 3) < 0.03
+    expected = np.random.default_rng((9, 3, 7, 2)).uniform(-1, 1, 50).astype(np.float32)
+    assert np.array_equal(dataset[7, 2]["noise"].numpy(), expected)
+    other = PlainDataset(tmp_path, (16, 16), channels, how, seed=4, nz=50)
+    assert not torch.equal(other[0, 0]["noise"], dataset[0, 0]["noise"])
+
+    before = [dataset[1, i] for i in range(4)]
+    assert not dataset.load(4 * channels * 256 - 1) and dataset.load(4 * channels * 256)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    for i, sample in enumerate(before):
+        assert all(torch.equal(sample[key], dataset[1, i][key]) for key in sample)
+
+
+def test_the_fixed_batch_of_a_plain_set_has_test_pictures_and_noise_of_the_seed(tmp_path):
+    for folder, seed in (("train", 0), ("test", 10)):
+        for i in range(3):
+            save(noise(seed + i, (16, 16)), tmp_path / folder / f"{i}.png")
+    dataset = PlainDataset(tmp_path, (16, 16), seed=5, nz=7)
+    batch = dataset.fixed_batch(2)
+    assert torch.equal(batch["image"], torch.stack([to_tensor(noise(10 + i, (16, 16))) for i in range(2)]))
+    assert torch.equal(batch["noise"], fixed_noise(2 * PlainDataset.SAMPLES, 7, 5))
+    assert torch.equal(fixed_noise(3, 7, 5), fixed_noise(64, 7, 5)[:3])
+    assert not torch.equal(fixed_noise(1, 7, 5)[0], dataset[0, 0]["noise"])
+    shutil.rmtree(tmp_path / "test")
+    batch = PlainDataset(tmp_path, (16, 16)).fixed_batch(8)
+    assert len(batch["image"]) == 3 and len(batch["noise"]) == 3 * PlainDataset.SAMPLES
+
+
+def test_normalising_leaves_noise_alone():
+    vectors = fixed_noise(2, 3, 0)
+    assert normalise(vectors) is vectors
+    assert torch.equal(normalise(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
 
 
 # ----------------------------------------------------------------------------------------------------------

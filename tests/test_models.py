@@ -14,6 +14,8 @@ from models import (
     AdaLIN,
     AttentionGenerator,
     CAMDiscriminator,
+    DCGANDiscriminator,
+    DCGANGenerator,
     InstanceNorm2d,
     NoiseDropout,
     PatchDiscriminator,
@@ -28,10 +30,12 @@ from models import (
     in_use,
     load_generator,
     load_official,
+    open_generator,
     open_generators,
     pack_generator,
     translate_any_size,
 )
+from utils import InputError
 
 # Published counts (with biases everywhere) less the biases that InstanceNorm cancels.
 STEM_AND_BLOCKS = 64 + 128 + 256 + 9 * 2 * 256
@@ -51,6 +55,9 @@ PARAMETERS = {
     "UGATITGenerator, light": (UGATITGenerator, 10_589_888),
     "CAMDiscriminator, global": (partial(CAMDiscriminator, n_layers=7), 53_130_176),
     "CAMDiscriminator, local": (partial(CAMDiscriminator, n_layers=5), 3_290_560),
+    # Those of pytorch/examples.
+    "DCGANGenerator": (DCGANGenerator, 3_576_704),
+    "DCGANDiscriminator": (DCGANDiscriminator, 2_765_568),
 }
 
 
@@ -59,6 +66,17 @@ def test_parameter_counts_are_the_official_ones_less_the_cancelled_biases(name):
     network, expected = PARAMETERS[name]
     with torch.device("meta"):
         assert sum(p.numel() for p in network().parameters()) == expected
+
+
+@pytest.mark.parametrize("size", DCGANGenerator.sizes)
+@pytest.mark.parametrize("ngf", [16, 32, 64, 128])
+def test_both_ways_of_dcgan_to_enlarge_have_about_as_many_parameters(size, ngf):
+    with torch.device("meta"):
+        transposed, nearest = (
+            sum(p.numel() for p in DCGANGenerator(ngf=ngf, size=size, upsample=upsample).parameters())
+            for upsample in ("transposed", "nearest")
+        )
+    assert abs(nearest / transposed - 1) < 0.02
 
 
 @pytest.mark.parametrize("kernel", [1, 7])
@@ -139,6 +157,101 @@ def test_other_channels_and_widths():
     assert (image.shape, attention.shape, content.shape) == ((1, 1, 12, 12), (1, 2, 12, 12), (1, 1, 1, 12, 12))
     assert ResNetGenerator(ngf=4, n_residual_blocks=1)(torch.zeros(1, 3, 16, 8)).image.shape == (1, 3, 16, 8)
     assert ResNetGenerator(ngf=4, n_residual_blocks=1)(torch.zeros(1, 3, 8, 8)).foreground is None
+
+
+def plain_batch_norm(x, norm, training):
+    """By its formula: over batch and places, or by the running statistics."""
+    running = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+    over = dict(dim=(0, 2, 3), keepdim=True)
+    mean, var = (x.mean(**over), x.var(**over, correction=0)) if training else running
+    return (x - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def random_weights(network):
+    """Far from the start, and running statistics of some data."""
+    torch.manual_seed(1)
+    for key, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            nn.init.normal_(tensor, std=0.3) if not key.endswith("var") else nn.init.uniform_(tensor, 0.5, 2)
+    return network.double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("upsample", ["transposed", "nearest"])
+def test_dcgans_generator_is_the_plain_formula(upsample, training):
+    generator = random_weights(DCGANGenerator(nz=5, ngf=4, channels=1, size=32, upsample=upsample)).train(training)
+    noise = torch.rand(3, 5, dtype=torch.float64) * 2 - 1
+    convolutions = [m for m in generator.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    norms = [m for m in generator.layers if isinstance(m, nn.BatchNorm2d)]
+    assert len(convolutions) == 4 and len(norms) == 3 and all(c.bias is None for c in convolutions)
+    projected = torch.einsum("bz,zcij->bcij", noise, convolutions[0].weight)  # (3, 4 ngf, 4, 4)
+    x = F.relu(plain_batch_norm(projected, norms[0], training))
+    for i in (1, 2, 3):
+        if upsample == "transposed":
+            spread = x.new_zeros(*x.shape[:2], 2 * x.shape[2] + 1, 2 * x.shape[3] + 1)  # a zero between pixels
+            spread[..., 1::2, 1::2] = x
+            kernel = convolutions[i].weight.transpose(0, 1).flip(2, 3)
+            x = F.conv2d(F.pad(spread, (1, 1, 1, 1)), kernel)
+        else:
+            x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            x = F.conv2d(F.pad(x, (1, 1, 1, 1)), convolutions[i].weight)
+        x = F.relu(plain_batch_norm(x, norms[i], training)) if i < 3 else torch.tanh(x)
+    if not training:  # a picture alone is the same as among others
+        torch.testing.assert_close(generator(noise[1:2]), x[1:2], rtol=0, atol=1e-12)
+    assert x.shape == (3, 1, 32, 32) and x.std() > 0.05
+    torch.testing.assert_close(generator(noise), x, rtol=0, atol=1e-12)
+
+
+def test_dcgans_discriminator_is_the_plain_formula():
+    judge = random_weights(DCGANDiscriminator(channels=3, ndf=4, size=32))
+    x = picture = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    convolutions = [m for m in judge.layers if isinstance(m, nn.Conv2d)]
+    norms = [None, *(m for m in judge.layers if isinstance(m, nn.BatchNorm2d))]
+    assert [c.weight.shape[0] for c in convolutions] == [4, 8, 16, 1] and len(norms) == 3
+    for convolution, norm in zip(convolutions, norms, strict=False):
+        x = F.conv2d(x, convolution.weight, stride=2, padding=1)
+        x = F.leaky_relu(x if norm is None else plain_batch_norm(x, norm, training=True), 0.2)
+    assert x.shape == (3, 16, 4, 4)
+    logits = (x * convolutions[-1].weight).sum(dim=(1, 2, 3))
+    (found,) = judge(picture)
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-12)
+
+
+def test_dcgans_first_weights_are_the_papers():
+    torch.manual_seed(0)
+    for network in (DCGANGenerator(ngf=16), DCGANDiscriminator(ndf=16)):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.num_features >= 64:
+                assert 0.9 < module.weight.mean() < 1.1 and 0.015 < module.weight.std() < 0.025
+                assert torch.equal(module.bias, torch.zeros_like(module.bias))
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.numel() > 1000:
+                assert 0.018 < module.weight.std() < 0.022 and abs(module.weight.mean()) < 0.002
+
+
+def test_a_file_of_dcgans_generator_holds_the_running_statistics_and_translates_none(tmp_path):
+    generator = DCGANGenerator(nz=3, ngf=4, channels=1, size=16, upsample="nearest")
+    noise = torch.rand(4, 3) * 2 - 1
+    for _ in range(5):
+        generator(noise)
+    path = tmp_path / "generator.pt"
+    torch.save({**pack_generator(generator), "direction": "generator"}, path)
+    for where in (path, tmp_path):
+        opened, about = open_generator(where, "generator")
+        assert about["direction"] == "generator"
+        assert torch.equal(opened.eval()(noise[:1]), generator.eval()(noise[:1]))
+        for call in (open_generator, partial(open_generator, direction="BtoA"), open_generators):
+            with pytest.raises(
+                InputError, match=r"generator\.pt: draws pictures from noise \(.*\) and translates none"
+            ):
+                call(where)
+    for weights in (pack_generator(ResNetGenerator(ngf=4, n_residual_blocks=1)), official_ugatit_weights(1)):
+        torch.save(weights, tmp_path / "AtoB.pt")
+        with pytest.raises(InputError, match=r"AtoB\.pt: translates AtoB, expected a generator that draws from noise"):
+            open_generator(tmp_path / "AtoB.pt", "generator")
+    path.unlink()
+    with pytest.raises(InputError, match=r"no generator for noise found\. Looked for a file, or generator\.pt in"):
+        open_generator(tmp_path, "generator")
 
 
 @pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator])

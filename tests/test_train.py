@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_models import official_ugatit_weights
+from test_systems import TWO_WAY
 
 import train
 import utils
@@ -25,6 +26,13 @@ from utils import InputError
 
 TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
 QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
+
+
+# 3 steps an epoch: it takes the 6 pictures of trainA.
+QUICK_DCGAN = (
+    "--system dcgan --dataset_name small --img_height 16 --img_width 16 --nz 5 --ngf 4 --ndf 4 --batch_size 2 "
+    "--log_interval 1 --n_cpu 0 --sample_interval 0"
+)
 
 
 def quick(system: str) -> str:
@@ -92,7 +100,7 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", train.SYSTEMS)
+@pytest.mark.parametrize("system", TWO_WAY)
 def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     assert run(f"{quick(system)} --system {system} --n_epochs 2 --sample_interval 6") == 0
     name = f"small_{system}"
@@ -121,6 +129,62 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     generator, about = load_generator(f"saved_models/{name}/AtoB.pt")
     assert about["step"] == 12 and about["options"]["img_height"] == 12
     same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_run_of_dcgan_leaves_its_generator_log_and_sheets(small_set, channels):
+    assert run(f"{QUICK_DCGAN} --channels {channels} --n_epochs 2 --sample_interval 3") == 0
+    entries = log("small_dcgan")
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6] and {e["lr"] for e in entries} == {2e-4}
+    assert {"D_real", "D_fake", "G", "spread_real", "spread_fake"} <= entries[0].keys()
+    with Image.open("images/small_dcgan/00000003.png") as sheet:  # a real one, six samples; two test pictures
+        assert sheet.size == (7 * (16 * 6 + 2) + 2, 2 * (16 * 6 + 2) + 2 + 18)
+    assert not list(Path("saved_models/small_dcgan").glob("?to?.pt"))
+    generator, about = load_generator("saved_models/small_dcgan/generator.pt")
+    assert about["step"] == 6 and about["direction"] == "generator" and about["options"]["nz"] == 5
+    assert generator.settings["channels"] == channels
+    weights = checkpoint("small_dcgan")["networks"]["G"]
+    same(dict(generator.state_dict()), dict(weights))
+    assert weights["layers.1.num_batches_tracked"] == 6 and weights["layers.1.running_mean"].abs().min() > 0
+    # Others may start from it; at a rate of nearly zero they stay there.
+    assert run(f"{QUICK_DCGAN} --channels {channels} --n_epochs 1 --lr 0 --init_from small_dcgan --name next") == 0
+    assert torch.equal(checkpoint("next")["networks"]["G"]["layers.0.weight"], weights["layers.0.weight"])
+
+
+@pytest.mark.parametrize("step, loading", [(2, ""), (3, "--cache_gb 0"), (4, "--cache_gb 0 --n_cpu 2")])
+def test_dcgan_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, loading):
+    command = f"{QUICK_DCGAN} --n_epochs 3 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
+    assert run(f"--name stopped --resume {loading}") == 0
+    same_run("straight", "stopped")
+
+
+def test_dcgans_presets_are_the_papers(capsys):
+    options = train.parse_options(["--system", "dcgan"])
+    assert (options.lr, options.b1, options.b2, options.batch_size) == (2e-4, 0.5, 0.999, 128)
+    assert (options.img_height, options.img_width, options.nz, options.upsample) == (64, 64, 100, "transposed")
+    assert {train.learning_rate(options, step, 4) for step in range(100)} == {2e-4}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--img_height 48", r"--img_height 48 --img_width 16: dcgan makes square pictures, .* 16, 32, 64, 128"),
+        ("--nz 0", r"--nz 0: expected at least 1"),
+        ("--eval_interval 1", r"--eval_interval measures translations, and pictures from noise are none; expected 0"),
+        ("--batch_size 7", r"6 samples in data/small do not fill one batch of 7"),
+        ("--dataset_name nothing", r"data/nothing: no such folder. Expected pictures in data/nothing/train"),
+        ("--init_from AtoB.pt", r"AtoB.pt: translates AtoB, expected a generator that draws from noise"),
+    ],
+)
+def test_what_dcgan_cannot_do_is_named(small_set, capsys, flags, message):
+    torch.save({**pack_generator(AttentionGenerator(ngf=4)), "direction": "AtoB"}, "AtoB.pt")
+    assert run(f"{QUICK_DCGAN} {flags}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("saved_models/small_dcgan/checkpoint.pt").exists()
 
 
 def test_the_log_holds_means_over_its_interval(small_set):
