@@ -15,6 +15,7 @@ machines and other flags stay.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -160,14 +162,12 @@ def ladder(kind: str, device: torch.device, with_textbook: bool) -> list[Variant
     return variants
 
 
-def make_work(
-    variant: Variant, options: argparse.Namespace, device: torch.device
-) -> tuple[Callable[[], Any], dict[str, torch.optim.Optimizer]]:
-    """What one turn does, on random pictures that are on the device already, and the optimizers it has."""
+def make_work(variant: Variant, options: argparse.Namespace, device: torch.device) -> Callable[[], Any]:
+    """What is timed, on random pictures that are on the device already."""
     if variant.kind == "matmul":
         dtype = torch.bfloat16 if variant.precision == "bf16" else torch.float32
         a, b = (torch.randn(MATMUL, MATMUL, device=device, dtype=dtype) for _ in range(2))
-        return lambda: a @ b, {}
+        return lambda: a @ b
     options.precision, options.compile = variant.precision, variant.compile
     system, optimizers, autocast = train.set_up(options, device)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
@@ -179,9 +179,9 @@ def make_work(
     batch = {side: (torch.rand(shape, device=device) * 2 - 1).contiguous(memory_format=layout) for side in "AB"}
     if variant.kind == "textbook":
         book = Textbook(system, optimizers)
-        return lambda: book.step(batch), optimizers
+        return lambda: book.step(batch)
     if variant.kind == "step":
-        return lambda: train.play(system, optimizers, autocast, batch), optimizers
+        return lambda: train.play(system, optimizers, autocast, batch)
     generator = system.get_submodule(system.generators["AtoB"])
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ def make_work(
         with autocast():
             return generator(batch["A"]).image
 
-    return translate, {}
+    return translate
 
 
 def count_flop(kind: str, options: argparse.Namespace) -> int:
@@ -214,38 +214,35 @@ MIB = 2**20
 
 
 def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, device_name: str) -> None:
-    """A process of one variant: does as many turns as it is told, and answers with the seconds.
+    """A process of one variant: does its work as often as it is told, and answers with the seconds of one time.
 
-    Told 0, it answers with the rest of its figures and ends. An InputError's or an exhausted memory's message is
+    Told 0, it answers with the rest of its figures and ends. The message of an InputError or of an exhausted memory is
     answered in place of a figure.
     """
     try:
         device = torch.device(device_name)
         cuda = device.type == "cuda"
 
-        def finish(shown: Any) -> None:
+        def timed(times: int) -> float:
+            start = time.perf_counter()
+            for _ in range(times):
+                work()
             if cuda:
                 torch.cuda.synchronize()
+            return (time.perf_counter() - start) / times
 
         start = time.perf_counter()
-        work, optimizers = make_work(variant, options, device)
-        before = resident()
-        for _ in range(2):  # the first also compiles, and makes the optimizers' state
-            finish(work())
-        figures = {"warm-up": time.perf_counter() - start}
-        # What stays between turns. The CPU's allocator does not give all back, so there it is reckoned.
-        rest = torch.cuda.memory_allocated() if cuda else before + sum(map(held, optimizers.values()))
-        pipe.send(figures["warm-up"])
-        while turns := pipe.recv():
-            start = time.perf_counter()
-            for _ in range(turns):
-                shown = work()
-            finish(shown)
-            pipe.send((time.perf_counter() - start) / turns)
-            if cuda:
-                torch.cuda.empty_cache()  # others want it meanwhile
-        peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
-        figures |= {"peak": peak / MIB, "activations": (peak - rest) / MIB}
+        work = make_work(variant, options, device)
+        timed(2)  # the first also compiles, and makes the optimizers' state
+        pipe.send(time.perf_counter() - start)
+        while times := pipe.recv():
+            timed(1)  # finds the memory and the caches that the others had meanwhile
+            pipe.send(timed(times))
+            give_back(cuda)
+        figures = {
+            "peak": (torch.cuda.max_memory_allocated() if cuda else peak_resident()) / MIB,
+            "kept": kept_for_backward(work) / MIB,
+        }
         if cuda:
             figures["kernels"] = count_kernels(work)
         pipe.send(figures)
@@ -253,17 +250,36 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         pipe.send("out of memory" if utils.is_out_of_memory(error) else str(error).strip().splitlines()[0])
 
 
-def held(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the gradients and moments of the parameters that it moves."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(t.nbytes for t in (*moments, *(p.grad for p in parameters if p.grad is not None)))
+def give_back(cuda: bool) -> None:
+    """Free the memory that the allocators keep for later: the others want it meanwhile."""
+    if cuda:
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
-def resident() -> int:
-    """This process's memory in RAM now, bytes; on systems without /proc the most it has had."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_resident()
+def kept_for_backward(work: Callable[[], Any]) -> int:
+    """Bytes that autograd has kept, float32 parameters apart, when the first backward pass begins."""
+    kept: dict[int, int] = {}
+    tensors: list[Tensor] = []  # what is freed could share its address with what comes later
+    begun = False
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not begun and not isinstance(tensor, nn.Parameter):
+            tensors.append(tensor.detach())
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        nonlocal begun
+        begun = True
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        work()
+    return sum(kept.values())
 
 
 def peak_resident() -> int:
@@ -291,36 +307,37 @@ class Server:
         self.process.start()
         theirs.close()
         self.seconds: list[float] = []
-        self.figures: dict[str, float] = {}
         self.trouble: str | None = None
-        self._hear()  # that it is warm
+        warm_up = self._hear()
         once = self.ask(1)
-        self.turns = math.ceil(1.0 / once) if once else 1  # steps in a turn, which takes a second at least
+        self.figures = {"warm-up": warm_up}
+        self.times = math.ceil(1.0 / once) if once else 1  # in a turn, which takes a second at least
 
     def _hear(self) -> Any:
         try:
             answer = self.pipe.recv()
-        except EOFError:  # the kernel killed it: out of memory, most likely
+        except (EOFError, ConnectionResetError):
             self.process.join()
-            answer = f"ended by itself, exit code {self.process.exitcode}"
+            answer = f"killed (exit code {self.process.exitcode}), as systems do when memory runs out"
         if isinstance(answer, str):
             self.trouble = answer
             return None
         return answer
 
-    def ask(self, turns: int) -> Any:
+    def ask(self, times: int) -> Any:
         if self.trouble is not None:
             return None
-        self.pipe.send(turns)
+        with suppress(BrokenPipeError):  # it has been killed; what is heard says so
+            self.pipe.send(times)
         return self._hear()
 
     def take_turn(self) -> None:
-        seconds = self.ask(self.turns)
+        seconds = self.ask(self.times)
         if seconds is not None:
             self.seconds.append(seconds)
 
     def end(self) -> None:
-        self.figures = self.ask(0) or {}
+        self.figures |= self.ask(0) or {}
         self.process.join()
 
 
@@ -400,7 +417,7 @@ def seconds(value: float) -> str:
 def lay_out(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The cells of ``measure``'s rows, headings first."""
     first = rows[0]
-    heads = ["", "a turn: median (least–most)", "pairs/s", f"× {first['variant']}", "peak memory", "activations"]
+    heads = ["", "median (least–most)", "pairs/s", f"× {first['variant']}", "peak memory", "kept for backward"]
     heads += ["TFLOP/s", "of matmul's rate", "warm-up"]
     kernels = any("kernels" in row for row in rows)
     cells = [[*heads, "kernels"] if kernels else heads]
@@ -415,7 +432,7 @@ def lay_out(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{row['pairs/s']:.2f}",
             ratio,
             f"{row['peak']:,.0f} MiB",
-            f"{row['activations']:,.0f} MiB",
+            f"{row['kept']:,.0f} MiB",
             f"{row['TFLOP/s']:.3f}",
             f"{100 * row['share of matmul']:.0f} %",
             f"{row['warm-up']:.0f} s",
@@ -523,7 +540,7 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
                     found = options(system, size, n)
                     server = Server(pick_own(found, device), found, device)
                     server.end()
-                    line.append(f"{server.figures['peak']:,.0f} MiB" if server.figures else str(server.trouble))
+                    line.append(f"{server.figures['peak']:,.0f} MiB" if server.trouble is None else server.trouble)
                     table.append({"size": size, "batch": n, "trouble": server.trouble, **server.figures})
                 cells.append(line)
             show(f"Peak memory of a training step, {system}", cells, table)

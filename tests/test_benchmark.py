@@ -82,7 +82,7 @@ def test_the_command_measures_and_writes(capsys):
     assert [row["variant"] for row in section["rows"]] == ["textbook, float32", "+ fused Adam"]
     for row in section["rows"]:
         assert row["pairs/s"] == pytest.approx(2 / row["s"]) and row["s least"] <= row["s"] <= row["s most"]
-        assert 0 < row["share of matmul"] < 1 and 0 < row["activations"] < row["peak"]
+        assert 0 < row["share of matmul"] < 1 and 0 < row["kept"] < row["peak"]
     first, second = section["rows"]
     assert f"{first['s'] / second['s']:.2f}" == section["cells"][2][3]
 
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_a_row_and_no_end():
     server.end()
     assert server.trouble == "out of memory" and server.seconds == []
     fine = {"variant": "fine", "s": 1.0, "s least": 1.0, "s most": 1.0, "pairs/s": 1.0, "TFLOP/s": 1.0}
-    fine |= {"share of matmul": 0.5, "peak": 1.0, "activations": 1.0, "warm-up": 1.0}
+    fine |= {"share of matmul": 0.5, "peak": 1.0, "kept": 1.0, "warm-up": 1.0}
     cells = benchmark.lay_out([{"variant": "huge", "trouble": server.trouble}, fine])
     assert cells[1][:2] == ["huge", "out of memory"] and cells[2][3] == "–"
     assert len({len(line) for line in cells}) == 1
