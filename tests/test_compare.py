@@ -2,6 +2,7 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -69,6 +70,33 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeyp
     assert "compare_systems_good_0: done" in shown.out and "compare_systems_bad_0: failed" in shown.out
     assert "1 of 2 runs failed" in shown.err and "--n_layers_D 0: expected at least 1" in shown.err
     assert compare.is_finished("compare_systems_good_0")
+
+
+def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(monkeypatch):
+    tiny = "--dataset_name pairs --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_layers_D 1 --n_epochs 1 --n_cpu 0"
+    settings = {"L1": "--system pix2pix --direction BtoA --lambda_gan 0", "CycleGAN": "--system cyclegan"}
+    monkeypatch.setitem(compare.COMPARISONS, "pix2pix", compare.Comparison(f"{tiny} --sample_interval 0", settings))
+    draws, parts = np.random.default_rng(0), {"train": [], "test": []}
+    for split, pictures in parts.items():
+        folder = Path("data/pairs") / split
+        folder.mkdir(parents=True)
+        for i in range(3):
+            pictures.append(draws.integers(0, 100 + 50 * i, (16, 32, 3), dtype=np.uint8))
+            Image.fromarray(pictures[-1]).save(folder / f"{i}.png")
+    assert compare.main(["pix2pix", "--seeds", "1"]) == 0
+    text = Path("docs/compare_pix2pix.md").read_text()
+    assert "## AtoB" not in text  # which pix2pix has not learned
+    heads, _, *rows = text.split("## BtoA")[1].split("## Settings")[0].strip().splitlines()
+    rows = {cells(line)[0]: cells(line) for line in rows}
+    assert list(rows) == [*settings, "mean grey of the training pictures"]
+    photos = {split: np.stack(pictures)[:, :, :16] / 127.5 - 1 for split, pictures in parts.items()}
+    expected = abs(photos["test"] - photos["train"].mean()).mean()
+    assert rows["mean grey of the training pictures"][cells(heads).index("L1")] == f"{expected:.3f}"
+    report = json.loads(Path("images/compare_pix2pix_cyclegan_1/evaluation.json").read_text())
+    figures = next(row["figures"] for row in report["rows"] if row["direction"] == "BtoA")
+    assert rows["CycleGAN"][cells(heads).index("L1")] == f"{figures['L1']:.3f}"
+    with Image.open("docs/compare_pix2pix.png") as sheet:  # input, output, truth of three pictures
+        assert sheet.height == 18 + 2 * (16 * 6 + 2) + 2 and sheet.width > 9 * (16 * 6 + 2)
 
 
 def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(monkeypatch, capsys):

@@ -24,6 +24,11 @@ from metrics import Features, kernel_distance
 from models import AttentionGenerator, load_generator, pack_generator
 from utils import InputError
 
+# 4 steps an epoch. 64 pixels, because smaller U-Nets have no dropout.
+QUICK_PIX2PIX = (
+    "--system pix2pix --dataset_name pairs --img_height 64 --img_width 64 --ngf 2 --ndf 2 --n_layers_D 2 "
+    "--log_interval 1 --n_cpu 0 --sample_interval 0"
+)
 TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
 QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
 
@@ -131,6 +136,76 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
 
 
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """data/pairs with 4 pictures in train, 2 in test, each with two sides of 20 x 18 pixels."""
+    root, rng = tmp_path / "data" / "pairs", np.random.default_rng(0)
+    for folder, n in (("train", 4), ("test", 2)):
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (18, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+    return root
+
+
+def test_a_run_of_pix2pix_leaves_its_one_direction(pairs):
+    assert run(f"{QUICK_PIX2PIX} --direction BtoA --n_epochs 2 --sample_interval 4") == 0
+    entries = log("pairs_pix2pix")
+    assert [e["step"] for e in entries] == list(range(1, 9)) and {"D", "G", "L1", "change"} <= entries[0].keys()
+    with Image.open("images/pairs_pix2pix/00000004.png") as sheet:  # input, output, truth; two test pictures
+        zoom = (sheet.width - 2) // 3 - 2
+        assert zoom % 64 == 0 and sheet.size == (3 * (zoom + 2) + 2, 2 * (zoom + 2) + 2 + 18)
+    assert [p.name for p in Path("saved_models/pairs_pix2pix").glob("?to?.pt")] == ["BtoA.pt"]
+    generator, about = load_generator("saved_models/pairs_pix2pix/BtoA.pt")
+    assert (about["direction"], about["step"], about["options"]["task"]) == ("BtoA", 8, "translation")
+    weights = checkpoint("pairs_pix2pix")["networks"]["G"]
+    same(dict(generator.state_dict()), dict(weights))
+    # Others may start from it; at a rate of zero they stay there.
+    again = f"{QUICK_PIX2PIX} --n_epochs 1 --lr 0 --init_from pairs_pix2pix --name next"
+    assert run(f"{again} --direction BtoA") == 0
+    same(dict(checkpoint("next")["networks"]["G"]), dict(weights))
+    assert run(f"{again} --direction AtoB --overwrite") == 2  # the other direction is nobody's
+
+
+@pytest.mark.parametrize(
+    "step, extra", [(2, ""), (4, "--lambda_gan 0 --cache_gb 0"), (5, "--task colorization --cache_gb 0 --n_cpu 2")]
+)
+def test_pix2pix_stopped_anywhere_and_resumed_is_straight_through(pairs, monkeypatch, step, extra):
+    command = f"{QUICK_PIX2PIX} --n_epochs 2 --precision float32 {extra}"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
+    assert run("--name stopped --resume") == 0
+    same_run("straight", "stopped")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--dataset_name small", r"data/small: expected pairs, .*; found 1 without a partner, such as 5"),
+        ("--dataset_name solid2striped", r"expected pairs, found the built-in set, whose equal names are different"),
+        ("--img_height 48", r"--img_height 48: expected a multiple of 32, at least 32"),
+        ("--unet_depth 7", r"--img_height 64: expected a multiple of 128, at least 128"),
+        ("--lambda_gan 0 --lambda_L1 0", r"nothing to train by"),
+        ("--lambda_L1 -1", r"--lambda_L1 -1.0: expected at least 0"),
+        ("--task colorization --channels 1", r"--task colorization makes colours: --channels 1, expected 3"),
+        ("--task colorization --dataset_name nothing", r"data/nothing: no such folder. Expected colour pictures"),
+    ],
+)
+def test_what_pix2pix_cannot_do_is_named(small_set, pairs, capsys, flags, message):
+    assert run(f"{QUICK_PIX2PIX} {flags}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(Path("saved_models").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("system", ["cyclegan", "attentiongan"])
+def test_unpaired_systems_colourise_from_disjoint_halves(pairs, system):
+    assert run(f"{quick(system).replace('small', 'pairs')} --system {system} --task colorization --n_epochs 1") == 0
+    assert checkpoint(f"pairs_{system}")["steps_per_epoch"] == 2
+    _, about = load_generator(f"saved_models/pairs_{system}/AtoB.pt")
+    assert about["options"]["task"] == "colorization"
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_run_of_dcgan_leaves_its_generator_log_and_sheets(small_set, channels):
     assert run(f"{QUICK_DCGAN} --channels {channels} --n_epochs 2 --sample_interval 3") == 0
@@ -174,6 +249,7 @@ def test_dcgans_presets_are_the_papers(capsys):
     [
         ("--img_height 48", r"--img_height 48 --img_width 16: dcgan makes square pictures, .* 16, 32, 64, 128"),
         ("--nz 0", r"--nz 0: expected at least 1"),
+        ("--task colorization", r"--task colorization is for translations, and pictures from noise are none"),
         ("--eval_interval 1", r"--eval_interval measures translations, and pictures from noise are none; expected 0"),
         ("--batch_size 7", r"6 samples in data/small do not fill one batch of 7"),
         ("--dataset_name nothing", r"data/nothing: no such folder. Expected pictures in data/nothing/train"),

@@ -66,9 +66,10 @@ CASES = {
     "II, guided": ("attentiongan", {"attn_disc": "concat"}, torch.float64),
     "I, guided": ("attentiongan1", {"attn_disc": "mask"}, torch.float64),
     "U-GAT-IT": ("ugatit", {"light": True}, torch.float64),
+    "pix2pix": ("pix2pix", {}, torch.float64),  # too small for dropout, which every rank draws for itself
 }
 # A system has a replay buffer, or it has not.
-NO_POOL = {"attentiongan": {"pool_size": 0}, "attentiongan1": {"pool_size": 0}, "ugatit": {}}
+NO_POOL = {"attentiongan": {"pool_size": 0}, "attentiongan1": {"pool_size": 0}, "ugatit": {}, "pix2pix": {}}
 
 
 def be_a_rank(rank: int, folder: str) -> None:
