@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import compare
+import train
 from datasets import Picture, draw_built_in, fixed_noise, quantise, unaugmented
 from metrics import Features, kernel_distance
 from models import load_generator
@@ -23,6 +24,20 @@ SETTINGS = {"II": "--system attentiongan --n_masks 3", "CycleGAN, plain": "--sys
 def two_settings(monkeypatch):
     monkeypatch.setitem(compare.COMPARISONS, "systems", compare.Comparison(TINY, SETTINGS))
     draw_built_in(Path("data/solid2striped"), n_train=3, n_test=2)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of a comparison without a process for each, whose start takes longer than they do."""
+
+    def train_all(comparison, seeds, jobs, extra):
+        shared, settings = compare.COMPARISONS[comparison]
+        for seed in seeds:
+            for setting, flags in settings.items():
+                name = compare.run_name(comparison, setting, seed)
+                assert train.main([*f"{shared} {flags} --seed {seed} --name {name}".split(), *extra]) == 0
+
+    monkeypatch.setattr(compare, "train_all", train_all)
 
 
 def cells(line: str) -> list[str]:
@@ -72,7 +87,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeyp
     assert compare.is_finished("compare_systems_good_0")
 
 
-def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(monkeypatch):
+def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_process, monkeypatch):
     tiny = "--dataset_name pairs --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_layers_D 1 --n_epochs 1 --n_cpu 0"
     settings = {"L1": "--system pix2pix --direction BtoA --lambda_gan 0", "CycleGAN": "--system cyclegan"}
     monkeypatch.setitem(compare.COMPARISONS, "pix2pix", compare.Comparison(f"{tiny} --sample_interval 0", settings))
@@ -99,7 +114,7 @@ def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(monkeypat
         assert sheet.height == 18 + 2 * (16 * 6 + 2) + 2 and sheet.width > 9 * (16 * 6 + 2)
 
 
-def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(monkeypatch, capsys):
+def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(in_this_process, monkeypatch, capsys):
     tiny = "--system dcgan --dataset_name solid2striped --channels 1 --img_height 16 --img_width 16 --nz 4 --ngf 4 "
     tiny += "--ndf 4 --batch_size 2 --n_epochs 2 --n_cpu 0 --sample_interval 0"
     settings = {"transposed": "", "nearest": "--upsample nearest"}
@@ -149,10 +164,8 @@ def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(monkeypatch
 
 
 def test_every_comparison_has_flags_that_train_takes():
-    from train import parse_options
-
     for name, (shared, settings) in compare.COMPARISONS.items():
         names = [compare.run_name(name, setting, 0) for setting in settings]
         assert len(set(names)) == len(names)
         for flags in settings.values():
-            parse_options(f"{shared} {flags}".split())
+            train.parse_options(f"{shared} {flags}".split())
