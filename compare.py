@@ -73,13 +73,13 @@ HORSES = (
     "--n_epochs 4 --decay_epoch 4 --n_cpu 1 --sample_interval 0"
 )
 FACADES = (
-    "--dataset_name facades --img_height 64 --img_width 64 --ngf 32 --ndf 32 --n_layers_D 2 "
-    "--n_epochs 20 --decay_epoch 10 --n_cpu 0 --sample_interval 0"
+    "--dataset_name facades --img_height 64 --img_width 64 --ngf 16 --ndf 16 --n_layers_D 2 "
+    "--n_epochs 10 --decay_epoch 5 --n_cpu 0 --sample_interval 0"
 )
 # 500 small grey pictures, in the place of a set of grey faces with masks that is not at hand, on which nearest
 # upsampling was reported to do better than transposed convolutions of its capacity.
 FACES = (
-    "--dataset_name solid2striped --channels 1 --ngf 32 --ndf 32 --batch_size 32 --n_epochs 200 --n_cpu 0 "
+    "--dataset_name solid2striped --channels 1 --ngf 16 --ndf 16 --batch_size 16 --n_epochs 120 --n_cpu 0 "
     "--sample_interval 0"
 )
 COMPARISONS = {
@@ -127,7 +127,7 @@ COMPARISONS = {
             "L1": "--system pix2pix --direction BtoA --lambda_gan 0",
             "cGAN": "--system pix2pix --direction BtoA --lambda_L1 0",
             "L1 + cGAN": "--system pix2pix --direction BtoA",
-            "CycleGAN, unpaired": "--system cyclegan --n_residual_blocks 6",
+            "CycleGAN, unpaired": "--system cyclegan --n_residual_blocks 3",
         },
     ),
     "dcgan": Comparison(
