@@ -507,7 +507,7 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
     for i in (1, 2, 3):
         save(noise(i, (16, 16)), Path(f"in/{i}.png"))
     limited = Limited(net, most=300, error=error)
-    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {}))
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {"direction": "AtoB"}))
     assert run("--input in --output out --batch_size 2") == 1
     out, err = capsys.readouterr()
     assert out == "3 of 4 pictures translated into out\n"
@@ -523,7 +523,7 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
 def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
     save(noise(0), Path("in/a.png"))
     limited = Limited(net, most=0, error=RuntimeError("shapes do not fit"))
-    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {}))
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {"direction": "AtoB"}))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         run("--input in --output out")
 
@@ -547,7 +547,7 @@ def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
         ("--input in --output out --max_size 0", "--max_size 0: expected at least 1"),
         ("--input in --output notes.txt", "--output notes.txt: is a file, expected a folder"),
         ("--input in --output out --device quantum", "--device quantum: not usable here"),
-        ("--input in --output out --checkpoint nowhere", "nowhere: no generator for AtoB found"),
+        ("--input in --output out --checkpoint nowhere", "nowhere: no generator for AtoB or BtoA found"),
         ("--input in --output out --checkpoint net --direction BtoA", "net: no generator for BtoA found"),
         ("--input in --output out --checkpoint notes.txt", "notes.txt: not a readable weights file"),
         ("--input in --output out --checkpoint net/AtoB.pt --direction BtoA", "translates AtoB, expected BtoA"),
