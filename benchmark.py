@@ -183,7 +183,7 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
         return lambda: book.step(batch)
     if variant.kind == "step":
         return lambda: train.play(system, optimizers, autocast, batch)
-    generator = system.get_submodule(system.generators["AtoB"])
+    generator = system.get_submodule(next(iter(system.generators.values())))
 
     @torch.no_grad()
     def translate() -> Tensor:
@@ -201,7 +201,7 @@ def count_flop(kind: str, options: argparse.Namespace) -> int:
         batch = {side: torch.zeros(shape) for side in "AB"}
         if kind == "inference":
             with torch.no_grad():
-                system.get_submodule(system.generators["AtoB"])(batch["A"])
+                system.get_submodule(next(iter(system.generators.values())))(batch["A"])
         else:
             fakes = system(batch)
             for turn in system.turns:
@@ -522,7 +522,11 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
 
     def options(system: str, size: int, batch_size: int) -> argparse.Namespace:
         shape = ["--img_height", str(size), "--img_width", str(size), "--batch_size", str(batch_size)]
-        return train.parse_options([*others, "--system", system, *shape, "--device", own.device])
+        found = train.parse_options([*others, "--system", system, *shape, "--device", own.device])
+        with torch.device("meta"):
+            if utils.NOISE in train.build_system(found).generators:
+                raise InputError(f"--systems {system}: draws pictures from noise, expected systems that translate")
+        return found
 
     if own.loader:
         for size in own.sizes:

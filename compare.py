@@ -3,6 +3,8 @@
     python compare.py systems                      # AttentionGAN I and II, guided and not, CycleGAN
     python compare.py ablations --seeds 0 1 2
     python compare.py horses --data_dir data --extractor efficientnet-lite0
+    python compare.py pix2pix --extractor efficientnet-lite0
+    python compare.py dcgan --extractor efficientnet-lite0          # transposed convolutions against nearest upsampling
 
 Every run is an ordinary one, ``train.py`` under the name ``compare_<comparison>_<setting>_<seed>``; what stands already
 is resumed or, when finished, kept. The table (mean ± standard deviation over seeds) goes to
@@ -26,18 +28,33 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 import evaluate
 import train
 import utils
-from datasets import find_side, normalise, unaugmented
+from datasets import (
+    TASKS,
+    Picture,
+    find_plain,
+    find_side,
+    fixed_noise,
+    normalise,
+    quantise,
+    true_translation,
+    unaugmented,
+)
+from metrics import Extractor, kernel_distance
 from models import open_generator
-from utils import InputError
+from utils import NOISE, InputError
 
 HERE = Path(__file__).resolve().parent
+Names = Mapping[str, Sequence[str]]  # the runs of each setting
+Figures = dict[str, dict[str, float]]  # of a run, by direction
+Measured = dict[str, list[Figures]]  # by setting
 
 
 class Comparison(NamedTuple):
@@ -54,6 +71,16 @@ SMALL = (
 HORSES = (
     "--dataset_name horse2zebra --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 "
     "--n_epochs 4 --decay_epoch 4 --n_cpu 1 --sample_interval 0"
+)
+FACADES = (
+    "--dataset_name facades --img_height 64 --img_width 64 --ngf 16 --ndf 16 --n_layers_D 2 "
+    "--n_epochs 10 --decay_epoch 5 --n_cpu 0 --sample_interval 0"
+)
+# 500 small grey pictures, in the place of a set of grey faces with masks that is not at hand, on which nearest
+# upsampling was reported to do better than transposed convolutions of its capacity.
+FACES = (
+    "--dataset_name solid2striped --channels 1 --ngf 16 --ndf 16 --batch_size 16 --n_epochs 120 --n_cpu 0 "
+    "--sample_interval 0"
 )
 COMPARISONS = {
     "systems": Comparison(
@@ -92,6 +119,20 @@ COMPARISONS = {
             "nearest upsampling": "--upsample nearest",
             "nearest, warm-up 3000": "--upsample nearest --lambda_warmup 3000",
         },
+    ),
+    # The ablation of the pix2pix paper (Table 1), labels to photographs, and CycleGAN on the same pictures unpaired.
+    "pix2pix": Comparison(
+        FACADES,
+        {
+            "L1": "--system pix2pix --direction BtoA --lambda_gan 0",
+            "cGAN": "--system pix2pix --direction BtoA --lambda_L1 0",
+            "L1 + cGAN": "--system pix2pix --direction BtoA",
+            "CycleGAN, unpaired": "--system cyclegan --n_residual_blocks 3",
+        },
+    ),
+    "dcgan": Comparison(
+        f"{FACES} --system dcgan",
+        {"transposed": "--upsample transposed", "nearest": "--upsample nearest"},
     ),
 }
 
@@ -147,16 +188,82 @@ def is_finished(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def collect(name: str, dataset: str, extractor: str) -> dict[str, dict[str, float]]:
+def collect(name: str, dataset: str, extractor: str) -> Figures:
     """The figures of one run by direction, from ``evaluation.json``, and the size of its generators."""
     report = json.loads((utils.IMAGES / name / "evaluation.json").read_text())
     result = {}
     for row in report["rows"]:
         if (row["dataset"], row["extractor"], row["weights"]) == (dataset, extractor, evaluate.LAST):
             generator, _ = open_generator(name, row["direction"])
-            size = {"million parameters": sum(p.numel() for p in generator.parameters()) / 1e6}
-            result[row["direction"]] = {k: v for k, v in row["figures"].items() if v is not None} | size
+            known = {k: v for k, v in row["figures"].items() if v is not None}
+            result[row["direction"]] = known | count_parameters(generator)
     return result
+
+
+def count_parameters(generator: nn.Module) -> dict[str, float]:
+    return {"million parameters": sum(p.numel() for p in generator.parameters()) / 1e6}
+
+
+def measure_translations(names: Names, dataset: str, data_dir: Path, extractor: str) -> Measured:
+    """What ``evaluate.py`` says of each run; beside it, where truths are known, the error of a picture that is grey."""
+    arguments = ["--dataset_name", dataset, "--extractor", extractor, "--data_dir", str(data_dir)]
+    status = evaluate.main([*arguments, "--checkpoint", *(name for group in names.values() for name in group)])
+    if status:
+        raise InputError("evaluate.py could not measure the runs")
+    measured = {setting: [collect(name, dataset, extractor) for name in group] for setting, group in names.items()}
+    grey: Figures = {}
+    for direction in common_directions(measured):
+        _, about = open_generator(next(iter(names.values()))[0], direction)
+        truths = find_truths(data_dir / dataset, direction, about["options"])
+        if truths is not None:
+            targets = find_side(data_dir / dataset, "train", direction[-1], find_task(about["options"]))
+            level = read_all(targets, about["options"]).mean()
+            grey[direction] = {"L1": (truths - level).abs().mean().item()}
+    return measured | ({"mean grey of the training pictures": [grey]} if grey else {})
+
+
+def find_task(options: Mapping[str, Any]) -> str:
+    return options.get("task", TASKS[0])
+
+
+def find_truths(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
+    """The true translations of the first ``n`` test pictures, where a file holds both sides; None elsewhere."""
+    pictures = find_side(root, "test", direction[0], find_task(options))[:n]
+    truths = [true_translation(picture, find_task(options), direction[-1]) for picture in pictures]
+    return None if None in truths else read_all([p for p in truths if p is not None], options)
+
+
+def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
+    """Pictures as a run of these options sees them outside training, (n, channels, height, width) in [-1, 1]."""
+    size = options["img_height"], options["img_width"]
+    return normalise(torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures]))
+
+
+@torch.no_grad()
+def measure_samples(names: Names, dataset: str, data_dir: Path, extractor: str, n: int = 500) -> Measured:
+    """The KID to the test pictures of ``n`` samples of each run; beside it that of the training pictures, its floor."""
+    extract = Extractor(extractor, None, utils.pick_device())
+    runs = {setting: [open_generator(name, NOISE) for name in group] for setting, group in names.items()}
+    options = next(iter(runs.values()))[0][1]["options"]
+    train_set, test_set = (
+        extract(quantise(read_all(find_plain(data_dir / dataset, split), options))).vectors
+        for split in ("train", "test")
+    )
+    kid = f"KID{extract.suffix}"
+    measured: Measured = {setting: [] for setting in runs}
+    for setting, group in runs.items():
+        for generator, about in group:
+            noise = fixed_noise(n, generator.settings["nz"], about["options"]["seed"])
+            samples = torch.cat([quantise(part) for part in map(generator.eval(), noise.split(50))])
+            figures = {kid: kernel_distance(extract(samples).vectors, test_set)}
+            measured[setting].append({NOISE: figures | count_parameters(generator)})
+    return measured | {"the training pictures": [{NOISE: {kid: kernel_distance(train_set, test_set)}}]}
+
+
+def common_directions(measured: Measured) -> list[str]:
+    """The directions that all runs have."""
+    runs = [run for group in measured.values() for run in group]
+    return [direction for direction in runs[0] if all(direction in run for run in runs)]
 
 
 def time_steps(comparison: str, rounds: int = 5, steps: int = 10) -> dict[str, float]:
@@ -171,7 +278,8 @@ def time_steps(comparison: str, rounds: int = 5, steps: int = 10) -> dict[str, f
         device = utils.pick_device(options.device)
         system, optimizers, autocast = train.set_up(options, device)
         shape = options.batch_size, options.channels, options.img_height, options.img_width
-        batch = {side: torch.rand(shape, device=device) * 2 - 1 for side in "AB"}
+        shapes = {**dict.fromkeys(("A", "B", "image"), shape), "noise": (options.batch_size, getattr(options, "nz", 0))}
+        batch = {key: torch.rand(shape, device=device) * 2 - 1 for key, shape in shapes.items()}
         games[setting] = partial(train.play, system, optimizers, autocast, batch)
     seconds: dict[str, list[float]] = {setting: [] for setting in games}
     for _ in range(rounds + 1):  # the first one warms up
@@ -224,43 +332,50 @@ def make_table(settings: Mapping[str, Sequence[Mapping[str, float]]]) -> list[st
 
 
 @torch.no_grad()
-def draw(comparison: str, seed: int, root: Path, path: Path, n: int = 4) -> None:
-    """A sheet with a row for each setting: the first ``n`` test pictures of A, their translations, the attention."""
-    rows = []
-    for setting in COMPARISONS[comparison].settings:
-        generator, about = open_generator(run_name(comparison, setting, seed), "AtoB")
-        options = about["options"]
-        size = options["img_height"], options["img_width"]
-        pictures = find_side(root, "test", "A")[:n]
-        images = torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures])
-        inputs = normalise(images)
-        translation = generator(inputs)
-        attention = translation.foreground
-        blank = torch.ones_like(inputs[:, :1])
-        rows.append((inputs, translation.image, blank if attention is None else 2 * attention - 1))
+def show(name: str, direction: str, root: Path) -> dict[str, Tensor]:
+    """What one run is judged by: its first samples; or the first test pictures, its translations, attention, the truth.
+
+    All are (n, channels or 1, H, W) in [-1, 1].
+    """
+    generator, about = open_generator(name, direction)
+    generator.eval()
+    options = about["options"]
+    if direction == NOISE:
+        return {"sample": generator(fixed_noise(8, generator.settings["nz"], options["seed"]))}
+    inputs = read_all(find_side(root, "test", direction[0], find_task(options))[:4], options)
+    translation = generator(inputs)
+    attention = None if translation.foreground is None else 2 * translation.foreground - 1
+    truths = find_truths(root, direction, options, len(inputs))
+    columns = {"input": inputs, "output": translation.image, "attention": attention, "truth": truths}
+    return {name: column for name, column in columns.items() if column is not None}
+
+
+def draw(comparison: str, seed: int, direction: str, root: Path, path: Path) -> None:
+    """A sheet with a row for each setting, see ``show``; white where a setting has nothing to show."""
+    rows = {s: show(run_name(comparison, s, seed), direction, root) for s in COMPARISONS[comparison].settings}
     columns = {}
-    for i in range(len(rows[0][0])):
-        for name, column in zip(("input", "output", "attention"), zip(*rows, strict=True), strict=True):
-            columns[f"{name} {i + 1}"] = torch.stack([batch[i] for batch in column])
-    utils.draw_sheet(columns, rows=list(COMPARISONS[comparison].settings)).save(path)
+    widest = max(rows.values(), key=len)
+    for i in range(len(next(iter(widest.values())))):
+        for name, column in widest.items():
+            white = torch.ones_like(column[i])
+            columns[f"{name} {i + 1}"] = torch.stack([row[name][i] if name in row else white for row in rows.values()])
+    utils.draw_sheet(columns, rows=list(rows)).save(path)
 
 
 def compare(options: argparse.Namespace) -> None:
     """Train, measure, write. Raises InputError."""
     comparison = options.comparison
     shared, settings = COMPARISONS[comparison]
-    dataset = train.parse_options(shlex.split(shared)).dataset_name
-    extra = ["--data_dir", str(options.data_dir)]
-    train_all(comparison, options.seeds, options.jobs, extra)
+    flags = train.parse_options(shlex.split(shared))
+    with torch.device("meta"):
+        draws_from_noise = NOISE in train.build_system(flags).generators
+    if draws_from_noise and options.extractor == "none":
+        raise InputError("--extractor none: samples are compared by their features, expected an extractor")
+    train_all(comparison, options.seeds, options.jobs, ["--data_dir", str(options.data_dir)])
     names = {s: [run_name(comparison, s, seed) for seed in options.seeds] for s in settings}
-    arguments = ["--dataset_name", dataset, "--extractor", options.extractor, *extra]
-    status = evaluate.main([*arguments, "--checkpoint", *(name for group in names.values() for name in group)])
-    if status:
-        raise InputError("evaluate.py could not measure the runs")
-    speeds = time_steps(comparison)
-    collected = {
-        setting: [collect(name, dataset, options.extractor) for name in group] for setting, group in names.items()
-    }
+    measure = measure_samples if draws_from_noise else measure_translations
+    measured = measure(names, flags.dataset_name, options.data_dir, options.extractor)
+    speeds = {setting: {"steps/s": speed} for setting, speed in time_steps(comparison).items()}
     seeds = " ".join(map(str, options.seeds))
     lines = [
         f"# Comparison: {comparison}",
@@ -271,16 +386,18 @@ def compare(options: argparse.Namespace) -> None:
         "",
         f"All settings: `{shared}`.",
     ]
-    for direction in ("AtoB", "BtoA"):
+    directions = common_directions({setting: measured[setting] for setting in settings})
+    for direction in directions:
         runs = {
-            s: [run[direction] | {"steps/s": speeds[s]} for run in group if direction in run]
-            for s, group in collected.items()
+            setting: [run[direction] | speeds.get(setting, {}) for run in group if direction in run]
+            for setting, group in measured.items()
         }
-        lines += ["", f"## {direction}", "", *make_table(runs)]
+        lines += ["", f"## {direction}", "", *make_table({setting: group for setting, group in runs.items() if group})]
     lines += ["", "## Settings", "", *(f"- {s}: `{own or 'as above'}`" for s, own in settings.items())]
     out = Path("docs")
     out.mkdir(exist_ok=True)
-    draw(comparison, options.seeds[0], options.data_dir / dataset, out / f"compare_{comparison}.png")
+    root = options.data_dir / flags.dataset_name
+    draw(comparison, options.seeds[0], directions[0], root, out / f"compare_{comparison}.png")
     (out / f"compare_{comparison}.md").write_text(
         "\n".join(lines) + f"\n\n![A row for each setting](compare_{comparison}.png)\n"
     )

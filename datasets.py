@@ -1,17 +1,20 @@
-"""Pictures on disk: unpaired folders, the built-in set, the public sets, your own pictures, and the loader.
+"""Pictures on disk: unpaired, paired and plain folders, the built-in set, the public sets, your own, and the loader.
 
     python datasets.py --dataset_name horse2zebra                                  # fetch a public set
     python datasets.py --dataset_name solid2striped                                # draw the built-in set
     python datasets.py --from_A photos/horses --from_B photos/zebras --dataset_name mine
 
 A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
-``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves then serve unpaired.
+``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves serve paired and unpaired.
+Colourisation (``task``) takes one folder of colour pictures, ``data/<name>/train`` (``test`` optional): A is its grey.
+Systems that make pictures from noise take any folder of pictures (see ``find_plain``).
 
-Randomness: what happens to a training sample (crop, flip, unpaired partner) is a pure function of
+Randomness: what happens to a training sample (crop, flip, unpaired partner, noise) is a pure function of
 (seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
 in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
-5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares), because numpy pads short keys with
-zeros and equal keys would give equal streams.
+5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 noise of samples, 10 fixed noise,
+11 neighbours of noise, 12 dropout in use), because numpy pads short keys with zeros and equal keys would give equal
+streams.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ import tarfile
 import threading
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -50,6 +55,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
 SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
 RESIZE = ("squash", "short_side")
+TASKS = ("translation", "colorization")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -58,15 +64,21 @@ RESIZE = ("squash", "short_side")
 
 
 class Picture(NamedTuple):
-    """A picture file, or one half of a file that holds A and B side by side."""
+    """A picture file, or one half of a file that holds A and B side by side, or the grey version of either."""
 
     path: Path
     half: str | None = None  # "left", "right"
+    grey: bool = False
 
     def open(self, channels: int = 3) -> Image.Image:
-        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; OSError when the file is damaged."""
+        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; OSError when the file is damaged.
+
+        A grey version has its luminance in every channel.
+        """
         with Image.open(self.path) as file:
-            image = to_mode(ImageOps.exif_transpose(file), MODES[channels])
+            image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
+        if self.grey:
+            image = image.convert(MODES[channels])
         if self.half is not None:
             middle = image.width // 2
             image = image.crop(
@@ -105,20 +117,42 @@ def find_pictures(folder: Path) -> list[Picture]:
     ]
 
 
-def find_side(root: Path, split: str, side: str) -> list[Picture]:
+def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[Picture]:
     """The pictures of one domain (``side`` "A" or "B") of one split ("train" or "test"); [] where there are none.
 
     A folder ``<split><side>`` comes first; failing that, the left (A) or right (B) halves of ``<split>``
-    (pix2pix's ``val`` stands in for a missing ``test``).
+    (pix2pix's ``val`` stands in for a missing ``test``). For the ``task`` "colorization" side B is all of ``<split>``
+    (or ``val``), failing that of ``<split>B``, and side A the same pictures in grey.
     """
+    whole = (split, "val") if split == "test" else (split,)
+    if task == "colorization":
+        for name in (*whole, f"{split}B"):
+            if (root / name).is_dir():
+                return [p._replace(grey=side == "A") for p in find_pictures(root / name)]
+        return []
     folder = root / f"{split}{side}"
     if folder.is_dir():
         return find_pictures(folder)
     half = {"A": "left", "B": "right"}[side]
-    for name in (split, "val") if split == "test" else (split,):
+    for name in whole:
         if (root / name).is_dir():
             return [Picture(p.path, half) for p in find_pictures(root / name)]
     return []
+
+
+def find_plain(root: Path, split: str) -> list[Picture]:
+    """The pictures of one split ("train" or "test") of a set without domains; [] where there are none.
+
+    From the first of these folders that exists: ``<split>``, ``<split>A``, and to train ``root`` itself, without what
+    its test folders and ``val`` hold.
+    """
+    for name in (split, f"{split}A"):
+        if (root / name).is_dir():
+            return find_pictures(root / name)
+    if split == "test" or not root.is_dir():
+        return []
+    aside = ("test", "testA", "testB", "val")
+    return [p for p in find_pictures(root) if p.path.relative_to(root).parts[0] not in aside]
 
 
 def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
@@ -169,8 +203,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return images.float().div(127.5).sub(1)
+    """uint8 [0, 255] to float32 [-1, 1]; what is no picture of 8 bits (noise) passes as it is."""
+    return images.float().div(127.5).sub(1) if images.dtype == torch.uint8 else images
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -179,20 +213,23 @@ def quantise(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Unpaired data
+#  Unpaired, paired and plain data
 # ----------------------------------------------------------------------------------------------------------
 
 
-class UnpairedDataset(Dataset):
-    """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
+class PictureDataset(Dataset, ABC):
+    """What all kinds of data have in common: pictures of some sides, read, kept and augmented alike.
 
     Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3, ``how`` to
-    resize (see ``resize``), a ``seed``, and whether to ``hold_out`` a seeded tenth of either side, at least two
-    pictures. Raises InputError when a side is missing, empty or too small for that.
+    resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side, at least two pictures, and
+    the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
 
-    ``dataset[epoch, index]`` is {"A": uint8 (channels, height, width), "B": likewise}, resized to 1.12 × the
-    size, randomly cropped and flipped. Pictures are decoded each time, or once if ``load`` has kept them.
+    ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random, with ``jitter``
+    resized to 1.12 × the size and cropped at random. Pictures are decoded each time, or once if ``load`` has kept them.
     """
+
+    paired: bool  # whether the sides are in step, picture by picture
+    jitter = True  # else pictures are as ``unaugmented`` makes them, but for flips
 
     def __init__(
         self,
@@ -202,39 +239,42 @@ class UnpairedDataset(Dataset):
         how: str = "squash",
         seed: int = 0,
         hold_out: bool = False,
+        task: str = TASKS[0],
     ):
-        self.root, self.size, self.channels, self.how, self.seed = root, size, channels, how, seed
-        self.scaled = int(SCALE * size[0]), int(SCALE * size[1])
+        self.root, self.size, self.channels, self.how, self.seed, self.task = root, size, channels, how, seed, task
+        self.scaled = (int(SCALE * size[0]), int(SCALE * size[1])) if self.jitter else size
         self.kept: dict[Picture, Tensor] = {}
-        self.sides = {side: find_side(root, "train", side) for side in "AB"}
-        self.held_out: dict[str, list[Picture]] = {"A": [], "B": []}
+        self.sides = self.find_sides("train")
+        self.held_out: dict[str, list[Picture]] = {side: [] for side in self.sides}
         for d, (side, pictures) in enumerate(self.sides.items()):
             if not pictures:
-                raise InputError(missing(root, side))
+                raise InputError(missing(root, side, task))
             if hold_out:
                 if len(pictures) < 3:
                     raise InputError(f"{root / f'train{side}'}: {len(pictures)} pictures, --eval_interval needs 3")
                 n = max(2, round(len(pictures) / 10))
-                key = 0 if pictures[0].half else d  # halves of one file stay together
+                key = 0 if self.paired or pictures[0].half else d  # pairs and halves of one file stay together
                 out = set(np.random.default_rng((8, seed, key)).permutation(len(pictures))[:n].tolist())
                 self.held_out[side] = [p for i, p in enumerate(pictures) if i in out]
                 self.sides[side] = [p for i, p in enumerate(pictures) if i not in out]
 
+    @abstractmethod
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        """All pictures of "train" or "test" by side; [] where a side has none."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+
+    @abstractmethod
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """The sample of (epoch, index)."""
+
     def check(self) -> None:
         """Decode every picture, the test pictures too; InputError names those that cannot be read."""
-        tests = [p for side in "AB" for p in find_side(self.root, "test", side)]
-        trains = [p for pictures in (*self.sides.values(), *self.held_out.values()) for p in pictures]
-        refuse_unreadable(unreadable(sorted([*trains, *tests])))
-
-    def __len__(self) -> int:
-        return max(map(len, self.sides.values()))
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key
-        rng = np.random.default_rng((1, self.seed, epoch, index))
-        A, B = self.sides["A"], self.sides["B"]
-        pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
-        return {side: self.augment(picture, rng) for side, picture in pair.items()}
+        all_sides = self.sides, self.held_out, self.find_sides("test")
+        paths = {p.path for sides in all_sides for pictures in sides.values() for p in pictures}
+        refuse_unreadable(unreadable([Picture(path) for path in sorted(paths)]))
 
     def load(self, limit: float) -> bool:
         """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes.
@@ -258,16 +298,180 @@ class UnpairedDataset(Dataset):
         return True
 
     def decode(self, picture: Picture) -> Tensor:
-        """uint8 (channels, height, width), 1.12 × the training size or, with "short_side", longer on one side."""
-        return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
+        """uint8 (channels, height, width), to be cropped with ``jitter``: then "short_side" leaves one side longer."""
+        if self.jitter:
+            return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
+        return unaugmented(picture, self.size, self.channels, self.how)
 
-    def augment(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        """All that a sample draws."""
+        return np.random.default_rng((1, self.seed, epoch, index))
+
+    def read(self, picture: Picture) -> Tensor:
+        """``decode``, or what ``load`` has kept of it."""
+        return self.kept[picture] if picture in self.kept else self.decode(picture)
+
+    def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         height, width = self.size
-        image = self.kept[picture] if picture in self.kept else self.decode(picture)
         top = int(rng.integers(image.shape[1] - height + 1))
         left = int(rng.integers(image.shape[2] - width + 1))
         image = image[:, top : top + height, left : left + width]
         return image.flip(-1) if rng.random() < 0.5 else image
+
+    def fixed_batch(self, n: int) -> dict[str, Tensor]:
+        """What sheets show, always the same: ``n`` pictures of each side (see the function of this name)."""
+        return fixed_batch(self.root, n, self.size, self.channels, self.how, self.task)
+
+
+class UnpairedDataset(PictureDataset):
+    """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
+
+    Samples are {"A", "B"}, each cropped and flipped by itself. For "colorization" A and B share no picture: every
+    second one is grey.
+    """
+
+    paired = False
+
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        sides = {side: find_side(self.root, split, side, self.task) for side in "AB"}
+        if self.task == "colorization" and split == "train":
+            return {"A": sides["A"][::2], "B": sides["B"][1::2]}
+        return sides
+
+    def __len__(self) -> int:
+        return max(map(len, self.sides.values()))
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        rng = self.rng(epoch, index)
+        A, B = self.sides["A"], self.sides["B"]
+        pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
+        return {side: self.augment(self.read(picture), rng) for side, picture in pair.items()}
+
+
+class PairedDataset(PictureDataset):
+    """Pictures of A and B that belong together: halves of one file, equal names in two folders, or grey and colour.
+
+    Samples are {"A", "B"}, cropped and flipped alike. InputError where a picture has no partner, or, where the aspect
+    is kept, one of another.
+    """
+
+    paired = True
+
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
+
+    def __len__(self) -> int:
+        return len(self.sides["A"])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        pair = {side: pictures[key[1]] for side, pictures in self.sides.items()}
+        images = {side: self.read(picture) for side, picture in pair.items()}
+        if images["A"].shape != images["B"].shape:
+            raise InputError(
+                f"{pair['A'].path} and {pair['B'].path} differ in their aspect: --resize {self.how} keeps it, expected "
+                "--resize squash"
+            )
+        return {side: self.augment(image, self.rng(*key)) for side, image in images.items()}  # the same draws for both
+
+
+def in_step(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """Both sides of paired data in the order of their names; InputError where they are no pairs."""
+    if [p.path for p in sides["A"]] == [p.path for p in sides["B"]]:
+        return sides
+    if root.name == BUILT_IN:
+        raise InputError(f"{root}: expected pairs, found the built-in set, whose equal names are different scenes")
+
+    def name(picture: Picture) -> Path:
+        """Without the folder of the side, and without the ending."""
+        return Path(*picture.path.relative_to(root).parts[1:]).with_suffix("")
+
+    A, B = (Counter(map(name, pictures)) for pictures in sides.values())
+    lone = (A - B) + (B - A)
+    if lone:
+        raise InputError(
+            f"{root}: expected pairs, side by side in the pictures of {split}, or with equal names in {split}A and "
+            f"{split}B; found {sum(lone.values())} without a partner, such as {min(lone)}"
+        )
+    return {side: sorted(pictures, key=name) for side, pictures in sides.items()}
+
+
+class PlainDataset(PictureDataset):
+    """Pictures without domains, each with a noise vector; as many samples an epoch as pictures (see ``find_plain``).
+
+    Takes ``nz``, the length of the noise, too. Samples are {"image": uint8 (channels, height, width), "noise": float32
+    (nz,)}: the picture flipped at random and not cropped, the noise uniform in [-1, 1]. InputError for ``hold_out`` and
+    for any other ``task``.
+    """
+
+    paired = jitter = False
+    SAMPLES = 6  # noise vectors for each picture of a sheet
+
+    def __init__(
+        self,
+        root: Path,
+        size: tuple[int, int],
+        channels: int = 3,
+        how: str = "squash",
+        seed: int = 0,
+        hold_out: bool = False,
+        task: str = TASKS[0],
+        nz: int = 100,
+    ):
+        if hold_out:
+            raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
+        if task != TASKS[0]:
+            raise InputError(f"--task {task} is for translations, and pictures from noise are none")
+        self.nz = nz
+        super().__init__(root, size, channels, how, seed)
+
+    def find_sides(self, split: str) -> dict[str, list[Picture]]:
+        pictures = find_plain(self.root, split)
+        if split == "train" and not pictures:
+            raise InputError(missing_plain(self.root))
+        return {"image": pictures}
+
+    def __len__(self) -> int:
+        return len(self.sides["image"])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        image = self.read(self.sides["image"][key[1]])
+        if self.rng(*key).random() < 0.5:
+            image = image.flip(-1)
+        return {"image": image, "noise": draw_noise((9, self.seed, *key), self.nz)}
+
+    def fixed_batch(self, n: int) -> dict[str, Tensor]:
+        """The first ``n`` test pictures (training pictures without a test folder), fixed noise for ``SAMPLES`` × n."""
+        shown = (self.find_sides("test")["image"] or self.sides["image"])[:n]
+        noise = fixed_noise(self.SAMPLES * len(shown), self.nz, self.seed)
+        return {"image": torch.stack([self.decode(picture) for picture in shown]), "noise": noise}
+
+
+def draw_noise(key: Sequence[int], *shape: int) -> Tensor:
+    """Noise as DCGAN's generator takes it, uniform in [-1, 1], float32, a pure function of the key ("Randomness")."""
+    return torch.from_numpy(np.random.default_rng(key).uniform(-1, 1, shape).astype(np.float32))
+
+
+def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
+    """The first ``n`` noise vectors of a seed, (n, nz): those of the sheets and of ``generate.py``."""
+    return draw_noise((10, seed), n, nz)
+
+
+# What a system may ask for (``System.data``). What one of them takes beyond the others (``nz``) is an option of the
+# systems that ask for it.
+KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
+
+
+def as_input(path: Path, task: str, direction: str) -> Picture:
+    """A picture file as a generator of ``direction`` wants it, which was trained for ``task``: grey, or as it is."""
+    return Picture(path, grey=task == "colorization" and direction == "AtoB")
+
+
+def true_translation(picture: Picture, task: str, target: str) -> Picture | None:
+    """What a picture should become on side ``target``, where its file holds both sides; None where nothing tells."""
+    if task == "colorization":
+        return picture._replace(grey=target == "A")
+    return picture._replace(half={"A": "left", "B": "right"}[target]) if picture.half else None
 
 
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
@@ -278,16 +482,18 @@ def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how:
     return to_tensor(ImageOps.fit(resize(picture.open(channels), size, how), size[::-1]))
 
 
-def fixed_batch(root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash") -> dict[str, Tensor]:
+def fixed_batch(
+    root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash", task: str = TASKS[0]
+) -> dict[str, Tensor]:
     """The first ``n`` test pictures of both sides (training pictures where there are no test folders).
 
     {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer than ``n`` where a side has fewer; see
     ``unaugmented``. Raises InputError where a side has none.
     """
-    sides = {side: (find_side(root, "test", side) or find_side(root, "train", side))[:n] for side in "AB"}
+    sides = {s: (find_side(root, "test", s, task) or find_side(root, "train", s, task))[:n] for s in "AB"}
     for side, pictures in sides.items():
         if not pictures:
-            raise InputError(missing(root, side))
+            raise InputError(missing(root, side, task))
     n = min(map(len, sides.values()))
     return {side: torch.stack([unaugmented(p, size, channels, how) for p in ps[:n]]) for side, ps in sides.items()}
 
@@ -351,10 +557,13 @@ def make_loader(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def missing(root: Path, side: str) -> str:
+def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
     """What to say when a data set, or one side of it, is not there."""
-    folder = root if not root.is_dir() else root / f"train{side}"
+    colour = task == "colorization"
+    folder = root if not root.is_dir() else root / ("train" if colour else f"train{side}")
     found = f"no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else "no such folder"
+    if colour:
+        return f"{folder}: {found}. Expected colour pictures, two at least, in {root}/train or {root}/trainB."
     elsewhere = "" if root.parent == Path("data") else f" --data_dir {root.parent}"
     own = f"python datasets.py --from_A FOLDER --from_B FOLDER --dataset_name {root.name}{elsewhere}"
     lines = [
@@ -365,6 +574,12 @@ def missing(root: Path, side: str) -> str:
     if root.name in (*PUBLIC_SETS, *BY_HAND):
         lines.insert(1, f"  To fetch this set:    python datasets.py --dataset_name {root.name}{elsewhere}")
     return "\n".join(lines)
+
+
+def missing_plain(root: Path) -> str:
+    """What to say when a data set without domains is not there."""
+    found = "no such folder" if not root.is_dir() else f"no pictures ({', '.join(EXTENSIONS)}) to train on in it"
+    return f"{root}: {found}. Expected pictures in {root}/train, in {root}/trainA, or in {root} itself"
 
 
 def refuse_unreadable(reasons: dict[Path, str], most: int = 10) -> None:

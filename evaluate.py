@@ -38,6 +38,7 @@ from torchvision.transforms.functional import to_pil_image
 import metrics
 import utils
 from datasets import (
+    TASKS,
     Picture,
     find_pictures,
     find_side,
@@ -46,6 +47,7 @@ from datasets import (
     quantise,
     resize,
     to_tensor,
+    true_translation,
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
@@ -67,6 +69,7 @@ class Reading(NamedTuple):
     size: tuple[int, int]  # height, width
     channels: int
     how: str  # see ``datasets.resize``
+    task: str = TASKS[0]
 
     def images(self, pictures: Sequence[Picture]) -> Tensor:
         """uint8 (N, channels, height, width)."""
@@ -118,8 +121,8 @@ class Exam:
     """A data set and how it is measured.
 
     Takes the folder of the data set, an extractor (None leaves out what needs one), the folder of object masks (None:
-    those that belong to the data set), whether test pictures that also stand in train are left out, and the names of
-    the two sides' ImageNet classes (None: those of ``CLASSES``).
+    those that belong to the data set), whether test pictures that also stand in train are left out, the names of the
+    two sides' ImageNet classes (None: those of ``CLASSES``), and the task that the sides are found for.
     """
 
     def __init__(
@@ -129,8 +132,9 @@ class Exam:
         mask_dir: Path | None = None,
         dedup: bool = False,
         classes: Mapping[str, str | None] | None = None,
+        task: str = TASKS[0],
     ):
-        self.root, self.extractor, self.mask_dir = root, extractor, mask_dir
+        self.root, self.extractor, self.mask_dir, self.task = root, extractor, mask_dir, task
         self.classes = {side: (classes or {}).get(side) for side in "AB"}
         if any(self.classes.values()) and not (extractor and extractor.categories):
             raise InputError(f"--class_A and --class_B need a classifier, --extractor {EFFICIENTNET}")
@@ -140,10 +144,10 @@ class Exam:
             for name in filter(None, self.classes.values()):
                 extractor.class_index(name)
         self.in_test: set[bytes] = set()
-        in_train = {digest(p) for side in "AB" for p in find_side(root, "train", side)}
+        in_train = {digest(p) for side in "AB" for p in find_side(root, "train", side, task)}
         self.tests, self.n_in_train = {}, {}
         for side in "AB":
-            pictures = find_side(root, "test", side)
+            pictures = find_side(root, "test", side, task)
             if not pictures:
                 raise InputError(f"{root / f'test{side}'}: no test pictures there")
             digests = [digest(p) for p in pictures]
@@ -187,7 +191,7 @@ class Exam:
         )
 
     def find_truths(self, source: str, target: str, reading: Reading) -> Tensor | None:
-        """The true translations, where the data set is paired or ships them (``testA_truth``, file for file)."""
+        """The true translations, where a file holds both sides or they are shipped (``testA_truth``, file for file)."""
         folder = self.root / f"test{source}_truth"
         if folder.is_dir():
             self.check_names(source, folder)
@@ -196,10 +200,8 @@ class Exam:
             if lacking:
                 raise InputError(f"{folder}: no picture named {lacking[0]}, expected one for each test picture")
             return reading.images([by_stem[p.path.stem] for p in self.tests[source]])
-        if all(p.half is not None for p in self.tests[source]):
-            other = {"left": "right", "right": "left"}
-            return reading.images([Picture(p.path, other[p.half]) for p in self.tests[source] if p.half is not None])
-        return None
+        truths = [true_translation(p, self.task, target) for p in self.tests[source]]
+        return None if None in truths else reading.images([p for p in truths if p is not None])
 
     def find_masks(self, side: str, reading: Reading) -> dict[str, Tensor]:
         """Object masks of a side's test pictures by the stem of their names, bool (1, H, W).
@@ -254,7 +256,8 @@ class Exam:
         no figures where nothing is extracted or the target has no training pictures, and no deviations where all draws
         are alike.
         """
-        pictures = [p for p in find_side(self.root, "train", direction[-1]) if digest(p) not in self.in_test]
+        trains = find_side(self.root, "train", direction[-1], self.task)
+        pictures = [p for p in trains if digest(p) not in self.in_test]
         if self.extractor is None or not pictures or n_draws == 0:
             return {}, {}
         n = min(len(reference.inputs), len(pictures))
@@ -439,7 +442,8 @@ def entries_of(where: str, name: str, weights: str, wanted: Sequence[str] | None
         generator.to(device).eval()
         options = about.get("options", {})
         size = options.get("img_height", 256), options.get("img_width", 256)  # official files do not say: 256
-        reading = Reading(size, generator.settings["channels"], options.get("resize", "squash"))
+        how, task = options.get("resize", "squash"), options.get("task", TASKS[0])
+        reading = Reading(size, generator.settings["channels"], how, task)
         back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
         folder = utils.find_generator(where, direction).parent
         if wanted is None or direction in wanted:
@@ -635,7 +639,11 @@ def evaluate(options: argparse.Namespace) -> None:
     groups = [find_entries(where, options.direction, device) for where in options.checkpoint]
     extractor = None if options.extractor == "none" else Extractor(options.extractor, options.inception, device)
     classes = {"A": options.class_A, "B": options.class_B}
-    exam = Exam(options.data_dir / options.dataset_name, extractor, options.mask_dir, options.dedup, classes)
+    tasks = sorted({entry.reading.task for group in groups for entry in group})
+    if len(tasks) > 1:
+        raise InputError(f"--checkpoint: found runs of {' and of '.join(tasks)}, expected one --task")
+    root = options.data_dir / options.dataset_name
+    exam = Exam(root, extractor, options.mask_dir, options.dedup, classes, tasks[0])
     references: dict[tuple[str, Reading], Reference] = {}
 
     def refer(entry: Entry) -> Reference:

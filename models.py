@@ -1,17 +1,20 @@
 """The networks: generators, discriminators and the replay buffer.
 
 Pictures are float tensors of shape (B, channels, H, W) with values in [-1, 1]. A generator returns a
-``Translation``; a discriminator returns a tuple of logits (one map for the PatchGAN).
+``Translation`` (one that draws from noise the pictures alone); a discriminator returns a tuple of logits (one map for
+the PatchGAN).
 
-Convolutions that are followed by InstanceNorm carry no bias: the norm subtracts it again, its gradient is
+Convolutions that are followed by InstanceNorm or BatchNorm carry no bias: the norm subtracts it again, its gradient is
 exactly zero, and Adam would turn the rounding noise of that zero into a random walk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from utils import InputError, find_generator, places
+from utils import NOISE, InputError, find_generator, places
 
 
 class Translation(NamedTuple):
@@ -82,13 +85,14 @@ class ReflectionConv2d(nn.Conv2d):
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """PyTorch's, without affine parameters; (B, C, H, W) to the same shape, on the CPU in the same layout too."""
+    """PyTorch's, without running statistics; (B, C, H, W) to the same shape, on the CPU in the same layout too."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not x.is_contiguous():
             # channels_last, in which oneDNN convolves faster, but F.instance_norm copies to the default layout and
             # back. BatchNorm does not, and for a single picture it is the same.
-            return torch.cat([F.batch_norm(picture, None, None, training=True) for picture in x.split(1)])
+            affine = self.weight, self.bias
+            return torch.cat([F.batch_norm(picture, None, None, *affine, training=True) for picture in x.split(1)])
         return super().forward(x)
 
 
@@ -152,10 +156,14 @@ def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transpose
 
 
 def init_weights(network: nn.Module, std: float = 0.02) -> None:
-    """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1)."""
+    """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1).
+
+    The factors of affine norms come from N(1, std), as in the official codes of pix2pix and DCGAN.
+    """
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, 0.0, std)
+        is_norm = isinstance(module, (InstanceNorm2d, nn.BatchNorm2d)) and module.affine
+        if is_norm or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(module.weight, float(is_norm), std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -274,6 +282,35 @@ class SpectralNorm(nn.Module):
             return weight / (u @ matrix @ v)
 
 
+class NoiseDropout(nn.Module):
+    """Half of all values are dropped and the others doubled, in use as in training: pix2pix's only noise (Sec. 2.2).
+
+    While training every call draws from torch's random state. In evaluation mode what is kept never changes, is the
+    same for every picture, and repeats itself with the period ``side`` in both directions, so that a picture's
+    translation depends on nothing else. Takes (B, dim, H, W), H and W multiples of ``side`` then.
+    """
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        kept = np.random.default_rng((12, side)).random((1, dim, side, side)) < 0.5  # 12: see datasets.py, "Randomness"
+        self.register_buffer("kept", torch.from_numpy(kept), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.dropout(x, 0.5)
+        side = self.kept.shape[-1]
+        return 2 * x * self.kept.tile(1, 1, x.shape[2] // side, x.shape[3] // side)
+
+
+@contextmanager
+def in_use(network: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode for the block: pictures to be looked at draw nothing from the random state of training."""
+    try:
+        yield network.eval()
+    finally:
+        network.train()
+
+
 def check_size(x: Tensor, multiple: int, least: int) -> None:
     height, width = x.shape[-2:]
     if height % multiple or width % multiple or min(height, width) < least:
@@ -390,6 +427,53 @@ class ResNetGenerator(nn.Module):
         return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
 
 
+class UNetGenerator(nn.Module):
+    """The U-Net of pix2pix (Isola et al., CVPR 2017, Appendix 6.1.1), as in the official PyTorch code.
+
+    ``depth`` convolutions of stride 2 (C64-C128-C256-C512-C512-…, 4×4, LeakyReLU 0.2) and as many transposed ones
+    (ReLU), each of which but the innermost also sees the output of its mirror image. InstanceNorm with factors and
+    biases stands where the paper has BatchNorm, and computes what that computes at the paper's batch of 1: not in the
+    first, the innermost and the last. Dropout is in the decoder's blocks of equal width but the innermost: three at
+    depth 8, two at 7, none below 6; see ``NoiseDropout``.
+
+    Takes (B, channels, H, W) in [-1, 1], H and W multiples of 2 ** depth (ValueError otherwise); returns a
+    ``Translation`` with the picture alone.
+    """
+
+    def __init__(self, channels: int = 3, ngf: int = 64, depth: int = 8):
+        super().__init__()
+        self.settings = dict(channels=channels, ngf=ngf, depth=depth)
+        self.size_multiple = self.min_size = 2**depth
+        dims = [ngf * min(2**i, 8) for i in range(depth)]
+        self.first = nn.Conv2d(channels, dims[0], 4, stride=2, padding=1, bias=False)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i in range(1, depth):
+            norm = [InstanceNorm2d(dims[i], affine=True)] if i < depth - 1 else []  # a single pixel has no deviation
+            conv = nn.Conv2d(dims[i - 1], dims[i], 4, stride=2, padding=1, bias=False)
+            self.down.append(nn.Sequential(nn.LeakyReLU(0.2), conv, *norm))
+        for i in reversed(range(1, depth)):
+            innermost = i == depth - 1
+            conv = nn.ConvTranspose2d(dims[i] * (1 if innermost else 2), dims[i - 1], 4, 2, padding=1, bias=False)
+            noise = [] if innermost or dims[i - 1] < 8 * ngf else [NoiseDropout(dims[i - 1], 2 ** (depth - i))]
+            norm = InstanceNorm2d(dims[i - 1], affine=True)
+            self.up.append(nn.Sequential(nn.ReLU(inplace=True), conv, norm, *noise))
+        self.last = nn.Sequential(
+            nn.ReLU(inplace=True), nn.ConvTranspose2d(2 * dims[0], channels, 4, stride=2, padding=1)
+        )
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Translation:
+        check_size(x, self.size_multiple, self.min_size)
+        x = self.first(x)  # (B, ngf, H/2, W/2)
+        passed = []
+        for down in self.down:
+            passed.append(x)
+            x = down(x)
+        for up in self.up:
+            x = torch.cat([passed.pop(), up(x)], dim=1)
+        return Translation(torch.tanh(at_least_float32(self.last(x))))
+
+
 class UGATITGenerator(nn.Module):
     """The generator of U-GAT-IT (Kim et al., ICLR 2020, Appendix), as in the official PyTorch code.
 
@@ -454,6 +538,57 @@ class UGATITGenerator(nn.Module):
         return Translation(image, cam_logits=logits, heat_map=heat_map(features, x.shape[-2:]))
 
 
+class DCGANGenerator(nn.Module):
+    """The generator of DCGAN (Radford et al., ICLR 2016): noise is projected to 4×4, then doubled up to ``size``.
+
+    BatchNorm and ReLU follow every layer but the last, which ends in tanh. ``upsample``: "transposed" doubles by
+    transposed convolutions (4×4, stride 2) as the paper, "nearest" repeats pixels and convolves (3×3), with channels
+    wide enough to have as many parameters (see ``noise_widths``). ``size`` is one of ``sizes``.
+
+    Takes (B, nz) noise, as it was trained on; returns (B, channels, size, size) in [-1, 1]. In evaluation mode
+    BatchNorm uses its running statistics, and a picture does not depend on the others of its batch.
+    """
+
+    sizes = (16, 32, 64, 128)
+
+    def __init__(self, nz: int = 100, ngf: int = 64, channels: int = 3, size: int = 64, upsample: str = "transposed"):
+        super().__init__()
+        self.settings = dict(nz=nz, ngf=ngf, channels=channels, size=size, upsample=upsample)
+        widths = noise_widths(nz, ngf, channels, size, upsample)
+        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], 4, bias=False)]  # of one pixel: a projection
+        for width, following in zip(widths, [*widths[1:], channels], strict=True):
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            if upsample == "transposed":
+                layers += [nn.ConvTranspose2d(width, following, 4, stride=2, padding=1, bias=False)]
+            else:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, following, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers)
+        init_weights(self)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return torch.tanh(at_least_float32(self.layers(noise[:, :, None, None])))
+
+
+def noise_widths(nz: int, ngf: int, channels: int, size: int, upsample: str) -> list[int]:
+    """Channels of DCGAN's generator at 4×4, 8×8, … up to half of ``size``: halved each time, ``ngf`` at the last.
+
+    With "nearest", whose 3×3 kernels have fewer weights, ``ngf`` gives way to the number that brings the parameters
+    nearest to those of the transposed one.
+    """
+
+    def widths(last: int) -> list[int]:
+        return [last * size // 2 ** (i + 3) for i in range(int(math.log2(size)) - 2)]
+
+    def parameters(dims: list[int], kernel: int) -> int:
+        weights = sum(a * b for a, b in zip(dims, [*dims[1:], channels], strict=True))
+        return 16 * nz * dims[0] + kernel**2 * weights + 2 * sum(dims)
+
+    if upsample == "transposed":
+        return widths(ngf)
+    wanted = parameters(widths(ngf), 4)
+    return widths(min(range(ngf, 2 * ngf), key=lambda last: abs(parameters(widths(last), 3) - wanted)))
+
+
 def one_size(size: tuple[int, int]) -> str:
     """Why a generator refuses pictures that are not of ``size``, (height, width)."""
     return f"the full U-GAT-IT takes pictures of its training size alone, {size[0]} x {size[1]} (the light one any)"
@@ -481,12 +616,12 @@ def translate_any_size(generator: nn.Module, images: Tensor) -> Translation:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al., CVPR 2017): C64-C128-C256-C512-1, 4×4, LeakyReLU 0.2, InstanceNorm but in the first.
 
-    Every logit judges one patch: 70×70 pixels with ``n_layers`` 3 (34×34 with 2, 142×142 with 4). Takes
-    (B, channels, H, W), each side at least ``min_size``; returns a tuple of one logit map,
-    (B, 1, H/8 - 2, W/8 - 2) with 3 layers.
+    Every logit judges one patch: 70×70 pixels with ``n_layers`` 3 (34×34 with 2, 142×142 with 4). ``affine`` norms have
+    factors and biases, like the BatchNorm of pix2pix. Takes (B, channels, H, W), each side at least ``min_size``;
+    returns a tuple of one logit map, (B, 1, H/8 - 2, W/8 - 2) with 3 layers.
     """
 
-    def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 3):
+    def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 3, affine: bool = False):
         super().__init__()
         self.min_size = 3 * 2**n_layers  # below, the last norm would see a single pixel
         dims = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
@@ -495,7 +630,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < n_layers else 1
             layers += [
                 nn.Conv2d(dims[i - 1], dims[i], 4, stride, padding=1, bias=False),
-                InstanceNorm2d(dims[i]),
+                InstanceNorm2d(dims[i], affine=affine),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         layers += [nn.Conv2d(dims[-1], 1, 4, padding=1)]
@@ -546,6 +681,35 @@ class CAMDiscriminator(nn.Module):
     def heat_map(self, x: Tensor) -> Tensor:
         """(B, 1, H, W) in [0, 1]: where it looks."""
         return heat_map(self.attend(x)[0], x.shape[-2:])
+
+
+class DCGANDiscriminator(nn.Module):
+    """The discriminator of DCGAN (Radford et al., ICLR 2016): 4×4 convolutions of stride 2 down to 4×4, LeakyReLU 0.2.
+
+    ``ndf`` channels at first, doubled with every halving; BatchNorm but in the first. Takes (B, channels, size, size),
+    real and generated pictures in calls of their own, because BatchNorm sees the batch; returns a tuple of one logit
+    for each picture, (B,).
+    """
+
+    def __init__(self, channels: int = 3, ndf: int = 64, size: int = 64):
+        super().__init__()
+        dims = [ndf * 2**i for i in range(int(math.log2(size)) - 2)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        for width, following in pairwise(dims):
+            layers += [
+                nn.Conv2d(width, following, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(following),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        layers += [nn.Conv2d(dims[-1], 1, 4, bias=False)]
+        self.layers = nn.Sequential(*layers)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (at_least_float32(self.layers(x)).flatten(),)
 
 
 def depths(size: int) -> tuple[int, int]:
@@ -619,7 +783,15 @@ class ReplayBuffer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 GENERATORS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator)
+    cls.__name__: cls
+    for cls in (
+        AttentionGenerator,
+        SingleMaskGenerator,
+        ResNetGenerator,
+        UNetGenerator,
+        UGATITGenerator,
+        DCGANGenerator,
+    )
 }
 
 
@@ -662,25 +834,32 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.
     """``load_generator`` for a run, shipped weights, a folder or a file (see ``utils.find_generator``).
 
     What it says of itself always has its direction. Raises InputError when there is no generator for ``direction``
-    ("AtoB", "BtoA", or None: a file's own, else "AtoB").
+    ("AtoB", "BtoA", or None: a file's own, else "AtoB"; ``NOISE`` for one that draws from noise).
     """
     path = find_generator(where, direction)
+    way = None if direction == NOISE else direction
     try:
-        generator, about = load_generator(path, direction)
+        generator, about = load_generator(path, way)
     except ValueError as error:
         raise InputError(str(error)) from error
     if "direction" not in about:  # official files tell it by their names alone
-        about["direction"] = "BtoA" if path.stem.endswith("_B") else direction or "AtoB"
+        about["direction"] = "BtoA" if path.stem.endswith("_B") else way or "AtoB"
+    if about["direction"] == NOISE != direction:
+        raise InputError(f"{path}: draws pictures from noise (generate.py shows them) and translates none")
+    if direction == NOISE != about["direction"]:
+        raise InputError(f"{path}: translates {about['direction']}, expected a generator that draws from noise (dcgan)")
     if direction is not None and about["direction"] != direction:
         raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
     return generator, about
 
 
-def open_generators(where: str | Path) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+def open_generators(where: str | Path, noise: bool = False) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """``open_generator`` for every direction that ``where`` has: both for most folders and runs, one for most files.
 
-    Raises InputError when there is none.
+    With ``noise`` it is the one generator that draws from noise. Raises InputError when there is none.
     """
+    if noise:
+        return {NOISE: open_generator(where, NOISE)}
     if any(place.is_file() for place in places(where)):
         generator, about = open_generator(where)
         others = [d for d in about.get("directions", ()) if d != about["direction"]]

@@ -9,6 +9,7 @@ Notation: pictures of domains A and B, ``fake_B = G_AB(real_A)``, ``recovered_A 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +24,19 @@ from models import (
     AdaLIN,
     AttentionGenerator,
     CAMDiscriminator,
+    DCGANDiscriminator,
+    DCGANGenerator,
     PatchDiscriminator,
     ReplayBuffer,
     ResNetGenerator,
     SingleMaskGenerator,
     Translation,
     UGATITGenerator,
+    UNetGenerator,
     depths,
+    in_use,
 )
-from utils import InputError
+from utils import NOISE, InputError
 
 Batch = Mapping[str, Tensor]
 
@@ -42,7 +47,7 @@ class Turn(NamedTuple):
     player: "G" or "D", also the key of its optimizer.
     networks: the names of what the move may change (names, so that a wrapped network leaves no stale reference).
     losses: (batch, fakes) to named, already weighted scalars; calling it twice changes nothing (but that the power
-        iteration of a spectral norm goes on).
+        iteration of a spectral norm and the running statistics of BatchNorm go on).
     """
 
     player: str
@@ -56,7 +61,8 @@ class System(nn.Module, ABC):
     Children with parameters are the same on every rank; others (replay buffers) are each rank's own.
     """
 
-    learners: dict[str, str]  # direction ("AtoB") to the name of the network that learns to translate so
+    data = "unpaired"  # the kind of samples it plays with: a key of ``datasets.KINDS``
+    learners: dict[str, str]  # direction ("AtoB", or ``NOISE``) to the name of the network that learns to translate so
     generators: dict[str, str]  # direction to the one that is saved and shown: the learner, or an average of it
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
@@ -95,13 +101,27 @@ def least_squares(logits: Sequence[Tensor], target: float) -> Tensor:
     return torch.stack([(x - target).square().mean() for x in logits]).sum()
 
 
-def real_against_fake(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """The least-squares loss of a discriminator, halved to slow it down (CycleGAN, Appendix 7.1).
+def cross_entropy(logits: Sequence[Tensor], target: float) -> Tensor:
+    """Binary cross-entropy (Goodfellow et al., 2014): mean over each map of logits, summed over the maps.
+
+    With the target 1 for generated pictures it is the generator's loss in its form that does not saturate.
+    """
+    return torch.stack([F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x in logits]).sum()
+
+
+GanLoss = Callable[[Sequence[Tensor], float], Tensor]
+GAN_LOSSES: dict[str, GanLoss] = {"bce": cross_entropy, "lsgan": least_squares}
+
+
+def real_against_fake(
+    discriminator: nn.Module, real: Tensor, fake: Tensor, gan_loss: GanLoss = least_squares
+) -> Tensor:
+    """The loss of a discriminator, halved to slow it down (pix2pix, Sec. 3.3; CycleGAN, Appendix 7.1).
 
     Both go through in one call, which is exact as long as the norm is per picture.
     """
     maps = [logits.chunk(2) for logits in discriminator(torch.cat([real, fake]))]
-    return 0.5 * (least_squares([r for r, _ in maps], 1.0) + least_squares([f for _, f in maps], 0.0))
+    return 0.5 * (gan_loss([r for r, _ in maps], 1.0) + gan_loss([f for _, f in maps], 0.0))
 
 
 def mask_measures(attention: Tensor) -> dict[str, Tensor]:
@@ -478,6 +498,138 @@ class UGATIT(System):
 
 
 # ----------------------------------------------------------------------------------------------------------
+#  pix2pix
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Paired(System):
+    """pix2pix (Isola et al., CVPR 2017, eq. 4), with the terms of the official PyTorch code.
+
+    One generator, for one ``direction``, and a discriminator that sees input and output together:
+    L_D = ½ [ GAN(D([x, y]), 1) + GAN(D([x, G(x)]), 0) ],
+    L_G = lambda_gan · GAN(D([x, G(x)]), 1) + lambda_L1 · |G(x) - y|₁.
+
+    The discriminator moves first. A term of weight 0 is left out: without the adversarial one (the paper's "L1") there
+    is no discriminator. InputError where no term is left. No replay buffer.
+    """
+
+    data = "paired"
+
+    def __init__(
+        self,
+        generator: Callable[[], nn.Module],
+        discriminator: Callable[[], nn.Module],
+        direction: str,
+        gan_loss: GanLoss,
+        lambda_gan: float,
+        lambda_L1: float,
+    ):
+        super().__init__()
+        if not (lambda_gan or lambda_L1):
+            raise InputError("--lambda_gan 0 --lambda_L1 0: nothing to train by, expected one of them above 0")
+        self.G = generator()
+        self.min_size, self.size_multiple = self.G.min_size, self.G.size_multiple
+        if lambda_gan:
+            self.D = discriminator()
+            self.min_size = max(self.min_size, self.D.min_size)
+        self.learners = self.generators = {direction: "G"}
+        self.source, self.target = direction[0], direction[-1]
+        self.gan_loss, self.lambda_gan, self.lambda_L1 = gan_loss, lambda_gan, lambda_L1
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        learn = Turn("G", ("G",), self.generator_losses)
+        return (Turn("D", ("D",), self.discriminator_losses), learn) if self.lambda_gan else (learn,)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.G(batch[self.source]).image
+
+    def discriminator_losses(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        given, real = batch[self.source], batch[self.target]
+        pairs = torch.cat([given, real], dim=1), torch.cat([given, fake.detach()], dim=1)
+        return {"D": real_against_fake(self.D, *pairs, self.gan_loss)}
+
+    def generator_losses(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        losses = {}
+        if self.lambda_gan:
+            logits = self.D(torch.cat([batch[self.source], fake], dim=1))
+            losses["G"] = self.lambda_gan * self.gan_loss(logits, 1.0)
+        if self.lambda_L1:
+            losses["L1"] = self.lambda_L1 * F.l1_loss(fake, batch[self.target])
+        return losses
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        """``change``: mean |output - input| in [0, 2]."""
+        return {"change": F.l1_loss(fake, batch[self.source])}
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        with in_use(self.G) as generator:
+            fake = generator(batch[self.source]).image
+        return {
+            f"real {self.source}": batch[self.source],
+            f"fake {self.target}": fake,
+            f"real {self.target}": batch[self.target],
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  DCGAN
+# ----------------------------------------------------------------------------------------------------------
+
+
+#  DCGAN
+# ----------------------------------------------------------------------------------------------------------
+
+
+class DCGAN(System):
+    """DCGAN (Radford et al., ICLR 2016): pictures from noise, one generator against one discriminator.
+
+    L_D = CE(D(real), 1) + CE(D(G(noise)), 0), L_G = CE(D(G(noise)), 1), CE the binary cross-entropy; the discriminator
+    moves first. A batch is {"image": (B, channels, size, size), "noise": (B, nz)}. Real and generated pictures go
+    through the discriminator in calls of their own, because BatchNorm sees the batch.
+    """
+
+    data = "plain"
+
+    def __init__(self, generator: Callable[[], nn.Module], discriminator: Callable[[], nn.Module]):
+        super().__init__()
+        self.G, self.D = generator(), discriminator()
+        self.learners = self.generators = {NOISE: "G"}
+        self.min_size = self.size_multiple = self.G.settings["size"]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn("D", ("D",), self.discriminator_losses), Turn("G", ("G",), self.generator_losses))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.G(batch["noise"])
+
+    def discriminator_losses(self, batch: Batch, fakes: Tensor) -> dict[str, Tensor]:
+        return {
+            "D_real": cross_entropy(self.D(batch["image"]), 1.0),
+            "D_fake": cross_entropy(self.D(fakes.detach()), 0.0),
+        }
+
+    def generator_losses(self, batch: Batch, fakes: Tensor) -> dict[str, Tensor]:
+        return {"G": cross_entropy(self.D(fakes), 1.0)}
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, fakes: Tensor) -> dict[str, Tensor]:
+        """``spread_*``: the standard deviation of a pixel over the batch, their mean; near 0 when all are alike."""
+        pictures = {"real": batch["image"], "fake": fakes}
+        return {f"spread_{name}": x.std(dim=0, correction=0).mean() for name, x in pictures.items()}
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        """A column of real pictures and as many columns of samples as there are noise vectors for each of them."""
+        with in_use(self.G) as generator:
+            samples = generator(batch["noise"]).split(len(batch["image"]))
+        return {"real": batch["image"]} | {f"sample {i}": column for i, column in enumerate(samples, 1)}
+
+
+# ----------------------------------------------------------------------------------------------------------
 #  The table
 # ----------------------------------------------------------------------------------------------------------
 
@@ -610,6 +762,56 @@ def ugatit(
     )
 
 
+def pix2pix(
+    *,
+    channels: int = 3,
+    ngf: int = 64,
+    ndf: int = 64,
+    unet_depth: int = 0,
+    n_layers_D: int = 3,
+    direction: str = "AtoB",
+    gan_loss: str = "bce",
+    lambda_gan: float = 1.0,
+    lambda_L1: float = 100.0,
+    img_height: int = 256,
+    img_width: int = 256,
+) -> Paired:
+    """pix2pix."""
+    depth = unet_depth or int(math.log2(min(img_height, img_width)))
+    if depth < 2:
+        raise InputError(f"--unet_depth {depth}: expected at least 2, or 0 for the pictures' own")
+    return Paired(
+        lambda: UNetGenerator(channels, ngf, depth),
+        lambda: PatchDiscriminator(2 * channels, ndf, n_layers_D, affine=True),
+        direction,
+        GAN_LOSSES[gan_loss],
+        lambda_gan,
+        lambda_L1,
+    )
+
+
+def dcgan(
+    *,
+    channels: int = 3,
+    nz: int = 100,
+    ngf: int = 64,
+    ndf: int = 64,
+    upsample: str = "transposed",
+    img_height: int = 64,
+    img_width: int = 64,
+) -> DCGAN:
+    """DCGAN."""
+    if img_height != img_width or img_height not in DCGANGenerator.sizes:
+        raise InputError(
+            f"--img_height {img_height} --img_width {img_width}: dcgan makes square pictures, expected both to be one "
+            f"of {', '.join(map(str, DCGANGenerator.sizes))}"
+        )
+    return DCGAN(
+        lambda: DCGANGenerator(nz, ngf, channels, img_height, upsample),
+        lambda: DCGANDiscriminator(channels, ndf, img_height),
+    )
+
+
 # Name to builder. A builder's keywords are the system's options and their defaults its presets; ``seed`` is the
 # key of the replay buffers' randomness, ``img_height`` and ``img_width`` are the size of the training pictures.
 # ``train.py`` makes the flags from here.
@@ -618,10 +820,21 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "attentiongan1": attentiongan1,
     "cyclegan": cyclegan,
     "ugatit": ugatit,
+    "pix2pix": pix2pix,
+    "dcgan": dcgan,
 }
 
 # What a system wants of the options that all systems share, where it is not their usual default.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     # 294 epochs of selfie2anime's 3,400 pictures are the official 1,000,000 steps.
     "ugatit": {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"},
+    # The epochs are those of pytorch/examples.
+    "dcgan": {
+        "img_height": 64,
+        "img_width": 64,
+        "resize": "short_side",
+        "n_epochs": 25,
+        "batch_size": 128,
+        "decay_by": "never",
+    },
 }

@@ -25,20 +25,21 @@ from torch import Tensor
 import utils
 from datasets import (
     BUILT_IN,
+    KINDS,
     MODES,
     RESIZE,
+    TASKS,
     EpochSampler,
-    UnpairedDataset,
+    PictureDataset,
     draw_built_in,
-    fixed_batch,
     make_loader,
     normalise,
     quantise,
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, check_extractor, kernel_distance
-from models import open_generators, pack_generator
-from systems import SYSTEMS, TRAINING_PRESETS, Batch, System
+from models import in_use, open_generators, pack_generator
+from systems import GAN_LOSSES, SYSTEMS, TRAINING_PRESETS, Batch, System
 from utils import SAVED_MODELS, InputError, say
 
 # ----------------------------------------------------------------------------------------------------------
@@ -48,7 +49,8 @@ from utils import SAVED_MODELS, InputError, say
 # Help for the options that a system's builder declares; a default stands there (see systems.py).
 SYSTEM_HELP = {
     "channels": "colour channels of the pictures: 3 RGB, 1 grey",
-    "ngf": "channels of the generators' first convolution",
+    "nz": "length of a noise vector",
+    "ngf": "channels of the generators' first convolution; of dcgan's, which runs the other way, before the last",
     "ndf": "channels of the discriminators' first convolution",
     "n_residual_blocks": "residual blocks of each generator",
     "n_layers_D": "stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34",
@@ -58,9 +60,14 @@ SYSTEM_HELP = {
     "upsample": "how generators enlarge: transposed convolutions as the papers, or nearest neighbour and convolution",
     "attn_disc": "attention-guided discriminator beside the plain one: sees [mask, picture] (concat), or their product",
     "attn_real": "mask it sees of a real picture: the picture's own, or its translated partner's as the paper writes",
+    "unet_depth": "how often the U-Net halves the picture, whose sides are multiples of 2 to its power; "
+    "0: log2 of the smaller side",
+    "direction": "which side is translated into the other; of facades the labels are B",
+    "gan_loss": "adversarial loss: cross-entropy as the paper (bce) or least squares",
+    "lambda_L1": "weight of |output - truth|; 0: the conditional GAN alone",
     "light": "small generators, whose MLP reads averages over the picture; later they take pictures of any size",
     "init": "first weights: N(0, 0.02) as the paper says (normal), or torch's own as the official code (default)",
-    "lambda_gan": "weight of each adversarial term",
+    "lambda_gan": "weight of each adversarial term; with 0 pix2pix trains by L1 alone, without discriminator",
     "lambda_cam": "weight of the cross-entropy of the generators' class activation maps",
     "lambda_pixel": "weight of each direction's |output - input|",
     "lambda_tv": "weight of each mask's total variation, a sum over its pixels",
@@ -77,6 +84,8 @@ SYSTEM_CHOICES = {
     "attn_disc": ("none", "concat", "mask"),
     "attn_real": ("own", "partner"),
     "init": ("normal", "default"),
+    "direction": ("AtoB", "BtoA"),
+    "gan_loss": tuple(GAN_LOSSES),
 }
 # Keywords of builders that are no flags of their system.
 SHARED = ("seed", "img_height", "img_width")
@@ -102,6 +111,7 @@ The defaults are CycleGAN's schedule, which the official AttentionGAN options sh
 rate falling to zero from epoch 100. The official AttentionGAN script trains instead with
   --batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5
 U-GAT-IT (--system ugatit) has defaults of its own: 294 epochs, on selfie2anime the official 1,000,000 steps.
+DCGAN (--system dcgan), too: 64 x 64, batch 128, 25 epochs at one rate, the middle of each picture (short_side).
 """
 
 
@@ -119,6 +129,12 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", default=DEFAULT_DATASET, help=f"folder below --data_dir; {BUILT_IN} is drawn on first use")
     add("--data_dir", default="data", help="folder that holds the data sets")
+    add(
+        "--task",
+        choices=TASKS,
+        default=TASKS[0],
+        help="colorization: the pictures of train (or trainB) and test (or testB) are B, their grey versions A",
+    )
     add("--img_height", type=int, default=256, help="height of the training pictures, pixels")
     add("--img_width", type=int, default=256, help="width of the training pictures, pixels")
     add(
@@ -155,7 +171,12 @@ def make_parser(system: str) -> argparse.ArgumentParser:
         help="epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
         "(default: half of --n_epochs)",
     )
-    add("--decay_by", choices=("epoch", "step"), default="epoch", help="how often the rate falls after --decay_epoch")
+    add(
+        "--decay_by",
+        choices=("epoch", "step", "never"),
+        default="epoch",
+        help="how often the rate falls after --decay_epoch",
+    )
     add("--batch_size", type=int, default=1, help="samples per step and process")
     add("--lr", type=float, default=2e-4, help="Adam: learning rate")
     add("--b1", type=float, default=0.5, help="Adam: decay of the first moment")
@@ -280,17 +301,20 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
     least |= {
         "lambda_warmup": 0,
         "curriculum_epochs": 0,
+        "nz": 1,
         "ngf": 1,
         "ndf": 1,
         "n_masks": 2,
         "n_residual_blocks": 0,
         "n_layers_D": 1,
+        "unet_depth": 0,
+        "lambda_L1": 0,
     }
     for key, bound in least.items():
         if not getattr(options, key, bound) >= bound:  # nan is not
             raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
     for key in ("b1", "b2", "ema_decay"):
-        if not 0 <= getattr(options, key) < 1:
+        if not 0 <= getattr(options, key, 0) < 1:
             raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")
     if options.decay_epoch > options.n_epochs:
         raise InputError(
@@ -305,6 +329,8 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
     if options.channels not in MODES:
         raise InputError(f"--channels {options.channels}: expected one of {list(MODES)}")
+    if options.task == "colorization" and options.channels != 3:
+        raise InputError(f"--task colorization makes colours: --channels {options.channels}, expected 3")
     if getattr(options, "attention_kernel", 1) not in (1, 7):
         raise InputError(f"--attention_kernel {options.attention_kernel}: expected 1 (official code) or 7 (paper)")
     with torch.device("meta"):
@@ -339,6 +365,8 @@ def set_up(
     if options.compile:
         for network in (system.get_submodule(name) for turn in system.turns for name in turn.networks):
             network.compile(dynamic=False)  # in place: the names of the weights stay
+    if utils.rank():  # dropout on every rank of its own
+        torch.manual_seed(options.seed + 1_000_003 * utils.rank())
     optimizers: dict[str, torch.optim.Optimizer] = {
         turn.player: torch.optim.Adam(
             trained_parameters(system, turn.networks),
@@ -352,10 +380,17 @@ def set_up(
     return system, optimizers, utils.make_autocast(device, options.precision)
 
 
-def build_dataset(options: argparse.Namespace) -> UnpairedDataset:
-    root = Path(options.data_dir) / options.dataset_name
-    size = options.img_height, options.img_width
-    return UnpairedDataset(root, size, options.channels, options.resize, options.seed, options.eval_interval > 0)
+def build_dataset(options: argparse.Namespace) -> PictureDataset:
+    with torch.device("meta"):
+        make = KINDS[build_system(options).data]
+    given = {
+        **vars(options),
+        "root": Path(options.data_dir) / options.dataset_name,
+        "size": (options.img_height, options.img_width),
+        "how": options.resize,
+        "hold_out": options.eval_interval > 0,
+    }
+    return make(**{key: given[key] for key in inspect.signature(make).parameters})
 
 
 def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
@@ -364,12 +399,12 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 def load_generators(system: System, where: str) -> None:
     """Give the learners the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
-    opened = open_generators(where)
+    opened = open_generators(where, noise=utils.NOISE in system.learners)
     for direction, name in system.learners.items():
         if direction not in opened:
             raise InputError(
                 f"--init_from {where} translates {', '.join(opened)} alone, expected a run or folder with a generator "
-                "for each direction"
+                f"for {direction}"
             )
         source, _ = opened[direction]
         network = system.get_submodule(name)
@@ -504,7 +539,7 @@ class Validation:
     Test pictures take no part, so generators may be chosen by it. Raises InputError when the extractor cannot be had.
     """
 
-    def __init__(self, options: argparse.Namespace, dataset: UnpairedDataset, device: torch.device):
+    def __init__(self, options: argparse.Namespace, dataset: PictureDataset, device: torch.device):
         self.device = device
         with torch.random.fork_rng(devices=[]):  # building a network draws weights; the run must not notice
             self.extractor = Extractor(options.extractor, options.inception and Path(options.inception), device)
@@ -519,9 +554,9 @@ class Validation:
         """The KID of every direction, in float32."""
         figures = {}
         for direction, name in system.generators.items():
-            generator = system.get_submodule(name)
             reals = (normalise(batch.to(self.device)) for batch in self.images[direction[0]].split(8))
-            fakes = torch.cat([quantise(generator(real).image).cpu() for real in reals])
+            with in_use(system.get_submodule(name)) as generator:
+                fakes = torch.cat([quantise(generator(real).image).cpu() for real in reals])
             distance = kernel_distance(self.extractor(fakes).vectors, self.features[direction[-1]])
             figures[f"KID{self.extractor.suffix}_{direction}"] = distance
         return figures
@@ -585,8 +620,10 @@ def learning_rate(options: argparse.Namespace, step: int, steps_per_epoch: int) 
     """The rate of a step, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
 
     It falls with each epoch, by the rule of the official AttentionGAN code, or (``decay_by`` "step") with each step; it
-    would reach zero in the one after the last.
+    would reach zero in the one after the last. With ``decay_by`` "never" it stays.
     """
+    if options.decay_by == "never":
+        return options.lr
     by_step = options.decay_by == "step"
     done, unit = (step, steps_per_epoch) if by_step else (step // steps_per_epoch, 1)
     constant, total = unit * options.decay_epoch, unit * options.n_epochs
@@ -619,8 +656,7 @@ def train(
             f"{len(dataset)} samples in {options.data_dir}/{options.dataset_name} do not fill one batch of "
             f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
         )
-    samples = fixed_batch(dataset.root, 4, dataset.size, options.channels, options.resize)
-    samples = next(utils.to_device([samples], device, normalise))
+    samples = next(utils.to_device([dataset.fixed_batch(4)], device, normalise))
 
     run = Run(options, system, optimizers, len(loader), device)
     state = run.load() if options.resume else {"step": 0}
@@ -648,7 +684,8 @@ def train(
                 for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
                     group["lr"] = lr
                 players.begin(epoch, record.step)
-                record.note(play(players, optimizers, autocast, batch), sum(map(len, batch.values())), epoch, lr)
+                images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is none
+                record.note(play(players, optimizers, autocast, batch), images, epoch, lr)
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
                     with autocast():
                         record.sheet(system.sheet(samples))

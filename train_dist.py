@@ -21,6 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -55,7 +56,8 @@ def distribute(system: System) -> System:
     """A twin of ``system`` whose networks average their gradients over all ranks.
 
     It shares every network and buffer with ``system``, which stays bare: sheets and checkpoints use that one, on
-    one rank alone and under plain names. Every network starts from rank 0's weights.
+    one rank alone and under plain names. Every network starts from rank 0's weights. BatchNorm sees the batch of all
+    ranks on CUDA (for the CPU see ``check_batch_norm``).
     """
     twin = copy.copy(system)
     twin._modules = dict(system._modules)  # the copy would share the very table, and wrap both
@@ -65,6 +67,8 @@ def distribute(system: System) -> System:
         for buffer in network.buffers():  # torch 2.11 leaves them as they are
             dist.broadcast(buffer, 0)
         ids = [device] if device.type == "cuda" else None
+        if ids:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place: ``system`` has them too
         setattr(twin, name, DistributedDataParallel(network, device_ids=ids, **OWN_BUFFERS))
     return twin
 
@@ -134,6 +138,18 @@ def count_processes(options: argparse.Namespace) -> int:
     return options.n_procs or gpus or 1
 
 
+def check_batch_norm(options: argparse.Namespace, world_size: int) -> None:
+    """Raise InputError where BatchNorm would see each rank's own share of the batch."""
+    if world_size > 1 and pick_kind(options) == "cpu":
+        with torch.device("meta"):
+            system = train.build_system(options)
+        if any(isinstance(module, nn.BatchNorm2d) for module in system.modules()):
+            raise InputError(
+                f"--system {options.system} has BatchNorm, whose statistics {world_size} processes can share on CUDA "
+                "alone (SyncBatchNorm), expected one process on the CPU"
+            )
+
+
 def check_port(port: int) -> None:
     if not 1 <= port <= 65535:
         raise InputError(f"--port_num {port}: cannot be used; expected 1024 to 65535")
@@ -148,6 +164,7 @@ def check_port(port: int) -> None:
 def launch(options: argparse.Namespace) -> int:
     """Spawn the ranks and wait for them, handing signals on. Raises InputError when one of them fails."""
     world_size = count_processes(options)
+    check_batch_norm(options, world_size)
     check_port(options.port_num)
     train.prepare(options)
     ranks = mp.spawn(spawned, (options, world_size), world_size, join=False)
@@ -182,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return utils.exit_status(launch(options))
         rank, local_rank, size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        check_batch_norm(options, size)
         return utils.exit_status(join(options, rank, local_rank, size, "env://"))
 
     return utils.run_script("train_dist.py", work)

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import utils
-from datasets import Picture, find_pictures, normalise, quantise, resize, to_tensor
+from datasets import TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, to_tensor
 from models import Translation, one_size, open_generator, translate_any_size
 from utils import InputError, say
 
@@ -324,7 +324,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, official ones too")
-    add("--direction", choices=("AtoB", "BtoA"), help="(default: the file's own, else AtoB)")
+    add("--direction", choices=("AtoB", "BtoA"), help="(default: the file's own, else AtoB, else BtoA)")
     add("--input", type=Path, help="a picture, or a folder of pictures")
     add("--output", type=Path, help="folder for the translations")
     add("--recursive", action="store_true", help="the pictures in sub-folders too; the output has the same folders")
@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         check_options(options)
         device = utils.pick_device(options.device)
-        generator, _ = open_generator(options.checkpoint, options.direction)
+        generator, about = open_generator(options.checkpoint, options.direction)
         generator.eval()
         only_size = generator.settings.get("size")
         if options.export is not None:
@@ -390,7 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         probe = torch.zeros(1, generator.settings["channels"], *(only_size or (1, 1)))
         if options.masks and all(part is None for part in translate_any_size(generator, probe)[1:]):
             raise InputError(f"--masks: {options.checkpoint} holds a {type(generator).__name__}, which has none")
-        pictures = find_inputs(options.input, options.output, options.recursive)
+        task = about.get("options", {}).get("task", TASKS[0])
+        found = find_inputs(options.input, options.output, options.recursive)
+        pictures = [as_input(picture.path, task, about["direction"]) for picture in found]
         targets = name_outputs(pictures, options.input, options.output, options.masks)
         failed: dict[Path, str] = {}
         batches = make_batches(plan(pictures, targets, options.max_size, only_size, failed), options.batch_size)

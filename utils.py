@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 SAVED_MODELS = Path("saved_models")  # checkpoints and weights, below the working directory
 IMAGES = Path("images")  # sheets, curves and pages
+NOISE = "generator"  # in the place of a direction, for a generator that draws from noise and translates none
 
 
 class InputError(ValueError):
@@ -276,26 +277,27 @@ class Checkpoints:
 
 
 def find_generator(where: str | Path, direction: str | None) -> Path:
-    """The generator file for "AtoB" or "BtoA" that ``where`` stands for; for None any file, and "AtoB" of all else.
+    """The generator file for a direction that ``where`` stands for; for None any file, "AtoB" before "BtoA".
 
     ``where`` is a file, a folder, the name of a run (``saved_models/<name>``) or of shipped weights
     (``saved_models/pretrained/<name>``). A folder holds ``AtoB.pt`` and ``BtoA.pt``, as ``train.py`` writes
-    them, or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``. InputError where nothing fits.
+    them, or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``; or ``generator.pt`` for ``NOISE``, which
+    is found for a direction too, so that whoever opens it can say what it is. InputError where nothing fits.
     """
-    any_file, direction = direction is None, direction or "AtoB"
-    official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}[direction]
+    official = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}
+    wanted = tuple(official) if direction is None else (direction,)
+    names = [name for each in wanted for name in (f"{each}.pt", official.get(each)) if name]
     for place in places(where):
         if place.is_file():
-            if not any_file and place.name.startswith("latest_net_G_") and place.name != official:
+            if direction in official and place.name.startswith("latest_net_G_") and place.name not in names:
                 raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
             return place
-        for name in (f"{direction}.pt", official):
+        for name in (*names, f"{NOISE}.pt"):
             if (place / name).is_file():
                 return place / name
+    what = "noise" if direction == NOISE else " or ".join(wanted)
     looked = ", ".join(dict.fromkeys(map(str, places(where))))
-    raise InputError(
-        f"{where}: no generator for {direction} found. Looked for a file, or {direction}.pt or {official} in {looked}"
-    )
+    raise InputError(f"{where}: no generator for {what} found. Looked for a file, or {' or '.join(names)} in {looked}")
 
 
 def places(where: str | Path) -> list[Path]:
@@ -578,6 +580,7 @@ def to_device(
     batches: Iterable[Mapping[str, Tensor]], device: torch.device, convert: Callable[[Tensor], Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Move batches to the device as they come from the loader, then convert them there."""
-    layout = pick_layout(device)
+    layouts = {4: pick_layout(device)}  # of pictures
     for batch in batches:
-        yield {k: convert(v.to(device, non_blocking=True)).contiguous(memory_format=layout) for k, v in batch.items()}
+        moved = {key: convert(value.to(device, non_blocking=True)) for key, value in batch.items()}
+        yield {k: v.contiguous(memory_format=layouts.get(v.ndim, torch.contiguous_format)) for k, v in moved.items()}

@@ -2,11 +2,16 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import compare
-from datasets import draw_built_in
+import train
+from datasets import Picture, draw_built_in, fixed_noise, quantise, unaugmented
+from metrics import Features, kernel_distance
+from models import load_generator
 
 TINY = (
     "--dataset_name solid2striped --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 "
@@ -19,6 +24,20 @@ SETTINGS = {"II": "--system attentiongan --n_masks 3", "CycleGAN, plain": "--sys
 def two_settings(monkeypatch):
     monkeypatch.setitem(compare.COMPARISONS, "systems", compare.Comparison(TINY, SETTINGS))
     draw_built_in(Path("data/solid2striped"), n_train=3, n_test=2)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of a comparison without a process for each, whose start takes longer than they do."""
+
+    def train_all(comparison, seeds, jobs, extra):
+        shared, settings = compare.COMPARISONS[comparison]
+        for seed in seeds:
+            for setting, flags in settings.items():
+                name = compare.run_name(comparison, setting, seed)
+                assert train.main([*f"{shared} {flags} --seed {seed} --name {name}".split(), *extra]) == 0
+
+    monkeypatch.setattr(compare, "train_all", train_all)
 
 
 def cells(line: str) -> list[str]:
@@ -68,11 +87,85 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeyp
     assert compare.is_finished("compare_systems_good_0")
 
 
-def test_every_comparison_has_flags_that_train_takes():
-    from train import parse_options
+def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_process, monkeypatch):
+    tiny = "--dataset_name pairs --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_layers_D 1 --n_epochs 1 --n_cpu 0"
+    settings = {"L1": "--system pix2pix --direction BtoA --lambda_gan 0", "CycleGAN": "--system cyclegan"}
+    monkeypatch.setitem(compare.COMPARISONS, "pix2pix", compare.Comparison(f"{tiny} --sample_interval 0", settings))
+    draws, parts = np.random.default_rng(0), {"train": [], "test": []}
+    for split, pictures in parts.items():
+        folder = Path("data/pairs") / split
+        folder.mkdir(parents=True)
+        for i in range(3):
+            pictures.append(draws.integers(0, 100 + 50 * i, (16, 32, 3), dtype=np.uint8))
+            Image.fromarray(pictures[-1]).save(folder / f"{i}.png")
+    assert compare.main(["pix2pix", "--seeds", "1"]) == 0
+    text = Path("docs/compare_pix2pix.md").read_text()
+    assert "## AtoB" not in text  # which pix2pix has not learned
+    heads, _, *rows = text.split("## BtoA")[1].split("## Settings")[0].strip().splitlines()
+    rows = {cells(line)[0]: cells(line) for line in rows}
+    assert list(rows) == [*settings, "mean grey of the training pictures"]
+    photos = {split: np.stack(pictures)[:, :, :16] / 127.5 - 1 for split, pictures in parts.items()}
+    expected = abs(photos["test"] - photos["train"].mean()).mean()
+    assert rows["mean grey of the training pictures"][cells(heads).index("L1")] == f"{expected:.3f}"
+    report = json.loads(Path("images/compare_pix2pix_cyclegan_1/evaluation.json").read_text())
+    figures = next(row["figures"] for row in report["rows"] if row["direction"] == "BtoA")
+    assert rows["CycleGAN"][cells(heads).index("L1")] == f"{figures['L1']:.3f}"
+    with Image.open("docs/compare_pix2pix.png") as sheet:  # input, output, truth of three pictures
+        assert sheet.height == 18 + 2 * (16 * 6 + 2) + 2 and sheet.width > 9 * (16 * 6 + 2)
 
+
+def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(in_this_process, monkeypatch, capsys):
+    tiny = "--system dcgan --dataset_name solid2striped --channels 1 --img_height 16 --img_width 16 --nz 4 --ngf 4 "
+    tiny += "--ndf 4 --batch_size 2 --n_epochs 2 --n_cpu 0 --sample_interval 0"
+    settings = {"transposed": "", "nearest": "--upsample nearest"}
+    monkeypatch.setitem(compare.COMPARISONS, "dcgan", compare.Comparison(tiny, settings))
+    assert compare.main(["dcgan"]) == 2
+    assert (
+        "--extractor none: samples are compared by their features" in capsys.readouterr().err
+        and not Path("saved_models").exists()
+    )
+
+    class PixelExtractor:
+        suffix = "-pixels"
+
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, images):
+            return Features(images.float().flatten(1) / 255, None)
+
+    monkeypatch.setattr(compare, "Extractor", PixelExtractor)
+    draw_built_in(Path("data/solid2striped"), n_train=4, n_test=3)
+    assert compare.main(["dcgan", "--seeds", "3", "4", "--extractor", "pixels"]) == 0
+    text = Path("docs/compare_dcgan.md").read_text()
+    heads, _, *rows = text.split("## generator")[1].split("## Settings")[0].strip().splitlines()
+    rows = {cells(line)[0]: cells(line) for line in rows}
+    assert list(rows) == [*settings, "the training pictures"]
+    column = cells(heads).index("100 KID-pixels")
+
+    def pictures(folder):
+        paths = sorted(Path("data/solid2striped", folder).glob("*.png"))
+        return torch.stack([unaugmented(Picture(path), (16, 16), 1) for path in paths]).float().flatten(1) / 255
+
+    real = pictures("testA")
+    for setting in settings:
+        figures = []
+        for seed in (3, 4):
+            generator, about = load_generator(f"saved_models/compare_dcgan_{setting}_{seed}/generator.pt")
+            assert about["step"] == 4 and generator.settings["upsample"] == setting
+            with torch.no_grad():
+                samples = quantise(generator.eval()(fixed_noise(500, 4, seed)))
+            figures.append(100 * kernel_distance(samples.float().flatten(1) / 255, real))
+        expected = f"{statistics.mean(figures):.2f} ± {statistics.stdev(figures):.2f}"
+        assert rows[setting][column] == expected and float(rows[setting][cells(heads).index("steps/s")]) > 0
+    assert rows["the training pictures"][column] == f"{100 * kernel_distance(pictures('trainA'), real):.2f}"
+    with Image.open("docs/compare_dcgan.png") as sheet:
+        assert sheet.height == 18 + 2 * (16 * 6 + 2) + 2
+
+
+def test_every_comparison_has_flags_that_train_takes():
     for name, (shared, settings) in compare.COMPARISONS.items():
         names = [compare.run_name(name, setting, 0) for setting in settings]
         assert len(set(names)) == len(names)
         for flags in settings.values():
-            parse_options(f"{shared} {flags}".split())
+            train.parse_options(f"{shared} {flags}".split())

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -20,26 +21,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
 import datasets
 from datasets import (
     RESIZE,
     EpochSampler,
+    PairedDataset,
     Picture,
+    PlainDataset,
     PublicSet,
     UnpairedDataset,
+    as_input,
     draw_built_in,
     fetch,
     find_pictures,
+    find_plain,
     find_side,
     fixed_batch,
+    fixed_noise,
     import_pictures,
     make_loader,
     normalise,
     resize,
     to_tensor,
+    true_translation,
     unpack,
     whole_or_absent,
 )
@@ -81,6 +88,10 @@ def make_set(root, nA=3, nB=2, size=(40, 36), tests=0):
         for i in range(tests):
             save(noise(i + 200 + 100 * (side == "B"), size), root / f"test{side}" / f"{i}.png")
     return root
+
+
+def names_below(pictures, root):
+    return [str(picture.path.relative_to(root)) for picture in pictures]
 
 
 def same(a, b):
@@ -469,6 +480,278 @@ def test_fixed_batch_takes_the_middle_when_the_aspect_is_kept(tmp_path):
         save(image, tmp_path / f"train{side}" / "0.png")
     batch = fixed_batch(tmp_path, 1, (16, 16), how="short_side")["A"][0]
     assert torch.equal(batch, torch.tensor(BLUE, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Paired data
+# ----------------------------------------------------------------------------------------------------------
+
+
+def negative(image):
+    return ImageOps.invert(image)
+
+
+def side_by_side(path, seed, size=(35, 35)):
+    """A picture and its negative in one file. 35 is 1.12 × 32, so the resize changes nothing."""
+    left = noise(seed, size)
+    both = Image.new("RGB", (2 * size[0], size[1]))
+    both.paste(left, (0, 0))
+    both.paste(negative(left), (size[0], 0))
+    return save(both, path)
+
+
+def find_crop(sample, picture):
+    """Where in a picture of 35 x 35 a sample of 32 x 32 may come from: (top, left, flipped)."""
+    whole, found = to_tensor(picture), []
+    for top, left in itertools.product(range(4), repeat=2):
+        crop = whole[:, top : top + 32, left : left + 32]
+        found += [(top, left, flip) for flip in (False, True) if torch.equal(sample, crop.flip(-1) if flip else crop)]
+    return found
+
+
+def assert_in_step(dataset, pictures):
+    """Every sample is one place of the picture of its index and of the negative, flipped alike; all places occur."""
+    seen = set()
+    for epoch in range(30):
+        for index, picture in enumerate(pictures):
+            sample = dataset[epoch, index]
+            assert torch.equal(sample["A"], 255 - sample["B"])
+            places = find_crop(sample["A"], picture)
+            assert len(places) == 1
+            seen.update(places)
+    tops, lefts, flips = (set(values) for values in zip(*seen, strict=True))
+    assert tops == lefts == {0, 1, 2, 3} and flips == {False, True}
+
+
+def test_both_halves_of_a_pair_are_cropped_and_flipped_alike(tmp_path):
+    for i in range(3):
+        side_by_side(tmp_path / "train" / f"{i}.png", i)
+    for split in ("val", "test"):  # of which none trains
+        side_by_side(tmp_path / split / "0.png", 50)
+    dataset = PairedDataset(tmp_path, (32, 32), seed=2)
+    assert len(dataset) == 3
+    assert_in_step(dataset, [noise(i, (35, 35)) for i in range(3)])
+    assert same(dataset[4, 1], PairedDataset(tmp_path, (32, 32), seed=2)[4, 1])
+    assert not same(dataset[4, 1], PairedDataset(tmp_path, (32, 32), seed=3)[4, 1])
+    before = dataset[4, 1]
+    assert dataset.load(6 * 3 * 35 * 35) and same(before, dataset[4, 1])
+
+
+def test_equal_names_in_two_folders_are_pairs_whatever_their_endings(tmp_path):
+    for i, (name, other) in enumerate((("a.png", "a.bmp"), ("a.c.png", "a.c.bmp"), ("deep/a.png", "deep/a.bmp"))):
+        save(noise(i, (35, 35)), tmp_path / "trainA" / name)
+        save(negative(noise(i, (35, 35))), tmp_path / "trainB" / other)
+    dataset = PairedDataset(tmp_path, (32, 32))
+    seeds = {"a.png": 0, "a.c.png": 1, "deep/a.png": 2}  # by their names with endings the two sides' orders differ
+    order = [seeds[name] for name in names_below(dataset.sides["A"], tmp_path / "trainA")]
+    assert_in_step(dataset, [noise(seed, (35, 35)) for seed in order])
+
+
+@pytest.mark.parametrize("lone", ["trainA/z.png", "trainB/z.png"])
+def test_unpaired_data_is_refused_with_a_name(tmp_path, lone):
+    for side in "AB":
+        plain(tmp_path / f"train{side}" / "a.png")
+    PairedDataset(tmp_path, (16, 16))
+    plain(tmp_path / lone)
+    with pytest.raises(
+        InputError,
+        match=r"expected pairs, side by side in the pictures of train, or with equal names in trainA and trainB; "
+        r"found 1 without a partner, such as z$",
+    ):
+        PairedDataset(tmp_path, (16, 16))
+
+
+def test_unpaired_test_folders_of_a_paired_set_are_refused_too(tmp_path):
+    for side, name in (("A", "b"), ("B", "c")):
+        plain(tmp_path / f"train{side}" / "a.png")
+        plain(tmp_path / f"test{side}" / f"{name}.png")
+    with pytest.raises(InputError, match=r"equal names in testA and testB; found 2 without a partner, such as b$"):
+        PairedDataset(tmp_path, (16, 16)).check()
+
+
+def test_the_built_in_set_has_equal_names_and_no_pairs(tmp_path):
+    draw_built_in(tmp_path / "solid2striped", n_train=2, n_test=1)
+    with pytest.raises(InputError, match="expected pairs, found the built-in set, whose equal names are different"):
+        PairedDataset(tmp_path / "solid2striped", (16, 16))
+
+
+def test_a_pair_of_two_aspects_needs_squash(tmp_path):
+    plain(tmp_path / "trainA" / "a.png", size=(20, 10))
+    plain(tmp_path / "trainB" / "a.png", size=(10, 10))
+    with pytest.raises(InputError, match=r"trainA/a\.png and .*trainB/a\.png differ in their aspect.*--resize squash"):
+        PairedDataset(tmp_path, (16, 16), how="short_side")[0, 0]
+    assert PairedDataset(tmp_path, (16, 16))[0, 0]["A"].shape == (3, 16, 16)
+
+
+def test_pairs_are_held_out_together(tmp_path):
+    for i in range(20):
+        for side in "AB":
+            plain(tmp_path / f"train{side}" / f"{i}.png")
+    dataset = PairedDataset(tmp_path, (16, 16), seed=1, hold_out=True)
+    for sides, n in ((dataset.held_out, 2), (dataset.sides, 18)):
+        assert [p.path.name for p in sides["A"]] == [p.path.name for p in sides["B"]] and len(sides["A"]) == n
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Colourisation
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["train", "trainB"])
+def test_colourisation_pairs_a_picture_with_its_own_grey(tmp_path, folder):
+    for i in range(2):
+        save(noise(i, (35, 35)), tmp_path / folder / f"{i}.png")
+    dataset = PairedDataset(tmp_path, (32, 32), task="colorization")
+    assert len(dataset) == 2
+    for epoch in range(4):
+        sample = dataset[epoch, 1]
+        grey = to_tensor(Image.fromarray(sample["B"].permute(1, 2, 0).numpy()).convert("L"))
+        assert torch.equal(sample["A"], grey.expand(3, -1, -1)) and sample["B"].float().std(dim=0).mean() > 20
+        assert len(find_crop(sample["B"], noise(1, (35, 35)))) == 1
+    before = dataset[0, 0]
+    assert dataset.load(4 * 3 * 35 * 35) and same(before, dataset[0, 0])  # grey and colour are kept apart
+
+
+def test_unpaired_colourisation_sees_no_picture_twice(tmp_path):
+    for i in range(7):
+        plain(tmp_path / "train" / f"{i}.png", (200, 10 * i, 0))
+    for i in range(3):
+        plain(tmp_path / "test" / f"{i}.png", (0, 0, 255))
+    dataset = UnpairedDataset(tmp_path, (8, 8), task="colorization")
+    names = {side: [p.path.stem for p in pictures] for side, pictures in dataset.sides.items()}
+    assert names == {"A": ["0", "2", "4", "6"], "B": ["1", "3", "5"]}
+    for index in range(4):
+        sample = dataset[0, index]
+        assert len(sample["A"].unique()) == 1 and int(sample["B"][0, 0, 0]) == 200
+    tests = dataset.find_sides("test")
+    assert len(tests["A"]) == len(tests["B"]) == 3 and {p.grey for p in tests["A"]} == {True}
+    assert torch.equal(dataset.fixed_batch(2)["A"], torch.full((2, 3, 8, 8), 29, dtype=torch.uint8))  # of blue
+
+
+def test_colourisation_finds_its_pictures(tmp_path):
+    with pytest.raises(
+        InputError, match=r"no such folder\. Expected colour pictures, two at least, in .*train or .*trainB"
+    ):
+        PairedDataset(tmp_path / "nowhere", (8, 8), task="colorization")
+    for folder in ("trainB", "testB", "val"):
+        plain(tmp_path / folder / "a.png")
+    (grey,) = find_side(tmp_path, "train", "A", "colorization")
+    assert grey == Picture(tmp_path / "trainB" / "a.png", None, True)
+    assert find_side(tmp_path, "train", "B", "colorization") == [grey._replace(grey=False)]
+    assert find_side(tmp_path, "test", "B", "colorization") == [Picture(tmp_path / "val" / "a.png")]
+    plain(tmp_path / "train" / "b.png")
+    assert [p.path.name for p in find_side(tmp_path, "train", "B", "colorization")] == ["b.png"]
+
+
+def test_inputs_and_truths_of_a_generator(tmp_path):
+    path = save(noise(0, (8, 4)), tmp_path / "a.png")
+    assert as_input(path, "colorization", "AtoB") == Picture(path, grey=True)
+    for task, direction in (("colorization", "BtoA"), ("translation", "AtoB"), ("translation", "BtoA")):
+        assert as_input(path, task, direction) == Picture(path)
+    assert true_translation(Picture(path, "left"), "translation", "B") == Picture(path, "right")
+    assert true_translation(Picture(path, "right"), "translation", "A") == Picture(path, "left")
+    assert true_translation(Picture(path), "translation", "B") is None
+    assert true_translation(Picture(path, grey=True), "colorization", "B") == Picture(path)
+    assert true_translation(Picture(path), "colorization", "A") == Picture(path, grey=True)
+    assert np.array_equal(np.asarray(Picture(path, grey=True).open(1)), np.asarray(noise(0, (8, 4)).convert("L")))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Plain folders
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_pictures_come_from_train_trainA_or_the_folder_itself(tmp_path):
+    for path in ("a.png", "deep/b.png", "test/c.png", "testA/d.png", "val/e.png"):
+        plain(tmp_path / path)
+    assert names_below(find_plain(tmp_path, "train"), tmp_path) == ["a.png", "deep/b.png"]
+    assert names_below(find_plain(tmp_path, "test"), tmp_path) == ["test/c.png"]
+    plain(tmp_path / "trainA" / "f.png")
+    plain(tmp_path / "trainB" / "g.png")
+    assert names_below(find_plain(tmp_path, "train"), tmp_path) == ["trainA/f.png"]
+    shutil.rmtree(tmp_path / "test")
+    assert names_below(find_plain(tmp_path, "test"), tmp_path) == ["testA/d.png"]
+    plain(tmp_path / "train" / "deep" / "h.png")
+    assert names_below(find_plain(tmp_path, "train"), tmp_path) == ["train/deep/h.png"]
+    assert find_plain(tmp_path / "nowhere", "train") == find_plain(tmp_path / "nowhere", "test") == []
+
+
+def test_what_a_plain_set_lacks_or_cannot_do_is_named(tmp_path):
+    with pytest.raises(
+        InputError, match=r"faces: no such folder\. Expected pictures in .*faces/train, in .*trainA, or"
+    ):
+        PlainDataset(tmp_path / "faces", (16, 16))
+    plain(tmp_path / "test" / "a.png")
+    with pytest.raises(InputError, match=r"no pictures \(\.jpg, .*\) to train on in it"):
+        PlainDataset(tmp_path, (16, 16))
+    plain(tmp_path / "b.png")
+    with pytest.raises(InputError, match="--eval_interval measures translations"):
+        PlainDataset(tmp_path, (16, 16), hold_out=True)
+    with pytest.raises(InputError, match="--task colorization is for translations, and pictures from noise are none"):
+        PlainDataset(tmp_path, (16, 16), task="colorization")
+    (tmp_path / "test" / "bad.png").write_text("no")
+    with pytest.raises(InputError, match=r"1 picture.*\n.*test/bad\.png: "):
+        PlainDataset(tmp_path, (16, 16)).check()
+
+
+@pytest.mark.parametrize("how", RESIZE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_plain_sample_is_the_picture_or_its_mirror_image_and_noise(tmp_path, how, channels):
+    pictures = [noise(i, (32, 48)) for i in range(4)]
+    for i, picture in enumerate(pictures):
+        save(picture, tmp_path / f"{i}.png")
+    dataset = PlainDataset(tmp_path, (16, 16), channels, how, seed=3, nz=50)
+    assert len(dataset) == 4 and dataset.held_out == {"image": []}
+    flipped, vectors = set(), []
+    for epoch in range(8):
+        for i, picture in enumerate(pictures):
+            sample = dataset[epoch, i]
+            again = PlainDataset(tmp_path, (16, 16), channels, how, seed=3, nz=50)[epoch, i]
+            assert all(torch.equal(sample[key], again[key]) for key in ("image", "noise"))
+            seen = picture.convert("L") if channels == 1 else picture
+            upright = resize(seen, (16, 16), how)  # 16 x 24 where the aspect is kept, of which the middle is taken
+            top = (upright.height - 16) // 2
+            upright = to_tensor(upright)[:, top : top + 16]
+            mirrored = torch.equal(sample["image"], upright.flip(-1))
+            assert mirrored or torch.equal(sample["image"], upright)
+            flipped.add(mirrored)
+            assert sample["noise"].dtype == torch.float32 and sample["noise"].shape == (50,)
+            vectors.append(sample["noise"])
+    vectors = torch.stack(vectors)
+    assert flipped == {True, False} and len(vectors.unique(dim=0)) == 32
+    assert -1 <= vectors.min() < -0.99 < 0.99 < vectors.max() <= 1 and abs(vectors.var() - 1 / 3) < 0.03
+    expected = np.random.default_rng((9, 3, 7, 2)).uniform(-1, 1, 50).astype(np.float32)
+    assert np.array_equal(dataset[7, 2]["noise"].numpy(), expected)
+    other = PlainDataset(tmp_path, (16, 16), channels, how, seed=4, nz=50)
+    assert not torch.equal(other[0, 0]["noise"], dataset[0, 0]["noise"])
+
+    before = [dataset[1, i] for i in range(4)]
+    assert not dataset.load(4 * channels * 256 - 1) and dataset.load(4 * channels * 256)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    for i, sample in enumerate(before):
+        assert all(torch.equal(sample[key], dataset[1, i][key]) for key in sample)
+
+
+def test_the_fixed_batch_of_a_plain_set_has_test_pictures_and_noise_of_the_seed(tmp_path):
+    for folder, seed in (("train", 0), ("test", 10)):
+        for i in range(3):
+            save(noise(seed + i, (16, 16)), tmp_path / folder / f"{i}.png")
+    dataset = PlainDataset(tmp_path, (16, 16), seed=5, nz=7)
+    batch = dataset.fixed_batch(2)
+    assert torch.equal(batch["image"], torch.stack([to_tensor(noise(10 + i, (16, 16))) for i in range(2)]))
+    assert torch.equal(batch["noise"], fixed_noise(2 * PlainDataset.SAMPLES, 7, 5))
+    assert torch.equal(fixed_noise(3, 7, 5), fixed_noise(64, 7, 5)[:3])
+    assert not torch.equal(fixed_noise(1, 7, 5)[0], dataset[0, 0]["noise"])
+    shutil.rmtree(tmp_path / "test")
+    batch = PlainDataset(tmp_path, (16, 16)).fixed_batch(8)
+    assert len(batch["image"]) == 3 and len(batch["noise"]) == 3 * PlainDataset.SAMPLES
+
+
+def test_normalising_leaves_noise_alone():
+    vectors = fixed_noise(2, 3, 0)
+    assert normalise(vectors) is vectors
+    assert torch.equal(normalise(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
 
 
 # ----------------------------------------------------------------------------------------------------------

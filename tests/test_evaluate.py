@@ -335,6 +335,45 @@ def test_the_truth_of_pictures_side_by_side_is_the_other_half():
     assert figures("AtoB")["KID-tiny"] == pytest.approx(kid, rel=1e-4)
 
 
+def test_a_run_of_one_direction_has_one_row(capsys):
+    for split in ("train", "test"):
+        for i in range(2):
+            save(noise(10 * len(split) + i, (64, 32)), Path("data/facades") / split / f"{i}.png")
+    store(BtoA=fading(0.5))
+    assert run("net", dataset="facades") == 0
+    assert [r["direction"] for r in report()["rows"]] == ["BtoA"]
+    assert {direction for direction, _ in table(capsys.readouterr().out)} == {"BtoA"}
+    assert "L1" in figures("BtoA") and "cycle error" not in figures("BtoA")
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("trainB", "testB")])
+def test_the_truth_of_a_grey_picture_is_its_colours(folders, capsys):
+    for folder in folders:
+        for i in range(3):
+            save(noise(10 * len(folder) + i, (32, 32)), Path("data/photos") / folder / f"{i}.png")
+    options = {"img_height": 32, "img_width": 32, "resize": "squash", "task": "colorization"}
+    Path("net").mkdir()
+    for direction in ("AtoB", "BtoA"):
+        about = {"direction": direction, "options": options, "step": 7}
+        torch.save({**pack_generator(fading(0.5)), **about}, f"net/{direction}.pt")
+    assert run("net", dataset="photos", extractor="tiny") == 0
+    colour = side(folders[1], Path("data/photos"))
+    grey = torch.stack(
+        [read(p, channels=1).expand(3, -1, -1) for p in sorted(Path("data/photos", folders[1]).iterdir())]
+    )
+    assert figures("AtoB")["L1"] == pytest.approx(distance(by_hand(fading(0.5), grey)[0], colour), rel=1e-5)
+    assert figures("BtoA")["L1"] == pytest.approx(distance(by_hand(fading(0.5), colour)[0], grey), rel=1e-5)
+    extractor = Extractor("tiny", None, CPU)
+    kid = metrics.kernel_distance(
+        *(extractor(f.to(torch.uint8)).vectors for f in (by_hand(fading(0.5), grey)[0], colour))
+    )
+    assert figures("AtoB")["KID-tiny"] == pytest.approx(kid, rel=1e-4)
+    store("other", AtoB=fading(0.5))
+    capsys.readouterr()
+    assert run("net other", dataset="photos") == 2
+    assert "--checkpoint: found runs of colorization and of translation, expected one --task" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Masks
 # ----------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import itertools
 import re
 from functools import partial
 
@@ -13,21 +14,28 @@ from models import (
     AdaLIN,
     AttentionGenerator,
     CAMDiscriminator,
+    DCGANDiscriminator,
+    DCGANGenerator,
     InstanceNorm2d,
+    NoiseDropout,
     PatchDiscriminator,
     ReflectionConv2d,
     ReplayBuffer,
     ResNetGenerator,
     SingleMaskGenerator,
     UGATITGenerator,
+    UNetGenerator,
     depths,
     heat_map,
+    in_use,
     load_generator,
     load_official,
+    open_generator,
     open_generators,
     pack_generator,
     translate_any_size,
 )
+from utils import InputError
 
 # Published counts (with biases everywhere) less the biases that InstanceNorm cancels.
 STEM_AND_BLOCKS = 64 + 128 + 256 + 9 * 2 * 256
@@ -38,11 +46,18 @@ PARAMETERS = {
     "SingleMaskGenerator": (SingleMaskGenerator, 11_378_179 + 64 * 49 + 1 - STEM_AND_BLOCKS - HEAD),  # a fourth output
     "ResNetGenerator": (ResNetGenerator, 11_378_179 - STEM_AND_BLOCKS - HEAD),
     "PatchDiscriminator": (PatchDiscriminator, 2_764_737 - (128 + 256 + 512)),
+    # Nor do the official U-Net and its discriminator have such biases; BatchNorm has factors and biases there.
+    "UNetGenerator, depth 8": (UNetGenerator, 54_413_955),
+    "UNetGenerator, depth 7": (partial(UNetGenerator, depth=7), 41_828_995),
+    "PatchDiscriminator, conditional": (partial(PatchDiscriminator, 6, affine=True), 2_768_705),
     # The official PyTorch code of U-GAT-IT has no such biases.
     "UGATITGenerator, full": (partial(UGATITGenerator, size=(256, 256)), 278_959_808),
     "UGATITGenerator, light": (UGATITGenerator, 10_589_888),
     "CAMDiscriminator, global": (partial(CAMDiscriminator, n_layers=7), 53_130_176),
     "CAMDiscriminator, local": (partial(CAMDiscriminator, n_layers=5), 3_290_560),
+    # Those of pytorch/examples.
+    "DCGANGenerator": (DCGANGenerator, 3_576_704),
+    "DCGANDiscriminator": (DCGANDiscriminator, 2_765_568),
 }
 
 
@@ -51,6 +66,17 @@ def test_parameter_counts_are_the_official_ones_less_the_cancelled_biases(name):
     network, expected = PARAMETERS[name]
     with torch.device("meta"):
         assert sum(p.numel() for p in network().parameters()) == expected
+
+
+@pytest.mark.parametrize("size", DCGANGenerator.sizes)
+@pytest.mark.parametrize("ngf", [16, 32, 64, 128])
+def test_both_ways_of_dcgan_to_enlarge_have_about_as_many_parameters(size, ngf):
+    with torch.device("meta"):
+        transposed, nearest = (
+            sum(p.numel() for p in DCGANGenerator(ngf=ngf, size=size, upsample=upsample).parameters())
+            for upsample in ("transposed", "nearest")
+        )
+    assert abs(nearest / transposed - 1) < 0.02
 
 
 @pytest.mark.parametrize("kernel", [1, 7])
@@ -133,6 +159,101 @@ def test_other_channels_and_widths():
     assert ResNetGenerator(ngf=4, n_residual_blocks=1)(torch.zeros(1, 3, 8, 8)).foreground is None
 
 
+def plain_batch_norm(x, norm, training):
+    """By its formula: over batch and places, or by the running statistics."""
+    running = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+    over = dict(dim=(0, 2, 3), keepdim=True)
+    mean, var = (x.mean(**over), x.var(**over, correction=0)) if training else running
+    return (x - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def random_weights(network):
+    """Far from the start, and running statistics of some data."""
+    torch.manual_seed(1)
+    for key, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            nn.init.normal_(tensor, std=0.3) if not key.endswith("var") else nn.init.uniform_(tensor, 0.5, 2)
+    return network.double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("upsample", ["transposed", "nearest"])
+def test_dcgans_generator_is_the_plain_formula(upsample, training):
+    generator = random_weights(DCGANGenerator(nz=5, ngf=4, channels=1, size=32, upsample=upsample)).train(training)
+    noise = torch.rand(3, 5, dtype=torch.float64) * 2 - 1
+    convolutions = [m for m in generator.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    norms = [m for m in generator.layers if isinstance(m, nn.BatchNorm2d)]
+    assert len(convolutions) == 4 and len(norms) == 3 and all(c.bias is None for c in convolutions)
+    projected = torch.einsum("bz,zcij->bcij", noise, convolutions[0].weight)  # (3, 4 ngf, 4, 4)
+    x = F.relu(plain_batch_norm(projected, norms[0], training))
+    for i in (1, 2, 3):
+        if upsample == "transposed":
+            spread = x.new_zeros(*x.shape[:2], 2 * x.shape[2] + 1, 2 * x.shape[3] + 1)  # a zero between pixels
+            spread[..., 1::2, 1::2] = x
+            kernel = convolutions[i].weight.transpose(0, 1).flip(2, 3)
+            x = F.conv2d(F.pad(spread, (1, 1, 1, 1)), kernel)
+        else:
+            x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            x = F.conv2d(F.pad(x, (1, 1, 1, 1)), convolutions[i].weight)
+        x = F.relu(plain_batch_norm(x, norms[i], training)) if i < 3 else torch.tanh(x)
+    if not training:  # a picture alone is the same as among others
+        torch.testing.assert_close(generator(noise[1:2]), x[1:2], rtol=0, atol=1e-12)
+    assert x.shape == (3, 1, 32, 32) and x.std() > 0.05
+    torch.testing.assert_close(generator(noise), x, rtol=0, atol=1e-12)
+
+
+def test_dcgans_discriminator_is_the_plain_formula():
+    judge = random_weights(DCGANDiscriminator(channels=3, ndf=4, size=32))
+    x = picture = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    convolutions = [m for m in judge.layers if isinstance(m, nn.Conv2d)]
+    norms = [None, *(m for m in judge.layers if isinstance(m, nn.BatchNorm2d))]
+    assert [c.weight.shape[0] for c in convolutions] == [4, 8, 16, 1] and len(norms) == 3
+    for convolution, norm in zip(convolutions, norms, strict=False):
+        x = F.conv2d(x, convolution.weight, stride=2, padding=1)
+        x = F.leaky_relu(x if norm is None else plain_batch_norm(x, norm, training=True), 0.2)
+    assert x.shape == (3, 16, 4, 4)
+    logits = (x * convolutions[-1].weight).sum(dim=(1, 2, 3))
+    (found,) = judge(picture)
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-12)
+
+
+def test_dcgans_first_weights_are_the_papers():
+    torch.manual_seed(0)
+    for network in (DCGANGenerator(ngf=16), DCGANDiscriminator(ndf=16)):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.num_features >= 64:
+                assert 0.9 < module.weight.mean() < 1.1 and 0.015 < module.weight.std() < 0.025
+                assert torch.equal(module.bias, torch.zeros_like(module.bias))
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.numel() > 1000:
+                assert 0.018 < module.weight.std() < 0.022 and abs(module.weight.mean()) < 0.002
+
+
+def test_a_file_of_dcgans_generator_holds_the_running_statistics_and_translates_none(tmp_path):
+    generator = DCGANGenerator(nz=3, ngf=4, channels=1, size=16, upsample="nearest")
+    noise = torch.rand(4, 3) * 2 - 1
+    for _ in range(5):
+        generator(noise)
+    path = tmp_path / "generator.pt"
+    torch.save({**pack_generator(generator), "direction": "generator"}, path)
+    for where in (path, tmp_path):
+        opened, about = open_generator(where, "generator")
+        assert about["direction"] == "generator"
+        assert torch.equal(opened.eval()(noise[:1]), generator.eval()(noise[:1]))
+        for call in (open_generator, partial(open_generator, direction="BtoA"), open_generators):
+            with pytest.raises(
+                InputError, match=r"generator\.pt: draws pictures from noise \(.*\) and translates none"
+            ):
+                call(where)
+    for weights in (pack_generator(ResNetGenerator(ngf=4, n_residual_blocks=1)), official_ugatit_weights(1)):
+        torch.save(weights, tmp_path / "AtoB.pt")
+        with pytest.raises(InputError, match=r"AtoB\.pt: translates AtoB, expected a generator that draws from noise"):
+            open_generator(tmp_path / "AtoB.pt", "generator")
+    path.unlink()
+    with pytest.raises(InputError, match=r"no generator for noise found\. Looked for a file, or generator\.pt in"):
+        open_generator(tmp_path, "generator")
+
+
 @pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator])
 @pytest.mark.parametrize("size", [(4, 8), (30, 32), (32, 34)])
 def test_a_size_that_does_not_fit_is_named(generator, size):
@@ -179,6 +300,18 @@ def test_weights_are_drawn_from_n_0_002():
                 assert abs(parameter.mean()) < 0.001, name
 
 
+def test_factors_of_affine_norms_are_drawn_from_n_1_002():
+    torch.manual_seed(0)
+    for network in (UNetGenerator(ngf=32, depth=6), PatchDiscriminator(6, affine=True)):
+        norms = [m for m in network.modules() if isinstance(m, InstanceNorm2d)]
+        factors = torch.cat([norm.weight for norm in norms])
+        assert abs(factors.mean() - 1) < 0.003 and abs(factors.std() - 0.02) < 0.003
+        assert not any(norm.bias.any() for norm in norms)
+        convolutions = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        for weight in (m.weight for m in convolutions if m.weight.numel() > 5000):
+            assert abs(weight.std() - 0.02) < 0.001 and abs(weight.mean()) < 0.001
+
+
 def test_u_gat_it_may_start_from_torchs_own_weights():
     """Uniform, of a width that depends on the layer."""
     torch.manual_seed(0)
@@ -187,6 +320,95 @@ def test_u_gat_it_may_start_from_torchs_own_weights():
             if parameter.numel() > 5000:
                 bound = parameter[0].numel() ** -0.5
                 assert parameter.abs().max() <= bound and abs(parameter.std() / bound - 3**-0.5) < 0.02, name
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  pix2pix: the U-Net and its noise
+# ----------------------------------------------------------------------------------------------------------
+
+
+def official_unet_parameters(depth, ngf=64, channels=3):
+    """Counted by the recursion of the official code: weights of 4 x 4 kernels, two numbers for every norm's channel."""
+    widths = [ngf, 2 * ngf, 4 * ngf, *[8 * ngf] * (depth - 3)]
+    total = 16 * channels * ngf + 16 * 2 * ngf * channels + channels  # the outermost block; its last layer has a bias
+    for i, (outer, inner) in enumerate(itertools.pairwise(widths)):
+        innermost = i == depth - 2
+        total += 16 * outer * inner + (0 if innermost else 2 * inner)
+        total += 16 * inner * (1 if innermost else 2) * outer + 2 * outer
+    return total
+
+
+@pytest.mark.parametrize("depth, millions", [(8, 54.4), (7, 41.8), (5, 16.7)])
+def test_the_u_net_is_as_large_as_the_official_one(depth, millions):
+    with torch.device("meta"):
+        found = sum(p.numel() for p in UNetGenerator(depth=depth).parameters())
+    assert found == official_unet_parameters(depth) and round(found / 1e6, 1) == millions
+
+
+def official_unet(x, net, kept):
+    """The official code's recursion on the weights of ours: BatchNorm over the batch, activations in place.
+
+    ``kept``: what dropout leaves, by level, for those levels where the official code has dropout.
+    """
+    depth = net.settings["depth"]
+
+    def norm(x, layer):
+        return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+
+    def block(x, level):
+        x = F.leaky_relu(x, 0.2, inplace=True)  # so that x is not what it was when it is concatenated
+        down, up = net.down[level - 1], net.up[depth - 1 - level]
+        y = F.conv2d(x, down[1].weight, stride=2, padding=1)
+        if level < depth - 1:
+            y = block(norm(y, down[2]), level + 1)
+        y = norm(F.conv_transpose2d(F.relu(y, inplace=True), up[1].weight, stride=2, padding=1), up[2])
+        return torch.cat([x, 2 * y * kept[level] if level in kept else y], dim=1)
+
+    x = F.relu(block(F.conv2d(x, net.first.weight, stride=2, padding=1), 1), inplace=True)
+    return torch.tanh(F.conv_transpose2d(x, net.last[1].weight, net.last[1].bias, stride=2, padding=1))
+
+
+@pytest.mark.parametrize("depth, size", [(6, (64, 64)), (5, (32, 64)), (7, (128, 128))])
+def test_the_u_net_is_the_official_one_at_its_batch_of_one(depth, size):
+    torch.manual_seed(depth)
+    net = UNetGenerator(ngf=2, depth=depth).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    levels = range(4, depth - 1)  # num_downs - 5 blocks
+    kept = {level: next(m for m in net.up[depth - 1 - level] if isinstance(m, NoiseDropout)).kept for level in levels}
+    assert sum(isinstance(m, NoiseDropout) for m in net.modules()) == len(kept)
+    x = torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
+    ours, theirs = net(x).image, torch.cat([official_unet(one, net, kept) for one in x.split(1)])
+    assert (ours - theirs).abs().max() < 1e-10 and ours.std() > 0.1
+    weights = list(net.parameters())
+    for mine, official in zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs)), strict=True):
+        assert (mine - official).abs().max() < 1e-9 * official.abs().max()
+
+
+def test_noise_is_drawn_in_training_and_fixed_in_use():
+    noise, x = NoiseDropout(6, 8), torch.ones(3, 6, 8, 16)
+    torch.manual_seed(0)
+    first, second = noise(x), noise(x)
+    assert set(first.unique().tolist()) == {0.0, 2.0} and abs(first.mean() - 1) < 0.1
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    torch.manual_seed(0)
+    assert torch.equal(noise(x), first)
+    before = torch.get_rng_state()
+    with in_use(noise):
+        fixed = noise(x)
+        assert torch.equal(noise(x[:1]), fixed[:1])
+    assert noise.training and torch.equal(torch.get_rng_state(), before)
+    assert set(fixed.unique().tolist()) == {0.0, 2.0} and abs(fixed.mean() - 1) < 0.1
+    assert all(torch.equal(one, fixed[0]) for one in fixed)
+    assert torch.equal(fixed[..., :8], fixed[..., 8:]) and not torch.equal(fixed[..., :4], fixed[..., 4:8])
+    with in_use(NoiseDropout(6, 8)) as another:
+        assert torch.equal(another(x), fixed)
+    assert not noise.state_dict()
+
+
+def test_a_size_that_the_u_net_cannot_halve_is_named():
+    with pytest.raises(ValueError, match=r"24 x 32 pixels.*multiples of 16 and at least 16"):
+        UNetGenerator(ngf=2, depth=4)(torch.zeros(1, 3, 24, 32))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -661,6 +883,7 @@ def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
         AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
         SingleMaskGenerator(3, 4, 1),
         ResNetGenerator(1, 4, 2),
+        UNetGenerator(1, 4, 3),
         UGATITGenerator(1, 4, 1),
         UGATITGenerator(3, 4, 1, size=(16, 16), init="default"),
     ],
@@ -685,12 +908,19 @@ def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["AttentionGenerator", "PatchDiscriminator"])
+LAID_OUT = {
+    "AttentionGenerator": partial(AttentionGenerator, 3, 4, 2, 3),
+    "PatchDiscriminator": partial(PatchDiscriminator, 3, 4, 2),
+    "UNetGenerator": partial(UNetGenerator, 3, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_layout_changes_no_value_and_no_gradient(name, n):
     """channels_last goes another way through the norms."""
     torch.manual_seed(0)
-    network = (AttentionGenerator(3, 4, 2, 3) if name == "AttentionGenerator" else PatchDiscriminator(3, 4, 2)).double()
+    network = LAID_OUT[name]().double()
     x = torch.rand(n, 3, 24, 16, dtype=torch.float64, requires_grad=True)
 
     def results(layout):
@@ -707,6 +937,20 @@ def test_instance_norm_keeps_channels_last_and_is_pytorchs():
     normed = InstanceNorm2d(5)(x)
     assert normed.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(normed, torch.nn.functional.instance_norm(x))
+
+
+def test_affine_instance_norm_is_batch_norm_of_one_picture_in_either_layout():
+    x = torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    norm = InstanceNorm2d(5, affine=True).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    parts = [F.batch_norm(one, None, None, norm.weight, norm.bias, training=True) for one in x.split(1)]
+    layouts = torch.contiguous_format, torch.channels_last
+    for layout in layouts:
+        assert (norm(x.contiguous(memory_format=layout)) - torch.cat(parts)).abs().max() < 1e-12
+    for layout in layouts:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm.float()(x.bfloat16().contiguous(memory_format=layout)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])

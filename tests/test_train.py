@@ -15,7 +15,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_models import official_ugatit_weights
+from test_systems import TWO_WAY
 
+import systems
 import train
 import utils
 from datasets import UnpairedDataset, normalise, quantise, unaugmented
@@ -23,8 +25,20 @@ from metrics import Features, kernel_distance
 from models import AttentionGenerator, load_generator, pack_generator
 from utils import InputError
 
+# 4 steps an epoch. 64 pixels, because smaller U-Nets have no dropout.
+QUICK_PIX2PIX = (
+    "--system pix2pix --dataset_name pairs --img_height 64 --img_width 64 --ngf 2 --ndf 2 --n_layers_D 2 "
+    "--log_interval 1 --n_cpu 0 --sample_interval 0"
+)
 TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
 QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
+
+
+# 3 steps an epoch: it takes the 6 pictures of trainA.
+QUICK_DCGAN = (
+    "--system dcgan --dataset_name small --img_height 16 --img_width 16 --nz 5 --ngf 4 --ndf 4 --batch_size 2 "
+    "--log_interval 1 --n_cpu 0 --sample_interval 0"
+)
 
 
 def quick(system: str) -> str:
@@ -92,7 +106,7 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", train.SYSTEMS)
+@pytest.mark.parametrize("system", TWO_WAY)
 def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     assert run(f"{quick(system)} --system {system} --n_epochs 2 --sample_interval 6") == 0
     name = f"small_{system}"
@@ -121,6 +135,148 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     generator, about = load_generator(f"saved_models/{name}/AtoB.pt")
     assert about["step"] == 12 and about["options"]["img_height"] == 12
     same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """data/pairs with 4 pictures in train, 2 in test, each with two sides of 20 x 18 pixels."""
+    root, rng = tmp_path / "data" / "pairs", np.random.default_rng(0)
+    for folder, n in (("train", 4), ("test", 2)):
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (18, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+    return root
+
+
+def test_a_run_of_pix2pix_leaves_its_one_direction(pairs):
+    assert run(f"{QUICK_PIX2PIX} --direction BtoA --n_epochs 2 --sample_interval 4") == 0
+    entries = log("pairs_pix2pix")
+    assert [e["step"] for e in entries] == list(range(1, 9)) and {"D", "G", "L1", "change"} <= entries[0].keys()
+    with Image.open("images/pairs_pix2pix/00000004.png") as sheet:  # input, output, truth; two test pictures
+        zoom = (sheet.width - 2) // 3 - 2
+        assert zoom % 64 == 0 and sheet.size == (3 * (zoom + 2) + 2, 2 * (zoom + 2) + 2 + 18)
+    assert [p.name for p in Path("saved_models/pairs_pix2pix").glob("?to?.pt")] == ["BtoA.pt"]
+    generator, about = load_generator("saved_models/pairs_pix2pix/BtoA.pt")
+    assert (about["direction"], about["step"], about["options"]["task"]) == ("BtoA", 8, "translation")
+    weights = checkpoint("pairs_pix2pix")["networks"]["G"]
+    same(dict(generator.state_dict()), dict(weights))
+    # Others may start from it; at a rate of zero they stay there.
+    again = f"{QUICK_PIX2PIX} --n_epochs 1 --lr 0 --init_from pairs_pix2pix --name next"
+    assert run(f"{again} --direction BtoA") == 0
+    same(dict(checkpoint("next")["networks"]["G"]), dict(weights))
+    assert run(f"{again} --direction AtoB --overwrite") == 2  # the other direction is nobody's
+
+
+@pytest.mark.parametrize("step, extra", [(2, ""), (5, "--task colorization --cache_gb 0 --n_cpu 2")])
+def test_pix2pix_stopped_anywhere_and_resumed_is_straight_through(pairs, monkeypatch, step, extra):
+    command = f"{QUICK_PIX2PIX} --n_epochs 2 --precision float32 {extra}"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
+    assert run("--name stopped --resume") == 0
+    same_run("straight", "stopped")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--dataset_name small", r"data/small: expected pairs, .*; found 1 without a partner, such as 5"),
+        ("--img_height 48", r"--img_height 48: expected a multiple of 32, at least 32"),
+        ("--unet_depth 7", r"--img_height 64: expected a multiple of 128, at least 128"),
+        ("--lambda_gan 0 --lambda_L1 0", r"nothing to train by"),
+        ("--lambda_L1 -1", r"--lambda_L1 -1.0: expected at least 0"),
+        ("--task colorization --channels 1", r"--task colorization makes colours: --channels 1, expected 3"),
+        ("--task colorization --dataset_name nothing", r"data/nothing: no such folder. Expected colour pictures"),
+    ],
+)
+def test_what_pix2pix_cannot_do_is_named(small_set, pairs, capsys, flags, message):
+    assert run(f"{QUICK_PIX2PIX} {flags}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(Path("saved_models").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("system", ["cyclegan", "attentiongan"])
+def test_unpaired_systems_colourise_from_disjoint_halves(pairs, system):
+    assert run(f"{quick(system).replace('small', 'pairs')} --system {system} --task colorization --n_epochs 1") == 0
+    assert checkpoint(f"pairs_{system}")["steps_per_epoch"] == 2
+    _, about = load_generator(f"saved_models/pairs_{system}/AtoB.pt")
+    assert about["options"]["task"] == "colorization"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_run_of_dcgan_leaves_its_generator_log_and_sheets(small_set, channels):
+    assert run(f"{QUICK_DCGAN} --channels {channels} --n_epochs 2 --sample_interval 3") == 0
+    entries = log("small_dcgan")
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6] and {e["lr"] for e in entries} == {2e-4}
+    assert {"D_real", "D_fake", "G", "spread_real", "spread_fake"} <= entries[0].keys()
+    with Image.open("images/small_dcgan/00000003.png") as sheet:  # a real one, six samples; two test pictures
+        assert sheet.size == (7 * (16 * 6 + 2) + 2, 2 * (16 * 6 + 2) + 2 + 18)
+    assert not list(Path("saved_models/small_dcgan").glob("?to?.pt"))
+    generator, about = load_generator("saved_models/small_dcgan/generator.pt")
+    assert about["step"] == 6 and about["direction"] == "generator" and about["options"]["nz"] == 5
+    assert generator.settings["channels"] == channels
+    weights = checkpoint("small_dcgan")["networks"]["G"]
+    same(dict(generator.state_dict()), dict(weights))
+    assert weights["layers.1.num_batches_tracked"] == 6 and weights["layers.1.running_mean"].abs().min() > 0
+    # Others may start from it; at a rate of nearly zero they stay there.
+    assert run(f"{QUICK_DCGAN} --channels {channels} --n_epochs 1 --lr 0 --init_from small_dcgan --name next") == 0
+    assert torch.equal(checkpoint("next")["networks"]["G"]["layers.0.weight"], weights["layers.0.weight"])
+
+
+@pytest.mark.parametrize("step, loading", [(2, ""), (4, "--cache_gb 0 --n_cpu 2")])
+def test_dcgan_stopped_anywhere_and_resumed_is_straight_through(small_set, monkeypatch, step, loading):
+    command = f"{QUICK_DCGAN} --n_epochs 3 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
+    assert run(f"--name stopped --resume {loading}") == 0
+    same_run("straight", "stopped")
+
+
+def test_the_readmes_own_system_trains_and_resumes(small_set, monkeypatch):
+    for table in (train.SYSTEMS, train.TRAINING_PRESETS):
+        monkeypatch.setitem(table, "wgan", None)  # so that it goes afterwards
+    code = re.search(r"### Add your own system.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.setitem(train.SYSTEM_HELP, "clip", "bound of the critic's weights")
+    exec(code, dict(vars(systems)))
+    command = f"{QUICK_DCGAN} --system wgan --n_epochs 2 --decay_epoch 2 --clip 0.02 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
+    assert run("--name stopped --resume") == 0
+    same_run("straight", "stopped")
+    weights = checkpoint("straight")["networks"]["D"]["layers.0.weight"]
+    assert weights.abs().max() <= 0.02 and {"D", "G"} <= log("straight")[0].keys()
+    assert {e["lr"] for e in log("straight")} == {5e-5}
+
+
+def test_dcgans_presets_are_the_papers(capsys):
+    options = train.parse_options(["--system", "dcgan"])
+    assert (options.lr, options.b1, options.b2, options.batch_size) == (2e-4, 0.5, 0.999, 128)
+    assert (options.img_height, options.img_width, options.nz, options.upsample) == (64, 64, 100, "transposed")
+    assert {train.learning_rate(options, step, 4) for step in range(100)} == {2e-4}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--img_height 48", r"--img_height 48 --img_width 16: dcgan makes square pictures, .* 16, 32, 64, 128"),
+        ("--nz 0", r"--nz 0: expected at least 1"),
+        ("--task colorization", r"--task colorization is for translations, and pictures from noise are none"),
+        ("--eval_interval 1", r"--eval_interval measures translations, and pictures from noise are none; expected 0"),
+        ("--batch_size 7", r"6 samples in data/small do not fill one batch of 7"),
+        ("--dataset_name nothing", r"data/nothing: no such folder. Expected pictures in data/nothing/train"),
+        ("--init_from AtoB.pt", r"AtoB.pt: translates AtoB, expected a generator that draws from noise"),
+    ],
+)
+def test_what_dcgan_cannot_do_is_named(small_set, capsys, flags, message):
+    torch.save({**pack_generator(AttentionGenerator(ngf=4)), "direction": "AtoB"}, "AtoB.pt")
+    assert run(f"{QUICK_DCGAN} {flags}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("saved_models/small_dcgan/checkpoint.pt").exists()
 
 
 def test_the_log_holds_means_over_its_interval(small_set):

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from conftest import ROOT
 from test_systems import build, make_batch
 from test_train import QUICK, checkpoint, log, same_run
+from torch import nn
 
 import train_dist
 from systems import System
@@ -65,9 +66,10 @@ CASES = {
     "II, guided": ("attentiongan", {"attn_disc": "concat"}, torch.float64),
     "I, guided": ("attentiongan1", {"attn_disc": "mask"}, torch.float64),
     "U-GAT-IT": ("ugatit", {"light": True}, torch.float64),
+    "pix2pix": ("pix2pix", {}, torch.float64),  # too small for dropout, which every rank draws for itself
 }
 # A system has a replay buffer, or it has not.
-NO_POOL = {"attentiongan": {"pool_size": 0}, "attentiongan1": {"pool_size": 0}, "ugatit": {}}
+NO_POOL = {"attentiongan": {"pool_size": 0}, "attentiongan1": {"pool_size": 0}, "ugatit": {}, "pix2pix": {}}
 
 
 def be_a_rank(rank: int, folder: str) -> None:
@@ -162,6 +164,38 @@ def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set):
     assert code == 2
     assert "6 samples in data/small do not fill one batch of 4 on each of 2 process(es)" in err
     assert "Traceback" not in err and err.count("do not fill") == 1
+
+
+def test_batch_norm_over_several_processes_needs_cuda(small_set, capsys, monkeypatch):
+    tiny = "--system dcgan --img_height 16 --img_width 16 --ngf 4 --ndf 4 --batch_size 2 --dataset_name small"
+    command = [*tiny.split(), "--device", "cpu"]
+    assert train_dist.main([*command, "--n_procs", "2", "--port_num", str(free_port())]) == 2
+    error = capsys.readouterr().err
+    assert "--system dcgan has BatchNorm, whose statistics 2 processes can share on CUDA alone" in error
+    for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(key, str(value))
+    assert train_dist.main(command) == 2
+    assert "whose statistics 3 processes" in capsys.readouterr().err
+    assert not Path("saved_models").exists()
+    options = train_dist.train.parse_options(command)
+    train_dist.check_batch_norm(options, 1)
+    train_dist.check_batch_norm(train_dist.train.parse_options(QUICK.split()), 2)
+    monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda")
+    train_dist.check_batch_norm(options, 2)
+
+
+def test_batch_norm_becomes_synchronised_in_place():
+    """On CUDA ``distribute`` counts on it: the bare system, the optimizers and the files know nothing of it."""
+    system, plain, batch = build("dcgan"), build("dcgan"), make_batch(0)
+    parameters = list(system.parameters())
+    for network in (system.G, system.D):
+        assert nn.SyncBatchNorm.convert_sync_batchnorm(network) is network
+        kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        assert kinds == {nn.SyncBatchNorm}
+    assert all(a is b for a, b in zip(parameters, system.parameters(), strict=True))
+    assert system.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(system.state_dict())
+    assert torch.equal(system.sheet(batch)["sample 1"], plain.sheet(batch)["sample 1"])
 
 
 def test_a_port_in_use_is_named(small_set, capsys):

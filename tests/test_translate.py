@@ -17,7 +17,14 @@ from torch import nn
 import translate
 import utils
 from datasets import Picture, resize
-from models import AttentionGenerator, ResNetGenerator, UGATITGenerator, pack_generator, translate_any_size
+from models import (
+    AttentionGenerator,
+    ResNetGenerator,
+    UGATITGenerator,
+    UNetGenerator,
+    pack_generator,
+    translate_any_size,
+)
 from translate import OnUnitRange, Task, make_batches, name_outputs
 from utils import InputError
 
@@ -240,6 +247,28 @@ def test_each_direction_has_its_weights(arguments, direction):
     source = save(noise(0), Path("horse.png"))
     assert run(f"{arguments} --input horse.png --output out") == 0
     assert_shows("out/horse.png", by_hand(generators[direction], source))
+
+
+@pytest.mark.parametrize("task", ["translation", "colorization"])
+@pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
+def test_a_run_of_one_direction_needs_no_other_and_takes_what_it_was_trained_on(direction, task):
+    """Of colourisation the grey version of any picture; and sizes that are no multiples of the U-Net's."""
+    torch.manual_seed(0)
+    generator = UNetGenerator(ngf=4, depth=4).eval()
+    Path("net").mkdir()
+    about = {"direction": direction, "options": {"task": task}}
+    torch.save({**pack_generator(generator), **about}, f"net/{direction}.pt")
+    image = noise(0, (37, 20))
+    save(image, Path("a.png"))
+    assert run("--input a.png --output out") == 0
+    if task == "colorization" and direction == "AtoB":
+        image = image.convert("L").convert("RGB")
+    x = (tensor(image) / 127.5 - 1).float()[None]
+    with torch.no_grad():
+        expected = generator(repeat_edges(x, 32, 48)).image[0, :, :20, :37]
+    found = read("out/a.png")
+    assert found.shape == (3, 20, 37) and (found - (expected + 1) * 127.5).abs().max() < 0.51
+    assert run(f"--input a.png --output out --direction {'BtoA' if direction == 'AtoB' else 'AtoB'}") == 2
 
 
 @pytest.mark.parametrize(
@@ -478,7 +507,7 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
     for i in (1, 2, 3):
         save(noise(i, (16, 16)), Path(f"in/{i}.png"))
     limited = Limited(net, most=300, error=error)
-    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {}))
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {"direction": "AtoB"}))
     assert run("--input in --output out --batch_size 2") == 1
     out, err = capsys.readouterr()
     assert out == "3 of 4 pictures translated into out\n"
@@ -494,7 +523,7 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
 def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
     save(noise(0), Path("in/a.png"))
     limited = Limited(net, most=0, error=RuntimeError("shapes do not fit"))
-    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {}))
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (limited, {"direction": "AtoB"}))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         run("--input in --output out")
 
@@ -518,7 +547,7 @@ def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
         ("--input in --output out --max_size 0", "--max_size 0: expected at least 1"),
         ("--input in --output notes.txt", "--output notes.txt: is a file, expected a folder"),
         ("--input in --output out --device quantum", "--device quantum: not usable here"),
-        ("--input in --output out --checkpoint nowhere", "nowhere: no generator for AtoB found"),
+        ("--input in --output out --checkpoint nowhere", "nowhere: no generator for AtoB or BtoA found"),
         ("--input in --output out --checkpoint net --direction BtoA", "net: no generator for BtoA found"),
         ("--input in --output out --checkpoint notes.txt", "notes.txt: not a readable weights file"),
         ("--input in --output out --checkpoint net/AtoB.pt --direction BtoA", "translates AtoB, expected BtoA"),

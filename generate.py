@@ -1,0 +1,142 @@
+"""Draw pictures from noise with a trained generator (``train.py --system dcgan``).
+
+    python generate.py --checkpoint faces_dcgan --output out
+    python generate.py --checkpoint faces_dcgan --output out --base 3 17 40 --minus 5 8 61 --plus 9 20 33
+
+writes ``samples.png``, ``interpolation.png`` and ``arithmetic.png``. Samples have numbers: those of a seed are always
+the same, and their first ones stand in the sheets of a run of that seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import utils
+from datasets import draw_noise, fixed_noise
+from models import open_generator
+from utils import NOISE, InputError
+
+N_SAMPLES, N_COLUMNS = 64, 8
+GROUPS = {"base": (1, 2, 3), "minus": (4, 5, 6), "plus": (7, 8, 9)}  # unless others are asked for
+NEAR = 0.25  # how far from the sum of vectors its neighbours lie, as in the paper's figure
+
+
+def interpolate(noise: Tensor, n_steps: int = 10) -> Tensor:
+    """The ways from each noise vector to the next: (n, nz) to (n - 1, n_steps, nz), both ends included.
+
+    Straight ways: they never leave the cube that the noise fills, which great circles would (those suit normal noise,
+    whose vectors lie near a sphere).
+    """
+    share = torch.linspace(0, 1, n_steps)[:, None]
+    return torch.lerp(noise[:-1, None], noise[1:, None], share)
+
+
+def arithmetic(noise: Tensor, groups: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """mean(base) - mean(minus) + mean(plus) of noise vectors, which ``groups`` names by numbers from 1 (Sec. 6.3.2).
+
+    One column for each group, its exemplars and their mean below, and one for the result, with as many neighbours of it
+    above: (exemplars + 1, nz) each.
+    """
+    columns = {}
+    for name, numbers in groups.items():
+        exemplars = noise[[number - 1 for number in numbers]]
+        columns[name] = torch.cat([exemplars, exemplars.mean(dim=0, keepdim=True)])
+    base, minus, plus = (column[-1:] for column in columns.values())
+    result = base - minus + plus
+    near = draw_noise((11, seed), len(columns["base"]) - 1, noise.shape[1])
+    return columns | {"base - minus + plus": torch.cat([result + NEAR * near, result])}
+
+
+@torch.no_grad()
+def generate(options: argparse.Namespace) -> None:
+    """Write the three pictures. Raises InputError."""
+    device = utils.pick_device(options.device)
+    generator, _ = open_generator(options.checkpoint, NOISE)
+    generator.to(device).eval()
+    noise = fixed_noise(N_SAMPLES, generator.settings["nz"], options.seed)
+    groups = {name: getattr(options, name) for name in GROUPS}
+
+    def pictures(vectors: Tensor) -> Tensor:
+        return generator(vectors.to(device))
+
+    samples, ways = pictures(noise), interpolate(noise[: N_COLUMNS + 1])
+    sheets = {
+        "samples": utils.draw_sheet(
+            {str(i + 1): samples[i::N_COLUMNS] for i in range(N_COLUMNS)},
+            "the number of a sample is its row's plus its column's",
+            [str(i) for i in range(0, N_SAMPLES, N_COLUMNS)],
+        ),
+        "interpolation": utils.draw_sheet(
+            {f"{i / (ways.shape[1] - 1):.2f}": pictures(ways[:, i]) for i in range(ways.shape[1])},
+            "from one sample to the next",
+            [f"{i} to {i + 1}" for i in range(1, len(ways) + 1)],
+        ),
+        "arithmetic": utils.draw_sheet(
+            {name: pictures(vectors) for name, vectors in arithmetic(noise, groups, options.seed).items()},
+            "; ".join(f"{name} {' '.join(map(str, numbers))}" for name, numbers in groups.items()),
+            ["", "", "", "mean"],
+            least_width=160,
+        ),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, sheet in sheets.items():
+        sheet.save(options.output / f"{name}.png")
+    print(f"{', '.join(f'{name}.png' for name in sheets)} written to {options.output}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Draw samples, interpolations and arithmetic of noise vectors.",
+        formatter_class=utils.HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file")
+    add("--output", type=Path, required=True, help="folder for the pictures")
+    add("--seed", type=int, default=0, help="seed of the noise")
+    what = {"base": "are started from", "minus": "are taken away", "plus": "are added"}
+    for name, verb in what.items():
+        default = " ".join(map(str, GROUPS[name]))
+        add(
+            f"--{name}",
+            type=int,
+            nargs=3,
+            metavar="NUMBER",
+            default=GROUPS[name],
+            help=f"numbers of three samples whose mean noise {verb} (default: {default})",
+        )
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for values that cannot be meant."""
+    for name in GROUPS:
+        wrong = [number for number in getattr(options, name) if not 1 <= number <= N_SAMPLES]
+        if wrong:
+            raise InputError(f"--{name} {wrong[0]}: expected numbers of samples, 1 to {N_SAMPLES}")
+    if options.seed < 0:
+        raise InputError(f"--seed {options.seed}: expected at least 0")
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(f"--output {options.output}: is a file, expected a folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+
+    def work() -> int:
+        check_options(options)
+        generate(options)
+        return 0
+
+    return utils.run_script("generate.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
