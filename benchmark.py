@@ -127,7 +127,7 @@ def has_textbook(system: System) -> bool:
         and system.weights == system.weights._replace(gan=1.0, pixel=0.0, tv=0.0)
         and bool(system.weights.identity)
         and system.attn_disc == "none"
-        and not (system.ema_decay or system.warmup or system.curriculum)
+        and not (system.warmup or system.curriculum)
     )
 
 

@@ -106,7 +106,6 @@ COMPARISONS = {
             "attention kernel 7": "--attention_kernel 7",
             "nearest upsampling": "--upsample nearest",
             "rate 0.0002": "--lr 0.0002",
-            "averaged 0.99": "--ema_decay 0.99",
             "float32": "--precision float32",
         },
     ),

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import (
     ILN,
@@ -62,8 +61,7 @@ class System(nn.Module, ABC):
     """
 
     data = "unpaired"  # the kind of samples it plays with: a key of ``datasets.KINDS``
-    learners: dict[str, str]  # direction ("AtoB", or ``NOISE``) to the name of the network that learns to translate so
-    generators: dict[str, str]  # direction to the one that is saved and shown: the learner, or an average of it
+    generators: dict[str, str]  # direction ("AtoB", or ``NOISE``) to the name of the network that translates so
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
 
@@ -140,10 +138,6 @@ def split(both: Translation) -> tuple[Translation, Translation]:
     return Translation(*first), Translation(*second)
 
 
-def moving_average(network: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
 def two_way_sheet(
     batch: Batch,
     G_AB: nn.Module,
@@ -218,9 +212,6 @@ class TwoWay(System):
     their weights to all of it, so that the adversarial terms lead. ``curriculum``: as the official code of scheme I
     does, these terms are weighed 0.01 and the others 0.99 for so many epochs, then all 0.5.
 
-    ``ema_decay``: the generators that are saved, shown and evaluated are exponential moving averages of those that
-    train.
-
     Raises InputError for guidance by masks that the generator does not have.
     """
 
@@ -236,7 +227,6 @@ class TwoWay(System):
         attn_real: str = "own",
         warmup: int = 0,
         curriculum: int = 0,
-        ema_decay: float = 0.0,
     ):
         super().__init__()
         self.G_AB, self.G_BA = generator(), generator()
@@ -244,12 +234,7 @@ class TwoWay(System):
         if attn_disc != "none":
             inputs = channels + 1 if attn_disc == "concat" else channels
             self.guided_D_A, self.guided_D_B = discriminator(inputs), discriminator(inputs)
-        self.learners = self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
-        self.ema_decay = ema_decay
-        if ema_decay:
-            self.ema_AB = moving_average(self.G_AB, ema_decay)
-            self.ema_BA = moving_average(self.G_BA, ema_decay)
-            self.generators = {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"}
+        self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.pool_A = ReplayBuffer(pool_size, (*seed, 0))
         self.pool_B = ReplayBuffer(pool_size, (*seed, 1))
         self.weights, self.channels = weights, channels
@@ -273,11 +258,6 @@ class TwoWay(System):
             self.leading, self.tying = (0.99, 0.01) if epoch < self.curriculum else (0.5, 0.5)
         if self.warmup:
             self.tying *= min(1.0, 0.05 + step / self.warmup)
-
-    def settle(self) -> None:
-        if self.ema_decay:
-            self.ema_AB.update_parameters(self.G_AB)
-            self.ema_BA.update_parameters(self.G_BA)
 
     def forward(self, batch: Batch) -> TwoWayFakes:
         real_A, real_B = batch["A"], batch["B"]
@@ -394,8 +374,7 @@ class UGATIT(System):
     the inner sums over both scales, logit map and CAM logits. CAM is the cross-entropy of the generator's own CAM
     logits, which are to say whether its input is of the source (a translation) or of the target (the identity).
 
-    The discriminators move first. No replay buffer. ``settle`` brings every ρ back to [0, 1]. ``ema_decay``: as
-    ``TwoWay``.
+    The discriminators move first. No replay buffer. ``settle`` brings every ρ back to [0, 1].
     """
 
     SCALES = ("global", "local")
@@ -406,19 +385,13 @@ class UGATIT(System):
         discriminator: Callable[[int], nn.Module],
         layers: tuple[int, int],
         weights: UGATITWeights,
-        ema_decay: float = 0.0,
     ):
         super().__init__()
         self.G_AB, self.G_BA = generator(), generator()
         self.global_D_A, self.global_D_B = discriminator(layers[0]), discriminator(layers[0])
         self.local_D_A, self.local_D_B = discriminator(layers[1]), discriminator(layers[1])
         self.weights = weights
-        self.learners = self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
-        self.ema_decay = ema_decay
-        if ema_decay:
-            self.ema_AB = moving_average(self.G_AB, ema_decay)
-            self.ema_BA = moving_average(self.G_BA, ema_decay)
-            self.generators = {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"}
+        self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.min_size = max(self.G_AB.min_size, self.global_D_A.min_size, self.local_D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
 
@@ -435,9 +408,6 @@ class UGATIT(System):
             for norm in network.modules():
                 if isinstance(norm, (AdaLIN, ILN)):
                     norm.rho.clamp_(0, 1)
-        if self.ema_decay:
-            self.ema_AB.update_parameters(self.G_AB)
-            self.ema_BA.update_parameters(self.G_BA)
 
     def forward(self, batch: Batch) -> UGATITFakes:
         real_A, real_B = batch["A"], batch["B"]
@@ -532,7 +502,7 @@ class Paired(System):
         if lambda_gan:
             self.D = discriminator()
             self.min_size = max(self.min_size, self.D.min_size)
-        self.learners = self.generators = {direction: "G"}
+        self.generators = {direction: "G"}
         self.source, self.target = direction[0], direction[-1]
         self.gan_loss, self.lambda_gan, self.lambda_L1 = gan_loss, lambda_gan, lambda_L1
 
@@ -596,7 +566,7 @@ class DCGAN(System):
     def __init__(self, generator: Callable[[], nn.Module], discriminator: Callable[[], nn.Module]):
         super().__init__()
         self.G, self.D = generator(), discriminator()
-        self.learners = self.generators = {NOISE: "G"}
+        self.generators = {NOISE: "G"}
         self.min_size = self.size_multiple = self.G.settings["size"]
 
     @property
@@ -651,7 +621,6 @@ def attentiongan(
     lambda_id: float = 0.5,
     lambda_warmup: int = 0,
     pool_size: int = 50,
-    ema_decay: float = 0.0,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
     """AttentionGAN, scheme II."""
@@ -669,7 +638,6 @@ def attentiongan(
         attn_disc,
         attn_real,
         warmup=lambda_warmup,
-        ema_decay=ema_decay,
     )
 
 
@@ -689,7 +657,6 @@ def attentiongan1(
     lambda_tv: float = 1e-6,
     curriculum_epochs: int = 10,
     pool_size: int = 50,
-    ema_decay: float = 0.0,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
     """AttentionGAN, scheme I, with the attention-guided discriminator that the paper describes."""
@@ -703,7 +670,6 @@ def attentiongan1(
         attn_disc,
         attn_real,
         curriculum=curriculum_epochs,
-        ema_decay=ema_decay,
     )
 
 
@@ -719,7 +685,6 @@ def cyclegan(
     lambda_id: float = 5.0,
     lambda_warmup: int = 0,
     pool_size: int = 50,
-    ema_decay: float = 0.0,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
     """CycleGAN."""
@@ -731,7 +696,6 @@ def cyclegan(
         seed,
         channels,
         warmup=lambda_warmup,
-        ema_decay=ema_decay,
     )
 
 
@@ -747,7 +711,6 @@ def ugatit(
     lambda_cyc: float = 10.0,
     lambda_id: float = 10.0,
     lambda_cam: float = 1000.0,
-    ema_decay: float = 0.0,
     img_height: int = 256,
     img_width: int = 256,
 ) -> UGATIT:
@@ -758,7 +721,6 @@ def ugatit(
         lambda n_layers: CAMDiscriminator(channels, ndf, n_layers, init),
         depths(min(img_height, img_width)),
         UGATITWeights(lambda_gan, lambda_cyc, lambda_id, lambda_cam),
-        ema_decay,
     )
 
 

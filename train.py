@@ -71,7 +71,6 @@ SYSTEM_HELP = {
     "lambda_cam": "weight of the cross-entropy of the generators' class activation maps",
     "lambda_pixel": "weight of each direction's |output - input|",
     "lambda_tv": "weight of each mask's total variation, a sum over its pixels",
-    "ema_decay": "save, show and evaluate moving averages of the generators, of this decay per step; 0: as they train",
     "lambda_warmup": "steps over which cycle and identity weights grow to their full size; 0: at once",
     "curriculum_epochs": "epochs that the adversarial terms lead (0.99 to 0.01), as in scheme I's official code, then "
     "0.5 to 0.5; 0: plain weights",
@@ -313,8 +312,8 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
     for key, bound in least.items():
         if not getattr(options, key, bound) >= bound:  # nan is not
             raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
-    for key in ("b1", "b2", "ema_decay"):
-        if not 0 <= getattr(options, key, 0) < 1:
+    for key in ("b1", "b2"):
+        if not 0 <= getattr(options, key) < 1:
             raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")
     if options.decay_epoch > options.n_epochs:
         raise InputError(
@@ -398,9 +397,9 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def load_generators(system: System, where: str) -> None:
-    """Give the learners the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
-    opened = open_generators(where, noise=utils.NOISE in system.learners)
-    for direction, name in system.learners.items():
+    """Give the generators the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
+    opened = open_generators(where, noise=utils.NOISE in system.generators)
+    for direction, name in system.generators.items():
         if direction not in opened:
             raise InputError(
                 f"--init_from {where} translates {', '.join(opened)} alone, expected a run or folder with a generator "

@@ -319,7 +319,7 @@ def test_losses_gradients_and_steps_of_pix2pix_are_the_official_ones(settings, t
 
 def test_pix2pix_has_one_direction_and_only_the_networks_it_needs():
     system, batch = build("pix2pix", direction="BtoA"), make_batch(0)
-    assert system.generators == system.learners == {"BtoA": "G"} and system.data == "paired"
+    assert system.generators == {"BtoA": "G"} and system.data == "paired"
     columns = system.sheet(batch)
     assert list(columns) == ["real B", "fake A", "real A"]
     assert torch.equal(columns["fake A"], system.G(batch["B"]).image) and not columns["fake A"].requires_grad
@@ -557,7 +557,7 @@ def test_every_player_trains_and_every_network_is_trained():
         system = build(name)
         trained = [n for t in system.turns for n in t.networks]
         assert sorted(trained) == sorted(n for n, m in system.named_children() if any(True for _ in m.parameters()))
-        assert set(system.learners.values()) <= set(trained)
+        assert set(system.generators.values()) <= set(trained)
 
 
 @pytest.mark.parametrize("name", TWO_WAY)
@@ -659,24 +659,6 @@ def test_systems_differ_by_seed_and_not_by_the_python_random_state():
     second, third = build("attentiongan").state_dict(), build("attentiongan", seed=1).state_dict()
     key = "G_AB.encoder.0.weight"
     assert torch.equal(first[key], second[key]) and not torch.equal(first[key], third[key])
-
-
-@pytest.mark.parametrize("name", TWO_WAY)
-def test_averaged_generators_follow_the_learners(name):
-    system, plain = build(name, ema_decay=0.9), build(name)
-    assert system.generators == {"AtoB": "ema_AB.module", "BtoA": "ema_BA.module"} and system.learners == plain.learners
-    weight = system.G_AB.encoder[0].weight
-    expected = None
-    for step in range(4):
-        with torch.no_grad():
-            weight.add_(step)
-        system.settle()
-        expected = weight.clone() if expected is None else 0.9 * expected + 0.1 * weight
-        torch.testing.assert_close(system.ema_AB.module.encoder[0].weight, expected)
-    shown = system.sheet(batch := make_batch(0))
-    assert torch.equal(shown["fake B"], system.ema_AB.module(batch["A"]).image)
-    assert not torch.equal(shown["fake B"], system.G_AB(batch["A"]).image)
-    assert all("ema" not in name for turn in system.turns for name in turn.networks)
 
 
 def test_settings_reach_the_networks():
