@@ -79,7 +79,7 @@ FACADES = (
 # 500 small grey pictures, in the place of a set of grey faces with masks that is not at hand, on which nearest
 # upsampling was reported to do better than transposed convolutions of its capacity.
 FACES = (
-    "--dataset_name solid2striped --channels 1 --ngf 16 --ndf 16 --batch_size 16 --n_epochs 120 --n_cpu 0 "
+    "--dataset_name solid2striped --channels 1 --ngf 16 --ndf 16 --batch_size 16 --n_epochs 80 --n_cpu 0 "
     "--sample_interval 0"
 )
 COMPARISONS = {
