@@ -140,3 +140,8 @@ def test_loaders_take_turns(capsys):
 def test_bad_flags_are_refused(flags, message, capsys):
     assert benchmark.main([*flags.split(), *TINY.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_systems_that_translate_nothing_are_refused(capsys):
+    assert benchmark.main("--systems dcgan --sizes 64 --ngf 4 --ndf 4".split()) == 2
+    assert "--systems dcgan: draws pictures from noise, expected systems that translate" in capsys.readouterr().err
