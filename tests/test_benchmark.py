@@ -143,5 +143,5 @@ def test_bad_flags_are_refused(flags, message, capsys):
 
 
 def test_systems_that_translate_nothing_are_refused(capsys):
-    assert benchmark.main("--systems dcgan --sizes 64 --ngf 4 --ndf 4".split()) == 2
+    assert benchmark.main(["--systems", "dcgan", "--sizes", "64", "--ngf", "4", "--ndf", "4"]) == 2
     assert "--systems dcgan: draws pictures from noise, expected systems that translate" in capsys.readouterr().err
