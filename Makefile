@@ -28,9 +28,10 @@ compare: .venv/installed
 # How fast this machine takes a step, beside the textbook step, and what fits into its memory: docs/benchmark.md.
 bench: .venv/installed
 	$(BIN)/python benchmark.py --out docs/benchmark
-	$(BIN)/python benchmark.py --inference --batch_sizes 1 16 --sizes 256 --out docs/benchmark
-	$(BIN)/python benchmark.py --memory --batch_sizes 1 4 --systems attentiongan attentiongan1 cyclegan ugatit \
-	    --out docs/benchmark
+	$(BIN)/python benchmark.py --inference --out docs/benchmark
+	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --variants 4 --out docs/benchmark
+	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --variants 4 --out docs/benchmark
+	$(BIN)/python benchmark.py --memory --systems attentiongan cyclegan --batch_sizes 1 4 --out docs/benchmark
 	$(BIN)/python benchmark.py --loader --out docs/benchmark
 
 test: .venv/installed-dev
