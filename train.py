@@ -675,6 +675,7 @@ def train(
     )
 
     players = distribute(system)
+    start = time.perf_counter()
     with utils.StopSignals() as stop, closing(record):
         for epoch in range(first, options.n_epochs):
             sampler.epoch, sampler.start = epoch, done * options.batch_size
@@ -685,6 +686,8 @@ def train(
                 players.begin(epoch, record.step)
                 images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is none
                 record.note(play(players, optimizers, autocast, batch), images, epoch, lr)
+                if options.compile and record.step == state["step"] + 1:
+                    say(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
                     with autocast():
                         record.sheet(system.sheet(samples))

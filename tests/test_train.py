@@ -413,7 +413,7 @@ def test_pictures_in_memory_need_no_loader_processes(small_set, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")  # the tracer looks at gradients of tensors that have none, and is warned
-def test_compiling_changes_no_result_and_happens_once_for_each_shape(small_set, monkeypatch):
+def test_compiling_changes_no_result_and_happens_once_for_each_shape(small_set, monkeypatch, capsys):
     """By a backend that runs the graphs as they are: the machine's compiler would round otherwise, and take minutes."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile(self, backend="aot_eager", **k))
@@ -430,7 +430,9 @@ def test_compiling_changes_no_result_and_happens_once_for_each_shape(small_set, 
     assert run(f"{command} --name plain") == 0
     monkeypatch.setattr(train, "play", count)
     torch._dynamo.utils.counters.clear()
+    capsys.readouterr()
     assert run(f"{command} --name compiled --compile") == 0
+    assert len(re.findall(r"compiled, and took the first step, in \d+ s", capsys.readouterr().out)) == 1
     # The generators take one picture and two, the discriminators likewise; and the sheets' batch comes at the end.
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}
     plain, compiled = (checkpoint(name)["networks"]["G_AB"] for name in ("plain", "compiled"))
