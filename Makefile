@@ -32,7 +32,7 @@ bench: .venv/installed
 	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --variants 4 --out docs/benchmark
 	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --variants 4 --out docs/benchmark
 	$(BIN)/python benchmark.py --memory --systems attentiongan cyclegan --batch_sizes 1 4 --out docs/benchmark
-	$(BIN)/python benchmark.py --loader --out docs/benchmark
+	$(BIN)/python benchmark.py --loader --dataset_name solid2striped --out docs/benchmark
 
 test: .venv/installed-dev
 	$(BIN)/pytest -q -n 2

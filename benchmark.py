@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import utils
-from datasets import EpochSampler, make_loader
+from datasets import BUILT_IN, EpochSampler, draw_built_in, make_loader
 from systems import SYSTEMS, System, TwoWay
 from utils import InputError
 
@@ -381,6 +381,8 @@ def measure(
 
 def measure_loader(options: argparse.Namespace, rounds: int, duration: float = 2.0) -> list[dict[str, Any]]:
     """Training samples per second, by number of loader processes, decoded each time or kept in memory."""
+    if options.dataset_name == BUILT_IN:
+        draw_built_in(Path(options.data_dir) / BUILT_IN)
     loaders = {}
     for n_cpu in sorted({0, options.n_cpu}):
         loaders[f"decoded each time, --n_cpu {n_cpu}"] = build_loader(options, n_cpu, 0.0)

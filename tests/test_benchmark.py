@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,9 @@ def test_peak_memory_grows_with_the_picture(capsys):
     assert large - small > 6 * 3 * 16 * 256 * 256 * 2 / 2**20
 
 
-def test_loaders_take_turns(capsys):
-    draw_built_in(Path("data/solid2striped"), n_train=4, n_test=1)
+def test_loaders_take_turns(capsys, monkeypatch):
+    """Of the built-in set, too, where it has not been drawn yet."""
+    monkeypatch.setattr(benchmark, "draw_built_in", partial(draw_built_in, n_train=4, n_test=1))
     found = options("--n_cpu 1")
     rows = benchmark.measure_loader(found, rounds=1, duration=0.2)
     names = ["decoded each time, --n_cpu 0", "decoded each time, --n_cpu 1", "kept in memory"]
