@@ -151,32 +151,28 @@ def run_name(comparison: str, setting: str, seed: int) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def train_all(comparison: str, seeds: Sequence[int], jobs: int, extra: Sequence[str]) -> None:
-    """Run what is not finished, ``jobs`` at a time, each with its share of the processor's cores.
+def train_all(runs: Mapping[str, str], jobs: int, extra: Sequence[str]) -> None:
+    """Train what is not finished of ``runs``, flags of ``train.py`` by name, ``jobs`` at a time.
 
-    Raises InputError when a run fails; the others go on to their ends.
+    Each has its share of the processor's cores. Raises InputError when a run fails; the others go on to their ends.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    shared, settings = COMPARISONS[comparison]
 
-    def work(task: tuple[str, int]) -> str | None:
-        setting, seed = task
-        name = run_name(comparison, setting, seed)
+    def work(name: str) -> str | None:
         if is_finished(name):
             return None
         resume = (utils.SAVED_MODELS / name / "checkpoint.pt").exists()
-        flags = ["--resume"] if resume else shlex.split(f"{shared} {settings[setting]} --seed {seed}")
+        flags = ["--resume"] if resume else shlex.split(runs[name])
         command = [sys.executable, str(HERE / "train.py"), *flags, *extra, "--name", name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         print(f"{name}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
         return None if done.returncode == 0 else f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
 
-    tasks = [(setting, seed) for seed in seeds for setting in settings]
     with ThreadPoolExecutor(jobs) as pool:
-        troubles = [trouble for trouble in pool.map(work, tasks) if trouble]
+        troubles = [trouble for trouble in pool.map(work, runs) if trouble]
     if troubles:
-        raise InputError("\n".join([f"{len(troubles)} of {len(tasks)} runs failed:", *troubles]))
+        raise InputError("\n".join([f"{len(troubles)} of {len(runs)} runs failed:", *troubles]))
 
 
 def is_finished(name: str) -> bool:
@@ -375,8 +371,13 @@ def compare(options: argparse.Namespace) -> None:
         draws_from_noise = NOISE in train.build_system(flags).generators
     if draws_from_noise and options.extractor == "none":
         raise InputError("--extractor none: samples are compared by their features, expected an extractor")
-    train_all(comparison, options.seeds, options.jobs, ["--data_dir", str(options.data_dir)])
     names = {s: [run_name(comparison, s, seed) for seed in options.seeds] for s in settings}
+    runs = {
+        run_name(comparison, setting, seed): f"{shared} {own} --seed {seed}"
+        for seed in options.seeds
+        for setting, own in settings.items()
+    }
+    train_all(runs, options.jobs, ["--data_dir", str(options.data_dir)])
     measure = measure_samples if draws_from_noise else measure_translations
     measured = measure(names, flags.dataset_name, options.data_dir, options.extractor)
     speeds = {setting: {"steps/s": speed} for setting, speed in time_steps(comparison).items()}

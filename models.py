@@ -176,7 +176,11 @@ def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps
     """
     x = at_least_float32(x)
     var_in, mean_in = torch.var_mean(x, dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-    var_ln, mean_ln = torch.var_mean(x, dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    # LN's follow from IN's, which spares a pass over the picture.
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    mean_ln = mean_in.mean(dim=1, keepdim=True)  # (B, 1, 1, 1)
+    squares = (pixels - 1) * var_in + pixels * (mean_in - mean_ln).square()
+    var_ln = squares.sum(dim=1, keepdim=True) / (channels * pixels - 1)
     scale_in, scale_ln = rho * torch.rsqrt(var_in + eps), (1 - rho) * torch.rsqrt(var_ln + eps)
     # All of it is one factor and one summand for each channel, so that the picture is passed over once.
     return x * (gamma * (scale_in + scale_ln)) + (beta - gamma * (scale_in * mean_in + scale_ln * mean_ln))

@@ -30,12 +30,9 @@ def two_settings(monkeypatch):
 def in_this_process(monkeypatch):
     """Runs of a comparison without a process for each, whose start takes longer than they do."""
 
-    def train_all(comparison, seeds, jobs, extra):
-        shared, settings = compare.COMPARISONS[comparison]
-        for seed in seeds:
-            for setting, flags in settings.items():
-                name = compare.run_name(comparison, setting, seed)
-                assert train.main([*f"{shared} {flags} --seed {seed} --name {name}".split(), *extra]) == 0
+    def train_all(runs, jobs, extra):
+        for name, flags in runs.items():
+            assert train.main([*flags.split(), "--name", name, *extra]) == 0
 
     monkeypatch.setattr(compare, "train_all", train_all)
 
@@ -73,7 +70,7 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
     Path("saved_models/compare_systems_ii_4/checkpoint.pt").unlink()
     capsys.readouterr()
     assert compare.is_finished("compare_systems_ii_3") and not compare.is_finished("compare_systems_nothing_0")
-    compare.train_all("systems", [3], 1, ["--data_dir", "data"])
+    compare.train_all({"compare_systems_ii_3": "--no_flag"}, 1, [])
     assert checkpoint.stat().st_mtime_ns == before and capsys.readouterr().out == ""
 
 

@@ -1,0 +1,278 @@
+"""What runs on real pictures have reached: the README's table, picture sheets, weights small enough to ship.
+
+    python results.py                                           # measure the runs that are here, write the table
+    python results.py --train results_horse2zebra_cyclegan      # train one of them first, or go on with it
+    python results.py --ship results_horse2zebra_attentiongan --as horse2zebra_attentiongan
+
+A run of the table is an ordinary one, ``train.py`` with the flags that stand in ``RUNS``, and its figures are those of
+``evaluate.py``. They are kept in ``docs/results.json``, so that a run which is not on this machine keeps its rows. The
+table goes into the README, between two marks, sheets of the first test pictures into ``docs/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import compare
+import evaluate
+import utils
+from datasets import find_side
+from metrics import EFFICIENTNET
+from models import Translation, open_generators, pack_generator
+from utils import SAVED_MODELS, InputError
+
+DOCS, README = Path("docs"), Path("README.md")
+MARKS = "<!-- written by results.py -->\n", "<!-- down to here -->\n"
+SHOWN = 6  # pictures on a sheet
+
+
+class Run(NamedTuple):
+    """Rows of the table: the data set, the system as the table names it, the run's name, flags of ``train.py``."""
+
+    dataset: str
+    system: str
+    name: str
+    flags: str
+
+
+SIDES = {
+    "horse2zebra": ("horse", "zebra"),
+    "apple2orange": ("apple", "orange"),
+    "facades": ("photograph", "labels"),
+    "monet2photo": ("Monet", "photograph"),
+    "summer2winter_yosemite": ("summer", "winter"),
+}
+# Networks, and numbers of pictures, that one core of a processor gets through in some hours.
+SMALL = (
+    "--img_height 128 --img_width 128 --ngf 32 --n_residual_blocks 6 --upsample nearest --n_epochs 15 "
+    "--decay_epoch 10 --n_cpu 0 --sample_interval 1000"
+)
+SYSTEMS = {"attentiongan": "AttentionGAN II", "cyclegan": "CycleGAN", "attentiongan1": "AttentionGAN I"}
+RUNS = tuple(
+    Run(dataset, title, f"results_{dataset}_{system}", f"--dataset_name {dataset} --system {system} {SMALL}")
+    for dataset in SIDES
+    for system, title in SYSTEMS.items()
+    if dataset == "horse2zebra" or system == "attentiongan"
+)
+# What others print, under their own protocols: KID × 100 from the AttentionGAN paper, FID from MMGeneration's CycleGAN.
+PUBLISHED = {
+    ("horse2zebra", "AtoB"): "AttentionGAN KID 2.03, CycleGAN FID 64.5",
+    ("horse2zebra", "BtoA"): "AttentionGAN KID 6.48, CycleGAN FID 141.2",
+    ("apple2orange", "AtoB"): "AttentionGAN KID 10.03",
+    ("apple2orange", "BtoA"): "AttentionGAN KID 4.38",
+    ("summer2winter_yosemite", "AtoB"): "CycleGAN FID 83.7",
+    ("summer2winter_yosemite", "BtoA"): "CycleGAN FID 72.8",
+}
+
+About = Mapping[str, Any]  # what is known of a run, see ``measure``
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Measuring
+# ----------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, data_dir: Path, extractor: str) -> About:
+    """How a run came about, and its rows of ``evaluation.json``. Raises InputError."""
+    arguments = ["--dataset_name", run.dataset, "--data_dir", str(data_dir), "--extractor", extractor]
+    if evaluate.main([*arguments, "--checkpoint", run.name]):
+        raise InputError(f"{run.name} could not be measured")
+    _, about = next(iter(open_generators(run.name).values()))
+    rows = json.loads((utils.IMAGES / run.name / "evaluation.json").read_text())["rows"]
+    return {
+        "pairs": about["step"] * about["options"]["batch_size"],
+        "hours": hours_taken(SAVED_MODELS / run.name / "log.jsonl", about["options"]["batch_size"]),
+        "rows": [row for row in rows if (row["dataset"], row["extractor"]) == (run.dataset, extractor)],
+    }
+
+
+def hours_taken(log: Path, batch_size: int) -> float:
+    """Hours that the training steps of an unpaired run took, by the speeds in its log."""
+    entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "images_per_s" in entry]
+    seconds, before = 0.0, 0
+    for entry in entries:
+        seconds += 2 * batch_size * (entry["step"] - before) / entry["images_per_s"]
+        before = entry["step"]
+    return seconds / 3600
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The table
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make_table(known: Mapping[str, About]) -> list[str]:
+    """Markdown of all ``RUNS`` by data set and direction; what is not in ``known`` has an empty row."""
+    heads = ("", "100 KID-EffNet", "best by validation", "class rate", "attention AP", "background error")
+    heads += ("cycle error", "pairs", "hours", "published")
+    lines = [join(heads), "|---" * len(heads) + "|"]
+    for dataset, sides in SIDES.items():
+        for direction in evaluate.DIRECTIONS:
+            source, target = sides if direction == "AtoB" else sides[::-1]
+            runs = [run for run in RUNS if run.dataset == dataset]
+            found = {run.name: find_rows(known[run.name], direction) for run in runs if run.name in known}
+            published = PUBLISHED.get((dataset, direction), "–")
+            lines.append(join([f"**{source} → {target}**", *[""] * (len(heads) - 2), published]))
+            for rows in list(found.values())[:1]:
+                row = rows[evaluate.LAST]
+                lines.append(join(["real training pictures", *cells(row["floor"]), "", "", ""]))
+                lines.append(join(["untranslated", *cells(row["untranslated"]), "", "", ""]))
+            for run in runs:
+                if run.name not in found:
+                    lines.append(join([run.system, *[""] * (len(heads) - 1)]))
+                    continue
+                rows, about = found[run.name], known[run.name]
+                best = rows[evaluate.BEST]["figures"] if evaluate.BEST in rows else {}
+                shown = cells(rows[evaluate.LAST]["figures"], best)
+                lines.append(join([run.system, *shown, f"{about['pairs']:,}", f"{about['hours']:.1f}", ""]))
+    return lines
+
+
+def join(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def find_rows(about: About, direction: str) -> dict[str, Mapping[str, Any]]:
+    """The rows of a direction by their weights: last, best by validation."""
+    return {row["weights"]: row for row in about["rows"] if row["direction"] == direction}
+
+
+def cells(figures: Mapping[str, float | None], best: Mapping[str, float | None] | None = None) -> list[str]:
+    """From "100 KID-EffNet" to "cycle error"."""
+    kid = next((key for key in figures if key.startswith("KID") and " " not in key), "KID")
+    rate = next((key for key in figures if key.endswith(" rate")), "rate")
+    last = [(figures, kid, 1, 100), (best or {}, kid, 1, 100), (figures, rate, 3, 1), (figures, "AP", 3, 1)]
+    last += [(figures, "background error", 3, 1), (figures, "cycle error", 3, 1)]
+    values = ((source.get(key), digits, factor) for source, key, digits, factor in last)
+    return ["" if value is None else f"{factor * value:.{digits}f}" for value, digits, factor in values]
+
+
+def write_table(known: Mapping[str, About]) -> None:
+    """Put the table into the README. Raises InputError where its marks are not there."""
+    text = README.read_text()
+    before, opening, rest = text.partition(MARKS[0])
+    _, closing, after = rest.partition(MARKS[1])
+    if not (opening and closing):
+        raise InputError(f"{README}: expected {MARKS[0].strip()} and {MARKS[1].strip()} around the table")
+    README.write_text(before + opening + "\n" + "\n".join(make_table(known)) + "\n\n" + closing + after)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Sheets
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw(runs: Sequence[Run], direction: str, data_dir: Path) -> None:
+    """Sheets of the first test pictures: what each run makes of them, and the masks and contents of the first one.
+
+    ``docs/results_<data set>_<direction>.png`` shows all parts of the first run, its way back too; a run with masks
+    has them drawn one by one to ``docs/<run>_<direction>_masks.png``.
+    """
+    columns: dict[str, Tensor] = {}
+    for run in runs:
+        opened = open_generators(run.name)
+        generator, about = opened[direction]
+        pictures = find_side(data_dir / run.dataset, "test", direction[0])[:SHOWN]
+        inputs = compare.read_all(pictures, about["options"])
+        translation = generator.eval()(inputs)
+        parts = {"input": inputs} if not columns else {}
+        if translation.foreground is not None:
+            parts["attention"] = 2 * translation.foreground - 1
+        parts["output"] = translation.image
+        back, _ = opened[f"{direction[-1]}to{direction[0]}"]
+        parts["recovered"] = back.eval()(translation.image).image
+        short = run.system.replace("AttentionGAN ", "")
+        columns |= {f"{short}: {name}" if name != "input" else name: part for name, part in parts.items()}
+        if translation.content is not None:
+            draw_masks(translation, inputs).save(DOCS / f"{run.name}_{direction}_masks.png")
+    utils.draw_sheet(columns).save(DOCS / f"results_{runs[0].dataset}_{direction}.png")
+
+
+def draw_masks(translation: Translation, inputs: Tensor) -> Image.Image:
+    """Masks and contents of the first picture, side by side; what the background mask keeps is the input."""
+    masks, contents = translation.attention[0], translation.content[0]
+    kept = torch.cat([contents, inputs[:1]])[: len(masks)]
+    names = [f"{i}" for i in range(1, len(contents) + 1)] + ["background"] * (len(masks) - len(contents))
+    columns = {
+        name: torch.stack(
+            [
+                (2 * mask - 1).expand_as(content),
+                content,
+            ]
+        )
+        for name, mask, content in zip(names, masks, kept, strict=True)
+    }
+    return utils.draw_sheet(columns, rows=["mask", "content"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Shipping
+# ----------------------------------------------------------------------------------------------------------
+
+
+def ship(run: str, name: str) -> None:
+    """Write a run's generators in half precision to ``saved_models/pretrained/<name>``. Raises InputError."""
+    utils.check_name("--as", name)
+    folder = SAVED_MODELS / "pretrained" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for direction, (generator, about) in open_generators(run).items():
+        path = folder / f"{direction}.pt"
+        utils.save_atomically({**about, **pack_generator(generator.half())}, path)
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The script
+# ----------------------------------------------------------------------------------------------------------
+
+
+def work(options: argparse.Namespace) -> None:
+    """Train, measure, draw, write; or ship. Raises InputError."""
+    if (options.ship is None) != (options.name is None):
+        raise InputError("--ship and --as: expected both or neither")
+    if options.ship is not None:
+        return ship(options.ship, options.name)
+    by_name = {run.name: run for run in RUNS}
+    unknown = [name for name in options.train if name not in by_name]
+    if unknown:
+        raise InputError(f"--train {unknown[0]}: expected {', '.join(by_name)}")
+    compare.train_all({name: by_name[name].flags for name in options.train}, 1, ["--data_dir", str(options.data_dir)])
+    DOCS.mkdir(exist_ok=True)
+    store = DOCS / "results.json"
+    known = json.loads(store.read_text()) if store.exists() else {}
+    for dataset in SIDES:
+        here = [run for run in RUNS if run.dataset == dataset and (SAVED_MODELS / run.name / "AtoB.pt").exists()]
+        known |= {run.name: measure(run, options.data_dir, options.extractor) for run in here}
+        for direction in evaluate.DIRECTIONS if here else ():
+            draw(here, direction, options.data_dir)
+    store.write_text(json.dumps(known, indent=1) + "\n")
+    write_table(known)
+    print(f"{store} and {README} written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Measure the runs of the README's table and write it.", formatter_class=utils.HelpFormatter
+    )
+    add = parser.add_argument
+    add("--train", nargs="+", default=[], metavar="RUN", help="runs of the table to train first, or to go on with")
+    add("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    add("--extractor", default=EFFICIENTNET, help="for KID, as in evaluate.py")
+    add("--ship", metavar="RUN", help="instead: write this run's generators in half precision")
+    add("--as", dest="name", help="under this name, to saved_models/pretrained")
+    options = parser.parse_args(argv)
+    return utils.run_script("results.py", lambda: work(options) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

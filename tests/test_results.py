@@ -1,0 +1,159 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import compare
+import results
+import train
+from datasets import draw_built_in
+from models import open_generator, open_generators
+
+FLAGS = (
+    "--dataset_name solid2striped --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 "
+    "--n_epochs 1 --n_cpu 0 --sample_interval 0 --log_interval 2"
+)
+RUNS = (
+    results.Run("solid2striped", "AttentionGAN II", "two", f"{FLAGS} --system attentiongan --n_masks 3"),
+    results.Run("solid2striped", "CycleGAN", "cycle", f"{FLAGS} --system cyclegan"),
+    results.Run("solid2striped", "AttentionGAN I", "one", f"{FLAGS} --system attentiongan1 --curriculum_epochs 0"),
+)
+ARGUMENTS = ["--extractor", "none"]
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A README with room for a table of three runs on drawn pictures, none of them trained yet."""
+    monkeypatch.setattr(results, "RUNS", RUNS)
+    monkeypatch.setattr(results, "SIDES", {"solid2striped": ("solid", "striped")})
+    monkeypatch.setattr(results, "PUBLISHED", {("solid2striped", "BtoA"): "KID 7"})
+
+    def train_all(runs, jobs, extra):
+        for name, flags in runs.items():
+            assert train.main([*flags.split(), "--name", name, *extra]) == 0
+
+    monkeypatch.setattr(compare, "train_all", train_all)
+    draw_built_in(Path("data/solid2striped"), n_train=5, n_test=3)
+    Path("README.md").write_text(f"before\n\n{results.MARKS[0]}old\n{results.MARKS[1]}\nafter\n")
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table):
+    assert results.main([*ARGUMENTS, "--train", "two", "cycle"]) == 0
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n\n") and text.endswith("\nafter\n") and "old" not in text
+    heads, _, *lines = rows(text)
+    titles = [line[0] for line in lines]
+    each = ["real training pictures", "untranslated", "AttentionGAN II", "CycleGAN", "AttentionGAN I"]
+    assert titles == ["**solid → striped**", *each, "**striped → solid**", *each]
+    assert lines[6][-1] == "KID 7" and lines[0][-1] == "–"
+    for name, start in (("two", 3), ("cycle", 4)):
+        report = json.loads(Path(f"images/{name}/evaluation.json").read_text())["rows"]
+        for direction, line in (("AtoB", lines[start]), ("BtoA", lines[start + 6])):
+            figures = next(row["figures"] for row in report if row["direction"] == direction)
+            for head, key in (("attention AP", "AP"), ("background error",) * 2, ("cycle error",) * 2):
+                expected = f"{figures[key]:.3f}" if key in figures else ""
+                assert line[heads.index(head)] == expected
+            assert line[heads.index("pairs")] == "5" and float(line[heads.index("hours")]) < 0.1
+    assert lines[3][heads.index("attention AP")] and not lines[4][heads.index("attention AP")]
+    assert not any(lines[5][1:])  # not trained
+
+    # What is measured stays, wherever the run is; and is measured anew where it is here.
+    for path in Path("saved_models/two").iterdir():
+        path.unlink()
+    known = json.loads(Path("docs/results.json").read_text())
+    known["cycle"]["pairs"] = 3
+    Path("docs/results.json").write_text(json.dumps(known))
+    assert results.main(ARGUMENTS) == 0 and rows(Path("README.md").read_text()) == rows(text)
+
+
+def test_best_by_validation_stands_beside_the_last():
+    about = {"pairs": 2000, "hours": 1.25, "rows": []}
+    for weights, kid in (("last", 0.125), ("best by validation", 0.0625)):
+        figures = {"KID-EffNet low": 0.5, "KID-EffNet": kid, "zebra rate": 0.25, "cycle error": 0.1}
+        shared = {"weights": weights, "floor": {"KID-EffNet": 0.0}, "untranslated": {"KID-EffNet": 0.2}}
+        about["rows"] += [{"direction": way, "figures": figures, **shared} for way in ("AtoB", "BtoA")]
+    lines = rows("\n".join(results.make_table({"results_horse2zebra_attentiongan": about})))
+    heads = lines[0]
+    row = dict(zip(heads, lines[5], strict=True))
+    assert row == {
+        "": "AttentionGAN II",
+        "100 KID-EffNet": "12.5",
+        "best by validation": "6.2",
+        "class rate": "0.250",
+        "attention AP": "",
+        "background error": "",
+        "cycle error": "0.100",
+        "pairs": "2,000",
+        "hours": "1.2",
+        "published": "",
+    }
+    assert lines[3][:2] == ["real training pictures", "0.0"] and lines[4][:2] == ["untranslated", "20.0"]
+
+
+def test_hours_are_those_of_the_steps(tmp_path):
+    log = tmp_path / "log.jsonl"
+    entries = [
+        {"step": 900, "images_per_s": 2.0},
+        {"step": 900, "validation": {"KID": 1.0}},
+        {"step": 1800, "images_per_s": 4.0},
+    ]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert results.hours_taken(log, 4) == pytest.approx((2 * 4 * 900 / 2 + 2 * 4 * 900 / 4) / 3600)
+
+
+def test_sheets_show_all_runs_and_every_mask(table):
+    assert results.main([*ARGUMENTS, "--train", "two", "cycle", "one"]) == 0
+    cell = 16 * 6 + 2
+    for direction in ("AtoB", "BtoA"):
+        with Image.open(f"docs/results_solid2striped_{direction}.png") as sheet:
+            assert sheet.size == (2 + cell * (1 + 3 + 2 + 3), 18 + 2 + 3 * cell)
+        with Image.open(f"docs/two_{direction}_masks.png") as sheet:
+            assert sheet.height == 18 + 2 + 2 * cell and sheet.width > 3 * cell
+        assert not Path(f"docs/cycle_{direction}_masks.png").exists()
+
+
+def test_shipped_weights_are_half_as_large_and_translate_alike(table):
+    assert train.main([*RUNS[0].flags.split(), "--name", "two"]) == 0
+    assert results.main(["--ship", "two", "--as", "small"]) == 0
+    picture = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert set(open_generators("small")) == {"AtoB", "BtoA"}
+    for direction in ("AtoB", "BtoA"):
+        weights = torch.load(f"saved_models/pretrained/small/{direction}.pt", weights_only=True)["weights"]
+        assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float16}
+        (full, about), (half, said) = open_generator("two", direction), open_generator("small", direction)
+        assert said == about and next(half.parameters()).dtype == torch.float32
+        with torch.no_grad():
+            assert (half(picture).image - full(picture).image).abs().max() < 2 / 255
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train", "three"], "--train three: expected two, cycle, one"),
+        (["--ship", "two"], "--ship and --as: expected both or neither"),
+        (["--ship", "two", "--as", "a/b"], "--as a/b: expected a plain name"),
+        (["--ship", "nothing", "--as", "small"], "nothing: no generator"),
+    ],
+)
+def test_what_cannot_be_done_is_said(table, arguments, message, capsys):
+    assert results.main(arguments) == 2
+    assert message in capsys.readouterr().err and not Path("saved_models/pretrained/small/AtoB.pt").exists()
+
+
+def test_a_readme_without_room_for_the_table_is_refused(table, capsys):
+    Path("README.md").write_text("nothing")
+    assert results.main(ARGUMENTS) == 2
+    assert "README.md: expected <!-- written by results.py -->" in capsys.readouterr().err
+
+
+def test_every_run_has_flags_that_train_takes_and_a_name_of_its_own():
+    assert len({run.name for run in results.RUNS}) == len(results.RUNS)
+    assert {run.dataset for run in results.RUNS} == set(results.SIDES)
+    for run in results.RUNS:
+        assert train.parse_options(run.flags.split()).dataset_name == run.dataset
