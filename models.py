@@ -283,7 +283,7 @@ class SpectralNorm(nn.Module):
                 u = F.normalize(matrix @ v, dim=0)
             if torch.is_grad_enabled():
                 self.u.copy_(u)
-            return weight / (u @ matrix @ v)
+            return weight * (u @ matrix @ v).reciprocal()  # its backward takes fewer passes than a division's
 
 
 class NoiseDropout(nn.Module):
