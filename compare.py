@@ -7,8 +7,8 @@
     python compare.py dcgan --extractor efficientnet-lite0          # transposed convolutions against nearest upsampling
 
 Every run is an ordinary one, ``train.py`` under the name ``compare_<comparison>_<setting>_<seed>``; what stands already
-is resumed or, when finished, kept. The table (mean ± standard deviation over seeds) goes to
-``docs/compare_<comparison>.md``, a sheet with a row for each setting beside it.
+is resumed or, when finished, kept; what stands with other flags is refused. The table (mean ± standard deviation over
+seeds) goes to ``docs/compare_<comparison>.md``, a sheet with a row for each setting beside it.
 """
 
 from __future__ import annotations
@@ -154,17 +154,22 @@ def run_name(comparison: str, setting: str, seed: int) -> str:
 def train_all(runs: Mapping[str, str], jobs: int, extra: Sequence[str]) -> None:
     """Train what is not finished of ``runs``, flags of ``train.py`` by name, ``jobs`` at a time.
 
-    Each has its share of the processor's cores. Raises InputError when a run fails; the others go on to their ends.
+    Each has its share of the processor's cores. Raises InputError, before anything trains, where a run of other flags
+    stands; and when a run fails: the others go on to their ends.
     """
+    commands = {name: [*shlex.split(flags), *extra] for name, flags in runs.items()}
+    standing = {name: state for name in runs if (state := find_state(name)) is not None}
+    troubles = [trouble for name, state in standing.items() if (trouble := differs(name, state, commands[name]))]
+    if troubles:
+        raise InputError("\n".join(troubles))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
     def work(name: str) -> str | None:
-        if is_finished(name):
+        if name in standing and is_finished(standing[name]):
             return None
-        resume = (utils.SAVED_MODELS / name / "checkpoint.pt").exists()
-        flags = ["--resume"] if resume else shlex.split(runs[name])
-        command = [sys.executable, str(HERE / "train.py"), *flags, *extra, "--name", name]
+        flags = ["--resume", *extra] if name in standing else commands[name]
+        command = [sys.executable, str(HERE / "train.py"), *flags, "--name", name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         print(f"{name}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
         return None if done.returncode == 0 else f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
@@ -175,12 +180,28 @@ def train_all(runs: Mapping[str, str], jobs: int, extra: Sequence[str]) -> None:
         raise InputError("\n".join([f"{len(troubles)} of {len(runs)} runs failed:", *troubles]))
 
 
-def is_finished(name: str) -> bool:
-    try:
-        state = utils.Checkpoints(utils.SAVED_MODELS / name).load(quiet=True)
-    except InputError:
-        return False
+def find_state(name: str) -> dict[str, Any] | None:
+    """The newest checkpoint of a run, None where it has none. Raises InputError for one that cannot be read."""
+    folder = utils.SAVED_MODELS / name
+    return utils.Checkpoints(folder).load(quiet=True) if any(folder.glob("checkpoint*.pt")) else None
+
+
+def is_finished(state: Mapping[str, Any]) -> bool:
     return state["step"] == state["options"]["n_epochs"] * state["steps_per_epoch"]
+
+
+def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | None:
+    """In which options the run that stands is not one of these flags, and what to do; None where it is.
+
+    An option that the run does not know had its default, as ``train.py --resume`` has it, too.
+    """
+    wanted = vars(train.parse_options(flags))
+    known = {**vars(train.make_parser(wanted["system"]).parse_args([])), **state["options"]}
+    free = {*train.FREE_ON_RESUME, *train.HOW_TO_START} - {"n_epochs", "decay_epoch"}
+    keys = sorted(wanted.keys() - free) if known["system"] == wanted["system"] else ["system"]
+    changes = [f"--{key} {known[key]} (expected {wanted[key]})" for key in keys if known[key] != wanted[key]]
+    folder = utils.SAVED_MODELS / name
+    return f"{folder}: trained with {', '.join(changes)}; remove it to train it anew" if changes else None
 
 
 # ----------------------------------------------------------------------------------------------------------

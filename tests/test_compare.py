@@ -1,4 +1,5 @@
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from PIL import Image
 
 import compare
 import train
+import utils
 from datasets import Picture, draw_built_in, fixed_noise, quantise, unaugmented
 from metrics import Features, kernel_distance
 from models import load_generator
+from utils import InputError
 
 TINY = (
     "--dataset_name solid2striped --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 "
@@ -69,9 +72,49 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
     before = checkpoint.stat().st_mtime_ns
     Path("saved_models/compare_systems_ii_4/checkpoint.pt").unlink()
     capsys.readouterr()
-    assert compare.is_finished("compare_systems_ii_3") and not compare.is_finished("compare_systems_nothing_0")
-    compare.train_all({"compare_systems_ii_3": "--no_flag"}, 1, [])
+    assert compare.find_state("compare_systems_nothing_0") is None
+    compare.train_all({"compare_systems_ii_3": f"{TINY} {SETTINGS['II']} --seed 3"}, 1, [])
     assert checkpoint.stat().st_mtime_ns == before and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lambda_id 5", "--lambda_id 0.5 (expected 5.0)"),
+        ("--seed 1 --precision float32", "--precision auto (expected float32), --seed 0 (expected 1)"),
+        # Which may change on resuming, but not unseen.
+        ("--n_epochs 2", "--n_epochs 1 (expected 2)"),
+        ("--n_epochs 2 --decay_epoch 2", "--decay_epoch 1 (expected 2), --n_epochs 1 (expected 2)"),
+        ("--system cyclegan", "--system attentiongan (expected cyclegan)"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 3])
+def test_runs_of_other_flags_are_refused_before_anything_trains(monkeypatch, step, flags, message):
+    own = f"{TINY} --system attentiongan"
+    stand("r", own, step=step)
+    monkeypatch.setattr(compare.subprocess, "run", None)
+    runs = {"new": own, "r": f"{own} {flags}"}
+    expected = re.escape(f"saved_models/r: trained with {message}; remove it to train it anew")
+    with pytest.raises(InputError, match=f"^{expected}$"):
+        compare.train_all(runs, 1, ["--data_dir", "data"])
+
+
+def test_runs_of_an_older_version_are_used():
+    """What it did not know had the value that is the default now, and what is gone has none."""
+    own = f"{TINY} --system attentiongan"
+    stand("r", own, gone=7, lacking=("lambda_warmup",), data_dir="elsewhere", n_cpu=9)
+    compare.train_all({"r": own}, 1, [])
+    with pytest.raises(InputError, match=r"r: trained with --lambda_warmup 0 \(expected 5\); remove"):
+        compare.train_all({"r": f"{own} --lambda_warmup 5"}, 1, [])
+
+
+def stand(name, flags, step=3, lacking=(), **others):
+    """The checkpoint of a run of these flags, as far as ``train_all`` looks at it."""
+    options = {**vars(train.parse_options(flags.split())), **others}
+    options = {k: v for k, v in options.items() if k not in (*train.HOW_TO_START, *lacking)}
+    folder = Path("saved_models") / name
+    folder.mkdir(parents=True)
+    utils.Checkpoints(folder).save({"options": options, "step": step, "steps_per_epoch": 3})
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeypatch, capsys):
@@ -81,7 +124,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeyp
     shown = capsys.readouterr()
     assert "compare_systems_good_0: done" in shown.out and "compare_systems_bad_0: failed" in shown.out
     assert "1 of 2 runs failed" in shown.err and "--n_layers_D 0: expected at least 1" in shown.err
-    assert compare.is_finished("compare_systems_good_0")
+    assert compare.is_finished(compare.find_state("compare_systems_good_0"))
 
 
 def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_process, monkeypatch):
