@@ -491,7 +491,8 @@ def write(out: Path, sections: Mapping[str, Any]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure this machine.",
-        epilog="Other flags are those of train.py (--ngf, --lambda_id, --data_dir, ...) and describe the system.",
+        epilog="Other flags are those of train.py (--ngf, --lambda_id, --data_dir, ...) and describe the system. "
+        "Where variants are timed, --variants stands for --precision and --compile.",
         formatter_class=utils.HelpFormatter,
         allow_abbrev=False,
     )
@@ -508,6 +509,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     add("--out", type=Path, help="write the tables to OUT.md and OUT.json too")
     return parser
+
+
+def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
+    """Raise InputError for values that cannot be meant, and for flags that would be ignored."""
+    for flag, values in (("sizes", own.sizes), ("batch_sizes", own.batch_sizes), ("rounds", [own.rounds])):
+        if min(values) < 1:
+            raise InputError(f"--{flag} {min(values)}: expected at least 1")
+    instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
+    instead["--batch_size"] = "--batch_sizes"
+    if not (own.memory or own.loader):
+        instead |= dict.fromkeys(("--precision", "--compile"), "--variants")
+    for flag in (other.partition("=")[0] for other in others):
+        if flag in instead:
+            raise InputError(f"{flag} is set by {instead[flag]} here, expected that in its place")
+    if own.loader:
+        for flag, values in (("systems", own.systems), ("batch_sizes", own.batch_sizes)):
+            if len(values) > 1:
+                raise InputError(f"--{flag} {' '.join(map(str, values))}: --loader measures one of them, expected one")
+    if own.variants and (own.memory or own.loader):
+        raise InputError("--variants are of steps and of --inference, expected none with --memory or --loader")
 
 
 def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> dict[str, Any]:
@@ -588,9 +609,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, others = make_parser().parse_known_args(argv)
 
     def work() -> int:
-        for flag, values in (("sizes", own.sizes), ("batch_sizes", own.batch_sizes), ("rounds", [own.rounds])):
-            if min(values) < 1:
-                raise InputError(f"--{flag} {min(values)}: expected at least 1")
+        check_flags(own, others)
         command = " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)])
         sections = benchmark(own, others, command)
         if own.out is not None:

@@ -3,6 +3,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,11 +138,35 @@ def test_loaders_take_turns(capsys, monkeypatch):
         ("--rounds 0", "--rounds 0: expected at least 1"),
         ("--sizes 16 --variants 9", "--variants 9: expected some of 1 textbook, float32, 2 calls batched"),
         ("--sizes 18", "--img_height 18: expected a multiple of 4"),
+        ("--system cyclegan", "--system is set by --systems here"),
+        ("--memory --batch_size=4", "--batch_size is set by --batch_sizes here"),
+        ("--img_height 64", "--img_height is set by --sizes here"),
+        ("--loader --img_width 64", "--img_width is set by --sizes here"),
+        ("--precision bf16", "--precision is set by --variants here"),
+        ("--inference --compile", "--compile is set by --variants here"),
+        ("--loader --systems cyclegan attentiongan", "--systems cyclegan attentiongan: --loader measures one of them"),
+        ("--loader --batch_sizes 1 4", "--batch_sizes 1 4: --loader measures one of them"),
+        ("--memory --variants 1", "--variants are of steps and of --inference, expected none with --memory"),
     ],
 )
 def test_bad_flags_are_refused(flags, message, capsys):
     assert benchmark.main([*flags.split(), *TINY.split()]) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert message in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
+
+
+def test_the_peak_memory_is_that_of_the_precision_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        benchmark,
+        "Server",
+        lambda variant, *_: (
+            asked.append(variant) or SimpleNamespace(trouble="not measured", figures={}, end=lambda: None)
+        ),
+    )
+    for flags in ("--precision bf16", "--precision float32 --compile"):
+        assert benchmark.main(f"--memory --sizes 16 {flags} {TINY}".split()) == 0
+    assert [(v.precision, v.compile) for v in asked] == [("bf16", False), ("float32", True)]
 
 
 def test_systems_that_translate_nothing_are_refused(capsys):
