@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -675,6 +676,8 @@ def train(
     )
 
     players = distribute(system)
+    # What is looked at has batches of its own, and may have another mode: compiling for it would halt a run midway.
+    aside = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
     start = time.perf_counter()
     with utils.StopSignals() as stop, closing(record):
         for epoch in range(first, options.n_epochs):
@@ -689,10 +692,11 @@ def train(
                 if options.compile and record.step == state["step"] + 1:
                     say(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
                 if utils.rank() == 0 and time_for(record.step, options.sample_interval, total):
-                    with autocast():
+                    with aside(), autocast():
                         record.sheet(system.sheet(samples))
                 if validation is not None and time_for(record.step, options.eval_interval * len(loader), total):
-                    validate(validation, run, record, epoch)
+                    with aside():
+                        validate(validation, run, record, epoch)
                 stopped, save = utils.any_rank([stop.signal is not None, run.due()])
                 if stopped or save:
                     run.save(record)

@@ -413,8 +413,12 @@ def test_pictures_in_memory_need_no_loader_processes(small_set, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")  # the tracer looks at gradients of tensors that have none, and is warned
-def test_compiling_changes_no_result_and_happens_once_for_each_shape(small_set, monkeypatch, capsys):
+@pytest.mark.parametrize("system, network", [("attentiongan", "G_AB"), ("pix2pix", "G")])
+def test_compiling_changes_no_result_and_happens_in_the_first_step(
+    small_set, pairs, monkeypatch, capsys, system, network
+):
     """By a backend that runs the graphs as they are: the machine's compiler would round otherwise, and take minutes."""
+    monkeypatch.setattr(train, "Extractor", PixelExtractor)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile(self, backend="aot_eager", **k))
     torch._dynamo.reset()
@@ -426,16 +430,21 @@ def test_compiling_changes_no_result_and_happens_once_for_each_shape(small_set, 
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return shown
 
-    command = f"{QUICK} --n_epochs 2 --precision float32"
+    # Sheets and validation have batches of their own, and in pix2pix another mode.
+    command = f"{QUICK_PIX2PIX} --img_height 16 --img_width 16" if system == "pix2pix" else quick(system)
+    command += f" --system {system} --n_epochs 2 --precision float32"
+    command += " --sample_interval 2 --eval_interval 1 --extractor some"
     assert run(f"{command} --name plain") == 0
     monkeypatch.setattr(train, "play", count)
     torch._dynamo.utils.counters.clear()
     capsys.readouterr()
     assert run(f"{command} --name compiled --compile") == 0
     assert len(re.findall(r"compiled, and took the first step, in \d+ s", capsys.readouterr().out)) == 1
-    # The generators take one picture and two, the discriminators likewise; and the sheets' batch comes at the end.
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}
-    plain, compiled = (checkpoint(name)["networks"]["G_AB"] for name in ("plain", "compiled"))
+    assert [e["step"] for e in log("compiled") if "validation" in e] == [len(graphs) // 2, len(graphs) - 1]
+    assert Path("images/compiled/00000002.png").exists()
+    plain, compiled = (checkpoint(name)["networks"][network] for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
     for key, weight in plain.items():
         torch.testing.assert_close(compiled[key], weight, rtol=0, atol=1e-4)
