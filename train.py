@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import shutil
 import signal
 import sys
@@ -284,22 +285,17 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         "n_epochs": at_least_epochs,
         "decay_epoch": 1,
         "batch_size": 1,
+        "img_height": 1,
+        "img_width": 1,
         "log_interval": 1,
         "seed": 0,
         "n_cpu": 0,
         "cache_gb": 0,
-    }
-    least |= {
         "sample_interval": 0,
         "eval_interval": 0,
         "checkpoint_interval": 0,
         "checkpoint_minutes": 0,
-        "lr": 0,
-        "weight_decay": 0,
         "pool_size": 0,
-    }
-    least |= {
-        "lambda_warmup": 0,
         "curriculum_epochs": 0,
         "nz": 1,
         "ngf": 1,
@@ -308,11 +304,14 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
         "n_residual_blocks": 0,
         "n_layers_D": 1,
         "unet_depth": 0,
-        "lambda_L1": 0,
     }
-    for key, bound in least.items():
-        if not getattr(options, key, bound) >= bound:  # nan is not
-            raise InputError(f"--{key} {getattr(options, key)}: expected at least {bound}")
+    finite = ["lr", "weight_decay", *(key for key in vars(options) if key.startswith("lambda_"))]
+    for key, bound in {**least, **dict.fromkeys(finite, 0)}.items():
+        value = getattr(options, key, bound)
+        if not value >= bound:  # nan is not
+            raise InputError(f"--{key} {value}: expected at least {bound}")
+        if key in finite and value == math.inf:
+            raise InputError(f"--{key} {value}: expected a finite number")
     for key in ("b1", "b2"):
         if not 0 <= getattr(options, key) < 1:
             raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")

@@ -797,7 +797,10 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--name ..", r"--name ..: expected a plain name"),
         ("--name pretrained", r"--name pretrained: expected a plain name"),
         ("--b1 1.5", r"--b1 1.5: expected 0 or more, below 1"),
+        ("--b2 nan", r"--b2 nan: expected 0 or more, below 1"),
         ("--lr nan", r"--lr nan: expected at least 0"),
+        ("--lr inf", r"--lr inf: expected a finite number"),
+        ("--weight_decay inf", r"--weight_decay inf: expected a finite number"),
         ("--weight_decay -1", r"--weight_decay -1.0: expected at least 0"),
         ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
         ("--no_background --attn_disc concat", r"--attn_disc concat needs the background mask"),
@@ -815,6 +818,24 @@ def test_values_that_do_not_fit_are_named(small_set, capsys, flags, message):
     assert run(f"{QUICK} --n_epochs 2 {flags}") == 2
     assert re.search(message, capsys.readouterr().err)
     assert not Path("saved_models/small_attentiongan/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("system", train.SYSTEMS)
+@pytest.mark.parametrize("value, expected", [("-10", "at least 0"), ("nan", "at least 0"), ("inf", "a finite number")])
+def test_weights_that_nothing_can_be_trained_by_are_named(system, value, expected):
+    weights = [key for key, default in train.system_options(system).items() if key.startswith("lambda_")]
+    for key in weights:
+        if key != "lambda_warmup":  # steps
+            with pytest.raises(InputError, match=rf"^--{key} {value}(\.0)?: expected {expected}$"):
+                train.parse_options(["--system", system, f"--{key}", value])
+
+
+@pytest.mark.parametrize("system", train.SYSTEMS)
+@pytest.mark.parametrize("flag", ["--img_height", "--img_width"])
+@pytest.mark.parametrize("size", ["0", "-8"])
+def test_sizes_are_looked_at_before_anything_is_built(system, flag, size):
+    with pytest.raises(InputError, match=f"^{flag} {size}: expected at least 1$"):
+        train.parse_options(["--system", system, flag, size])
 
 
 @pytest.mark.parametrize(
