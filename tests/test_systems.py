@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout
 from systems import SYSTEMS, Turn, least_squares, mask_measures
-from train import play, trained_parameters, update
+from train import play, system_options, trained_parameters, update
 from utils import InputError
 
 SMALL = dict(ngf=4, ndf=4, n_residual_blocks=2, n_layers_D=2)
@@ -689,3 +690,25 @@ def test_settings_reach_u_gat_its_networks():
     ):
         weight = network.get_parameter(key)
         assert weight.abs().max() > 0.9 * weight[0].numel() ** -0.5
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_step_asks_for_no_value(name, monkeypatch):
+    """It runs on tensors that have none; on a GPU each one asked for is a wait."""
+
+    def refuse(*_):
+        raise RuntimeError("a tensor was fetched")
+
+    for fetch in ("cpu", "numpy"):  # which tensors on the CPU could answer
+        monkeypatch.setattr(torch.Tensor, fetch, refuse)
+    with FakeTensorMode():
+        pool = {"pool_size": 1} if "pool_size" in system_options(name) else {}
+        system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool)
+        optimizers = {
+            t.player: torch.optim.Adam(trained_parameters(system, t.networks), fused=True) for t in system.turns
+        }
+        batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
+        shown = play(system, optimizers, partial(torch.autocast, "cpu", torch.bfloat16), batch)
+        for fetch in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.Tensor.cpu, torch.Tensor.numpy):
+            with pytest.raises(RuntimeError):
+                fetch(next(iter(shown.values())))
