@@ -119,6 +119,22 @@ def test_peak_memory_grows_with_the_picture(capsys):
     assert large - small > 6 * 3 * 16 * 256 * 256 * 2 / 2**20
 
 
+@pytest.mark.parametrize("system, most", [("attentiongan", 108e6), ("cyclegan", 79e6)])
+def test_our_step_keeps_little_more_than_half_of_the_textbooks_for_the_backward_pass(system, most):
+    """The smaller the pictures, the more of it are weights in bf16. The textbook step has our networks, and would keep
+    more with them: hence the bytes, too."""
+    found = parse_options(
+        f"--dataset_name solid2striped --system {system} --img_height 128 --img_width 128 --ngf 16 --ndf 8".split()
+    )
+    cpu = torch.device("cpu")
+    ours = benchmark.Variant("ours", precision="bf16", channels_last=True)
+    kept = [
+        benchmark.kept_for_backward(benchmark.make_work(variant, found, cpu))
+        for variant in (ours, benchmark.Variant("textbook", "textbook", fused=False))
+    ]
+    assert 0 < kept[0] < min(0.6 * kept[1], most)
+
+
 def test_loaders_take_turns(capsys, monkeypatch):
     """Of the built-in set, too, where it has not been drawn yet."""
     monkeypatch.setattr(benchmark, "draw_built_in", partial(draw_built_in, n_train=4, n_test=1))
