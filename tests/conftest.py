@@ -34,3 +34,14 @@ def small_set(tmp_path) -> Path:
         for i in range(n):
             Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """data/pairs with 4 pictures in train, 2 in test, each with two sides of 20 x 18 pixels."""
+    root, rng = tmp_path / "data" / "pairs", np.random.default_rng(0)
+    for folder, n in (("train", 4), ("test", 2)):
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (18, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+    return root

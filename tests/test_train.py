@@ -137,17 +137,6 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
 
 
-@pytest.fixture
-def pairs(tmp_path) -> Path:
-    """data/pairs with 4 pictures in train, 2 in test, each with two sides of 20 x 18 pixels."""
-    root, rng = tmp_path / "data" / "pairs", np.random.default_rng(0)
-    for folder, n in (("train", 4), ("test", 2)):
-        (root / folder).mkdir(parents=True)
-        for i in range(n):
-            Image.fromarray(rng.integers(0, 256, (18, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
-    return root
-
-
 def test_a_run_of_pix2pix_leaves_its_one_direction(pairs):
     assert run(f"{QUICK_PIX2PIX} --direction BtoA --n_epochs 2 --sample_interval 4") == 0
     entries = log("pairs_pix2pix")

@@ -13,12 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT
 from test_systems import build, make_batch
-from test_train import QUICK, checkpoint, log, same_run
+from test_train import QUICK, QUICK_PIX2PIX, checkpoint, log, same_run, stop_at
 from torch import nn
 
+import train
 import train_dist
+import utils
 from systems import System
-from train import play, trained_parameters
 from utils import InputError
 
 
@@ -46,14 +47,14 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def three_steps(system: System, players: System, part: slice) -> dict[str, list[torch.Tensor]]:
     """The gradients of the first step, and the weights after three."""
     optimizers = {
-        t.player: torch.optim.Adam(trained_parameters(system, t.networks), 2e-4, (0.5, 0.999), fused=True)
+        t.player: torch.optim.Adam(train.trained_parameters(system, t.networks), 2e-4, (0.5, 0.999), fused=True)
         for t in system.turns
     }
     dtype = next(system.parameters()).dtype
     results: dict[str, list[torch.Tensor]] = {}
     for step in range(3):
         batch = {side: pictures[part].to(dtype) for side, pictures in make_batch(step, n=4).items()}
-        play(players, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        train.play(players, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
         if step == 0:
             results["gradients"] = [p.grad.clone() for p in system.parameters()]
     results["weights"] = [p.detach() for p in system.parameters()]
@@ -98,6 +99,35 @@ def test_two_ranks_with_half_the_batch_take_the_step_of_one_process(tmp_path):
                     assert (one - first).abs().max() < 1e-9
                 elif what == "gradients":
                     assert (one - first).norm() < 1e-5 * one.norm()
+
+
+def train_as_a_rank(rank: int, folder: str) -> None:
+    """A run straight through, the same stopped and resumed, and a step's translations of one picture on each rank."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    command = f"{QUICK_PIX2PIX} --n_epochs 2 --precision float32"
+    ends = {f"{command} --name straight": 0, f"{command} --name stopped": signal.SIGTERM, "--name stopped --resume": 0}
+    for flags, end in ends.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils.Record, "page", lambda self: None)  # curves take longer than all the rest
+            if end:
+                stop_at(patch, 3)
+            assert train.train(train.parse_options(flags.split()), train_dist.distribute, "cpu") == end
+        dist.barrier()  # rank 0 has written what all go on from
+    system, _, _ = train.set_up(train.parse_options(command.split()), torch.device("cpu"))
+    with torch.no_grad():
+        fake = system({"A": torch.ones(1, 3, 64, 64)})
+    torch.save({"fake": fake, "weights": list(system.parameters())}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_rank_draws_its_own_dropout_and_resumes_it(pairs, tmp_path):
+    mp.spawn(train_as_a_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert not torch.equal(first["fake"], second["fake"])
+    assert checkpoint("stopped")["step"] == 4 and len(checkpoint("stopped")["ranks"]) == 2
+    same_run("straight", "stopped")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -177,9 +207,9 @@ def test_batch_norm_over_several_processes_needs_cuda(small_set, capsys, monkeyp
     assert train_dist.main(command) == 2
     assert "whose statistics 3 processes" in capsys.readouterr().err
     assert not Path("saved_models").exists()
-    options = train_dist.train.parse_options(command)
+    options = train.parse_options(command)
     train_dist.check_batch_norm(options, 1)
-    train_dist.check_batch_norm(train_dist.train.parse_options(QUICK.split()), 2)
+    train_dist.check_batch_norm(train.parse_options(QUICK.split()), 2)
     monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda")
     train_dist.check_batch_norm(options, 2)
 
@@ -232,7 +262,7 @@ def test_the_number_of_processes(monkeypatch, capsys):
     def count(flags: str, gpus: int) -> int:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda" if gpus else "cpu")
-        options = train_dist.train.parse_options(flags.split(), train_dist.add_launch_flags)
+        options = train.parse_options(flags.split(), train_dist.add_launch_flags)
         return train_dist.count_processes(options)
 
     assert count("--multi_gpu_flag True", gpus=8) == 8
