@@ -4,6 +4,7 @@
     python compare.py ablations --seeds 0 1 2
     python compare.py horses --data_dir data --extractor efficientnet-lite0
     python compare.py pix2pix --extractor efficientnet-lite0
+    python compare.py colorization --extractor efficientnet-lite0
     python compare.py dcgan --extractor efficientnet-lite0          # transposed convolutions against nearest upsampling
 
 Every run is an ordinary one, ``train.py`` under the name ``compare_<comparison>_<setting>_<seed>``; what stands already
@@ -78,6 +79,12 @@ FACADES = (
     "--dataset_name facades --img_height 64 --img_width 64 --ngf 16 --ndf 16 --n_layers_D 2 "
     "--n_epochs 10 --decay_epoch 5 --n_cpu 0 --sample_interval 0"
 )
+# The set's photographs; a pass over them is half as long without pairs, where half of them are grey.
+PHOTOGRAPHS = (
+    "--dataset_name monet2photo --task colorization --img_height 64 --img_width 64 --ngf 32 --ndf 32 --n_layers_D 2 "
+    "--n_cpu 0 --sample_interval 0"
+)
+PAIRS, NO_PAIRS = "--n_epochs 12 --decay_epoch 6", "--n_epochs 24 --decay_epoch 12 --n_residual_blocks 3"
 # 500 small grey pictures, in the place of a set of grey faces with masks that is not at hand, on which nearest
 # upsampling was reported to do better than transposed convolutions of its capacity.
 FACES = (
@@ -91,6 +98,7 @@ COMPARISONS = {
             "AttentionGAN II": TWO,
             "II, guided by [mask, picture]": f"{TWO} --attn_disc concat",
             "II, guided by mask x picture": f"{TWO} --attn_disc mask",
+            "II, [mask, picture], partner's mask": f"{TWO} --attn_disc concat --attn_real partner",
             "AttentionGAN I, unguided": f"{ONE} --curriculum_epochs 1 --attn_disc none",
             "I, guided by [mask, picture]": f"{ONE} --curriculum_epochs 1 --attn_disc concat",
             "I, guided by mask x picture": f"{ONE} --curriculum_epochs 1 --attn_disc mask",
@@ -132,6 +140,15 @@ COMPARISONS = {
             "cGAN": "--system pix2pix --direction BtoA --lambda_L1 0",
             "L1 + cGAN": "--system pix2pix --direction BtoA",
             "CycleGAN, unpaired": "--system cyclegan --n_residual_blocks 3",
+        },
+    ),
+    "colorization": Comparison(
+        PHOTOGRAPHS,
+        {
+            "L1": f"--system pix2pix --lambda_gan 0 {PAIRS}",
+            "L1 + cGAN": f"--system pix2pix {PAIRS}",
+            "CycleGAN, unpaired": f"--system cyclegan --upsample nearest {NO_PAIRS}",
+            "AttentionGAN II, unpaired": f"--system attentiongan --upsample nearest {NO_PAIRS}",
         },
     ),
     "dcgan": Comparison(
@@ -209,15 +226,20 @@ def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | 
 # ----------------------------------------------------------------------------------------------------------
 
 
-def collect(name: str, dataset: str, extractor: str) -> Figures:
-    """The figures of one run by direction, from ``evaluation.json``, and the size of its generators."""
+def collect(name: str, dataset: str, extractor: str) -> dict[str, Figures]:
+    """What ``evaluation.json`` says of a run ("figures"), of what it translated ("untranslated") and of real pictures
+    in the place of translations ("floor"); among the figures is the size of its generators.
+    """
     report = json.loads((utils.IMAGES / name / "evaluation.json").read_text())
-    result = {}
+    result: dict[str, Figures] = {"figures": {}, "untranslated": {}, "floor": {}}
     for row in report["rows"]:
         if (row["dataset"], row["extractor"], row["weights"]) == (dataset, extractor, evaluate.LAST):
-            generator, _ = open_generator(name, row["direction"])
-            known = {k: v for k, v in row["figures"].items() if v is not None}
-            result[row["direction"]] = known | count_parameters(generator)
+            for kind, figures in result.items():
+                known = {k: v for k, v in row[kind].items() if v is not None}
+                if known:
+                    figures[row["direction"]] = known
+    for direction, figures in result["figures"].items():
+        figures |= count_parameters(open_generator(name, direction)[0])
     return result
 
 
@@ -226,12 +248,18 @@ def count_parameters(generator: nn.Module) -> dict[str, float]:
 
 
 def measure_translations(names: Names, dataset: str, data_dir: Path, extractor: str) -> Measured:
-    """What ``evaluate.py`` says of each run; beside it, where truths are known, the error of a picture that is grey."""
+    """What ``evaluate.py`` says of each run, of the untranslated pictures and of real ones in place of translations.
+
+    Where truths are known it is beside the error of a picture that is all grey.
+    """
     arguments = ["--dataset_name", dataset, "--extractor", extractor, "--data_dir", str(data_dir)]
     status = evaluate.main([*arguments, "--checkpoint", *(name for group in names.values() for name in group)])
     if status:
         raise InputError("evaluate.py could not measure the runs")
-    measured = {setting: [collect(name, dataset, extractor) for name in group] for setting, group in names.items()}
+    found = {name: collect(name, dataset, extractor) for group in names.values() for name in group}
+    measured: Measured = {setting: [found[name]["figures"] for name in group] for setting, group in names.items()}
+    first = next(iter(found.values()))
+    beside = {"untranslated": first["untranslated"], "real training pictures": first["floor"]}
     grey: Figures = {}
     for direction in common_directions(measured):
         _, about = open_generator(next(iter(names.values()))[0], direction)
@@ -240,7 +268,8 @@ def measure_translations(names: Names, dataset: str, data_dir: Path, extractor: 
             targets = find_side(data_dir / dataset, "train", direction[-1], find_task(about["options"]))
             level = read_all(targets, about["options"]).mean()
             grey[direction] = {"L1": (truths - level).abs().mean().item()}
-    return measured | ({"mean grey of the training pictures": [grey]} if grey else {})
+    beside["mean grey of the training pictures"] = grey
+    return measured | {title: [figures] for title, figures in beside.items() if figures}
 
 
 def find_task(options: Mapping[str, Any]) -> str:

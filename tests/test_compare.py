@@ -49,7 +49,7 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
     text = Path("docs/compare_systems.md").read_text()
     table = text.split("## AtoB")[1].split("## BtoA")[0].strip().splitlines()
     heads, rows = cells(table[0]), {cells(line)[0]: cells(line) for line in table[2:]}
-    assert list(rows) == list(SETTINGS)
+    assert list(rows) == [*SETTINGS, "untranslated"]
     for setting, slug in (("II", "ii"), ("CycleGAN, plain", "cyclegan-plain")):
         figures = []
         for seed in (3, 4):
@@ -143,7 +143,7 @@ def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_p
     assert "## AtoB" not in text  # which pix2pix has not learned
     heads, _, *rows = text.split("## BtoA")[1].split("## Settings")[0].strip().splitlines()
     rows = {cells(line)[0]: cells(line) for line in rows}
-    assert list(rows) == [*settings, "mean grey of the training pictures"]
+    assert list(rows) == [*settings, "untranslated", "mean grey of the training pictures"]
     photos = {split: np.stack(pictures)[:, :, :16] / 127.5 - 1 for split, pictures in parts.items()}
     expected = abs(photos["test"] - photos["train"].mean()).mean()
     assert rows["mean grey of the training pictures"][cells(heads).index("L1")] == f"{expected:.3f}"
