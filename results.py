@@ -52,8 +52,11 @@ SIDES = {
     "summer2winter_yosemite": ("summer", "winter"),
 }
 # Networks and pictures that one core of a processor gets through in two hours; patches that fit the pictures.
-SMALL = "--img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 --upsample nearest --sample_interval 0"
-# About 20,000 pairs each; a pass over facades or over Monet's paintings and 6,287 photographs has 400 or 6,287.
+SMALL = (
+    "--img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 --upsample nearest "
+    "--sample_interval 0"
+)
+# About 20,000 pairs each.
 SCHEDULES = {
     "horse2zebra": "--n_epochs 16 --decay_epoch 11",
     "apple2orange": "--n_epochs 20 --decay_epoch 13",
