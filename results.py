@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,28 +130,25 @@ def hours_taken(log: Path, batch_size: int) -> float:
 
 def make_table(known: Mapping[str, About]) -> list[str]:
     """Markdown of all ``RUNS`` by data set and direction; what is not in ``known`` has an empty row."""
-    heads = ("", "100 KID-EffNet", "best by validation", "class rate", "attention AP", "background error")
-    heads += ("cycle error", "pairs", "hours", "published")
+    heads = ("", "100 KID-EffNet", "class rate", "attention AP", "background error", "cycle error")
+    heads += ("pairs", "hours", "published")
     lines = [join(heads), "|---" * len(heads) + "|"]
     for dataset, sides in SIDES.items():
         for direction in evaluate.DIRECTIONS:
             source, target = sides if direction == "AtoB" else sides[::-1]
             runs = [run for run in RUNS if run.dataset == dataset]
-            found = {run.name: find_rows(known[run.name], direction) for run in runs if run.name in known}
+            found = {run.name: find_row(known[run.name], direction) for run in runs if run.name in known}
             published = PUBLISHED.get((dataset, direction), "–")
             lines.append(join([f"**{source} → {target}**", *[""] * (len(heads) - 2), published]))
-            for rows in list(found.values())[:1]:
-                row = rows[evaluate.LAST]
+            for row in list(found.values())[:1]:
                 lines.append(join(["real training pictures", *cells(row["floor"]), "", "", ""]))
                 lines.append(join(["untranslated", *cells(row["untranslated"]), "", "", ""]))
             for run in runs:
-                if run.name not in found:
+                if run.name in found:
+                    shown, about = cells(found[run.name]["figures"]), known[run.name]
+                    lines.append(join([run.system, *shown, f"{about['pairs']:,}", f"{about['hours']:.1f}", ""]))
+                else:
                     lines.append(join([run.system, *[""] * (len(heads) - 1)]))
-                    continue
-                rows, about = found[run.name], known[run.name]
-                best = rows[evaluate.BEST]["figures"] if evaluate.BEST in rows else {}
-                shown = cells(rows[evaluate.LAST]["figures"], best)
-                lines.append(join([run.system, *shown, f"{about['pairs']:,}", f"{about['hours']:.1f}", ""]))
     return lines
 
 
@@ -158,18 +156,17 @@ def join(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def find_rows(about: About, direction: str) -> dict[str, Mapping[str, Any]]:
-    """The rows of a direction by their weights: last, best by validation."""
-    return {row["weights"]: row for row in about["rows"] if row["direction"] == direction}
+def find_row(about: About, direction: str) -> Mapping[str, Any]:
+    """The row of a direction, by the last weights."""
+    return next(row for row in about["rows"] if (row["direction"], row["weights"]) == (direction, evaluate.LAST))
 
 
-def cells(figures: Mapping[str, float | None], best: Mapping[str, float | None] | None = None) -> list[str]:
-    """From "100 KID-EffNet" to "cycle error"."""
+def cells(figures: Mapping[str, float | None]) -> list[str]:
+    """From "100 KID-EffNet" to "cycle error"; empty where there is no figure."""
     kid = next((key for key in figures if key.startswith("KID") and " " not in key), "KID")
     rate = next((key for key in figures if key.endswith(" rate")), "rate")
-    last = [(figures, kid, 1, 100), (best or {}, kid, 1, 100), (figures, rate, 3, 1), (figures, "AP", 3, 1)]
-    last += [(figures, "background error", 3, 1), (figures, "cycle error", 3, 1)]
-    values = ((source.get(key), digits, factor) for source, key, digits, factor in last)
+    columns = ((kid, 1, 100), (rate, 3, 1), ("AP", 3, 1), ("background error", 3, 1), ("cycle error", 3, 1))
+    values = ((figures.get(key), digits, factor) for key, digits, factor in columns)
     return ["" if value is None else f"{factor * value:.{digits}f}" for value, digits, factor in values]
 
 
@@ -190,11 +187,13 @@ def write_table(known: Mapping[str, About]) -> None:
 
 @torch.no_grad()
 def draw(runs: Sequence[Run], direction: str, data_dir: Path) -> None:
-    """Sheets of the first test pictures: what each run makes of them, and the masks and contents of the first one.
+    """What each run of a data set makes of the first test pictures, ``docs/results_<data set>_<direction>.png``.
 
-    ``docs/results_<data set>_<direction>.png`` shows all parts of the first run, its way back too; a run with masks
-    has them drawn one by one to ``docs/<run>_<direction>_masks.png``.
+    Beside it, for the first run, ``…_masks.png``: every mask and content of the first picture, and ``…_judged.png``:
+    its best, median and worst translations, the sheet of ``evaluate.py``.
     """
+    path = DOCS / f"results_{runs[0].dataset}_{direction}.png"
+    shutil.copyfile(utils.IMAGES / runs[0].name / f"evaluation_{direction}.png", path.with_stem(f"{path.stem}_judged"))
     columns: dict[str, Tensor] = {}
     for run in runs:
         opened = open_generators(run.name)
@@ -210,9 +209,9 @@ def draw(runs: Sequence[Run], direction: str, data_dir: Path) -> None:
         parts["recovered"] = back.eval()(translation.image).image
         short = run.system.replace("AttentionGAN ", "")
         columns |= {f"{short}: {name}" if name != "input" else name: part for name, part in parts.items()}
-        if translation.content is not None:
-            draw_masks(translation, inputs).save(DOCS / f"{run.name}_{direction}_masks.png")
-    utils.draw_sheet(columns).save(DOCS / f"results_{runs[0].dataset}_{direction}.png")
+        if run is runs[0] and translation.content is not None:
+            draw_masks(translation, inputs).save(path.with_stem(f"{path.stem}_masks"))
+    utils.draw_sheet(columns).save(path)
 
 
 def draw_masks(translation: Translation, inputs: Tensor) -> Image.Image:
@@ -221,12 +220,7 @@ def draw_masks(translation: Translation, inputs: Tensor) -> Image.Image:
     kept = torch.cat([contents, inputs[:1]])[: len(masks)]
     names = [f"{i}" for i in range(1, len(contents) + 1)] + ["background"] * (len(masks) - len(contents))
     columns = {
-        name: torch.stack(
-            [
-                (2 * mask - 1).expand_as(content),
-                content,
-            ]
-        )
+        name: torch.stack([(2 * mask - 1).expand_as(content), content])
         for name, mask, content in zip(names, masks, kept, strict=True)
     }
     return utils.draw_sheet(columns, rows=["mask", "content"])
