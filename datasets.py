@@ -56,6 +56,7 @@ MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
 SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
 RESIZE = ("squash", "short_side")
 TASKS = ("translation", "colorization")
+HALVES = {"A": "left", "B": "right"}  # of a picture that holds both sides
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -133,10 +134,9 @@ def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[P
     folder = root / f"{split}{side}"
     if folder.is_dir():
         return find_pictures(folder)
-    half = {"A": "left", "B": "right"}[side]
     for name in whole:
         if (root / name).is_dir():
-            return [Picture(p.path, half) for p in find_pictures(root / name)]
+            return [Picture(p.path, HALVES[side]) for p in find_pictures(root / name)]
     return []
 
 
@@ -467,11 +467,24 @@ def as_input(path: Path, task: str, direction: str) -> Picture:
     return Picture(path, grey=task == "colorization" and direction == "AtoB")
 
 
-def true_translation(picture: Picture, task: str, target: str) -> Picture | None:
-    """What a picture should become on side ``target``, where its file holds both sides; None where nothing tells."""
+def true_translations(
+    root: Path, pictures: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+) -> list[Picture] | None:
+    """What test pictures should become in ``direction``; None where nothing tells.
+
+    Where a file holds both sides, its other half, its colours or its grey; where two folders do and equal names are
+    pairs (``paired``), the partner: InputError then where one is lacking.
+    """
+    source, target = direction[0], direction[-1]
     if task == "colorization":
-        return picture._replace(grey=target == "A")
-    return picture._replace(half={"A": "left", "B": "right"}[target]) if picture.half else None
+        return [picture._replace(grey=target == "A") for picture in pictures]
+    if all(picture.half for picture in pictures):
+        return [picture._replace(half=HALVES[target]) for picture in pictures]
+    if not paired:
+        return None
+    sides = in_step(root, "test", {side: find_side(root, "test", side, task) for side in "AB"})
+    partners = dict(zip(sides[source], sides[target], strict=True))
+    return [partners[picture] for picture in pictures]
 
 
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:

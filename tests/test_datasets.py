@@ -46,7 +46,7 @@ from datasets import (
     normalise,
     resize,
     to_tensor,
-    true_translation,
+    true_translations,
     unpack,
     whole_or_absent,
 )
@@ -648,12 +648,31 @@ def test_inputs_and_truths_of_a_generator(tmp_path):
     assert as_input(path, "colorization", "AtoB") == Picture(path, grey=True)
     for task, direction in (("colorization", "BtoA"), ("translation", "AtoB"), ("translation", "BtoA")):
         assert as_input(path, task, direction) == Picture(path)
-    assert true_translation(Picture(path, "left"), "translation", "B") == Picture(path, "right")
-    assert true_translation(Picture(path, "right"), "translation", "A") == Picture(path, "left")
-    assert true_translation(Picture(path), "translation", "B") is None
-    assert true_translation(Picture(path, grey=True), "colorization", "B") == Picture(path)
-    assert true_translation(Picture(path), "colorization", "A") == Picture(path, grey=True)
+    for paired in (False, True):
+        for given, direction, task, truth in (
+            (Picture(path, "left"), "AtoB", "translation", Picture(path, "right")),
+            (Picture(path, "right"), "BtoA", "translation", Picture(path, "left")),
+            (Picture(path, grey=True), "AtoB", "colorization", Picture(path)),
+            (Picture(path), "BtoA", "colorization", Picture(path, grey=True)),
+        ):
+            assert true_translations(tmp_path, [given], direction, task, paired) == [truth]
     assert np.array_equal(np.asarray(Picture(path, grey=True).open(1)), np.asarray(noise(0, (8, 4)).convert("L")))
+
+
+def test_the_truth_of_pairs_by_name_is_the_partner(tmp_path):
+    for name, other in (("a.png", "a.bmp"), ("a.c.png", "a.c.bmp"), ("deep/a.png", "deep/a.bmp")):
+        plain(tmp_path / "testA" / name)
+        plain(tmp_path / "testB" / other)
+    chosen = find_side(tmp_path, "test", "A")[1:]  # some of them, as after --dedup
+    truths = true_translations(tmp_path, chosen, "AtoB", paired=True)
+    assert [p.path.relative_to(tmp_path / "testB").with_suffix(".png") for p in truths] == [
+        p.path.relative_to(tmp_path / "testA") for p in chosen
+    ]
+    assert true_translations(tmp_path, truths, "BtoA", paired=True) == chosen
+    assert true_translations(tmp_path, chosen, "AtoB") is None
+    (tmp_path / "testB" / "a.bmp").unlink()
+    with pytest.raises(InputError, match=r"equal names in testA and testB; found 1 without a partner, such as a$"):
+        true_translations(tmp_path, chosen, "AtoB", paired=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
