@@ -462,9 +462,14 @@ def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
 KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
 
 
+def takes_grey(task: str, direction: str) -> bool:
+    """Whether a generator of ``direction`` that was trained for ``task`` wants the grey versions of pictures."""
+    return task == "colorization" and direction == "AtoB"
+
+
 def as_input(path: Path, task: str, direction: str) -> Picture:
     """A picture file as a generator of ``direction`` wants it, which was trained for ``task``: grey, or as it is."""
-    return Picture(path, grey=task == "colorization" and direction == "AtoB")
+    return Picture(path, grey=takes_grey(task, direction))
 
 
 def true_translations(
