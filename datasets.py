@@ -90,7 +90,7 @@ class Picture(NamedTuple):
         return image
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of a whole picture, upright, from the head of the file alone; OSError when it is damaged."""
+        """(height, width) of the whole file, upright, from the head of the file alone; OSError when it is damaged."""
         with Image.open(self.path) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return file.size if turned else file.size[::-1]
@@ -354,12 +354,30 @@ class PairedDataset(PictureDataset):
 
     Samples are {"A", "B"}, cropped and flipped alike. InputError where a picture has no partner, or, where the aspect
     is kept, one of another.
+
+    The halves of a single photograph would train as well, so ``check`` refuses what cannot be a pair by its aspect:
+    pairs of square pictures are 2 times as wide as high, of portraits of 2:3 1.33 times, of 9:16 1.125 times, while
+    single squares and portraits are not wider than high. A folder of landscapes alone passes.
     """
 
     paired = True
+    LEAST_ASPECT = 1.1  # width / height of a pair side by side
 
     def find_sides(self, split: str) -> dict[str, list[Picture]]:
         return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
+
+    def check(self) -> None:
+        """Raises InputError too where a picture to be halved is not ``LEAST_ASPECT`` times as wide as high."""
+        super().check()
+        everywhere = self.sides, self.held_out, self.find_sides("test")
+        for picture in sorted({p for sides in everywhere for p in sides["A"] if p.half}):
+            height, width = picture.size()
+            if width < self.LEAST_ASPECT * height:
+                raise InputError(
+                    f"{picture.path}: {width} pixels wide, {height} high, expected a pair side by side, at least "
+                    f"{self.LEAST_ASPECT} times as wide as high. Single photographs are for --task colorization; "
+                    "narrower pairs go to trainA and trainB, under equal names"
+                )
 
     def __len__(self) -> int:
         return len(self.sides["A"])
@@ -913,7 +931,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "or a new name with --from_A and --from_B",
     )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
-    parser.add_argument("--from_A", type=Path, help="folder of your pictures of domain A")
+    parser.add_argument(
+        "--from_A",
+        type=Path,
+        help="folder of your pictures of domain A, unpaired; pairs are laid out by hand (README, Data sets)",
+    )
     parser.add_argument("--from_B", type=Path, help="folder of your pictures of domain B")
     parser.add_argument(
         "--test_share", type=float, default=0.1, help="share of your pictures that goes to testA and testB"

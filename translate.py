@@ -292,7 +292,7 @@ class OnUnitRange(nn.Module):
 
 
 def export(generator: nn.Module, path: Path, grey: bool) -> None:
-    """Write ``OnUnitRange(generator, grey)`` as ONNX with free batch, height and width (batch alone, where one size is all).
+    """Write ``OnUnitRange(generator, grey)`` as ONNX with free batch, height and width (batch alone for one size).
 
     Input "image"; outputs "translation" and, where the generator has it, "attention". Raises InputError when the
     packages for it are not there.

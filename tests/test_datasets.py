@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
 import datasets
@@ -545,6 +545,33 @@ def test_equal_names_in_two_folders_are_pairs_whatever_their_endings(tmp_path):
     seeds = {"a.png": 0, "a.c.png": 1, "deep/a.png": 2}  # by their names with endings the two sides' orders differ
     order = [seeds[name] for name in names_below(dataset.sides["A"], tmp_path / "trainA")]
     assert_in_step(dataset, [noise(seed, (35, 35)) for seed in order])
+
+
+def test_single_photographs_are_no_pairs(tmp_path):
+    for split in ("train", "test"):
+        for width, height in ((200, 100), (133, 100), (18, 16)):  # of squares, of portraits of 2:3 and of 9:16
+            plain(tmp_path / split / f"{width}.png", size=(width, height))
+    PairedDataset(tmp_path, (16, 16)).check()
+    upright, turned = Image.Exif(), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for name, size, shown, exif in (
+        ("train/square.png", (100, 100), "100 pixels wide, 100 high", upright),
+        ("test/portrait.jpg", (100, 150), "100 pixels wide, 150 high", upright),
+        ("train/turned.jpg", (150, 100), "100 pixels wide, 150 high", turned),
+    ):
+        Image.new("RGB", size).save(tmp_path / name, exif=exif)
+        with pytest.raises(
+            InputError,
+            match=rf"{name}: {shown}, expected a pair side by side, at least 1\.1 times.*--task colorization",
+        ):
+            PairedDataset(tmp_path, (16, 16)).check()
+        PairedDataset(tmp_path, (16, 16), task="colorization").check()
+        UnpairedDataset(tmp_path, (16, 16)).check()
+        (tmp_path / name).unlink()
+    for side in "AB":  # whole pictures of any shape
+        plain(tmp_path / f"train{side}" / "a.png", size=(10, 30))
+    shutil.rmtree(tmp_path / "test")
+    PairedDataset(tmp_path, (16, 16)).check()
 
 
 @pytest.mark.parametrize("lone", ["trainA/z.png", "trainB/z.png"])
