@@ -690,6 +690,7 @@ def evaluate(options: argparse.Namespace) -> None:
             floor, deviation = exam.floor(direction, reading, reference, options.floor_draws)
             copy = untranslated(reference)
             at = "" if len({e.reading for e in entries}) == 1 else f" at {reading.size[0]} x {reading.size[1]}"
+            at += ", pairs" if at and reading.paired else ""
             rows.append(Row(f"real training pictures{at}", direction, floor, deviation))
             rows.append(Row(f"untranslated{at}", direction, copy, {}))
             measured = []
