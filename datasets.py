@@ -367,7 +367,7 @@ class PairedDataset(PictureDataset):
         return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
 
     def check(self) -> None:
-        """Raises InputError too where a picture to be halved is not ``LEAST_ASPECT`` times as wide as high."""
+        """As of all data; InputError too where a picture to be halved is not ``LEAST_ASPECT`` times as wide as high."""
         super().check()
         everywhere = self.sides, self.held_out, self.find_sides("test")
         for picture in sorted({p for sides in everywhere for p in sides["A"] if p.half}):
