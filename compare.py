@@ -45,7 +45,7 @@ from datasets import (
     fixed_noise,
     normalise,
     quantise,
-    true_translation,
+    true_translations,
     unaugmented,
 )
 from metrics import Extractor, kernel_distance
@@ -277,10 +277,11 @@ def find_task(options: Mapping[str, Any]) -> str:
 
 
 def find_truths(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
-    """The true translations of the first ``n`` test pictures, where a file holds both sides; None elsewhere."""
-    pictures = find_side(root, "test", direction[0], find_task(options))[:n]
-    truths = [true_translation(picture, find_task(options), direction[-1]) for picture in pictures]
-    return None if None in truths else read_all([p for p in truths if p is not None], options)
+    """The true translations of the first ``n`` test pictures, where they come in pairs; None elsewhere."""
+    task = find_task(options)
+    pictures = find_side(root, "test", direction[0], task)[:n]
+    truths = true_translations(root, pictures, direction, task, evaluate.takes_pairs(options))
+    return None if truths is None else read_all(truths, options)
 
 
 def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:

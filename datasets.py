@@ -56,6 +56,7 @@ MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
 SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
 RESIZE = ("squash", "short_side")
 TASKS = ("translation", "colorization")
+HALVES = {"A": "left", "B": "right"}  # of a picture that holds both sides
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ class Picture(NamedTuple):
         return image
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of a whole picture, upright, from the head of the file alone; OSError when it is damaged."""
+        """(height, width) of the whole file, upright, from the head of the file alone; OSError when it is damaged."""
         with Image.open(self.path) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return file.size if turned else file.size[::-1]
@@ -133,10 +134,9 @@ def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[P
     folder = root / f"{split}{side}"
     if folder.is_dir():
         return find_pictures(folder)
-    half = {"A": "left", "B": "right"}[side]
     for name in whole:
         if (root / name).is_dir():
-            return [Picture(p.path, half) for p in find_pictures(root / name)]
+            return [Picture(p.path, HALVES[side]) for p in find_pictures(root / name)]
     return []
 
 
@@ -354,12 +354,30 @@ class PairedDataset(PictureDataset):
 
     Samples are {"A", "B"}, cropped and flipped alike. InputError where a picture has no partner, or, where the aspect
     is kept, one of another.
+
+    The halves of a single photograph would train as well, so ``check`` refuses what cannot be a pair by its aspect:
+    pairs of square pictures are 2 times as wide as high, of portraits of 2:3 1.33 times, of 9:16 1.125 times, while
+    single squares and portraits are not wider than high. A folder of landscapes alone passes.
     """
 
     paired = True
+    LEAST_ASPECT = 1.1  # width / height of a pair side by side
 
     def find_sides(self, split: str) -> dict[str, list[Picture]]:
         return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
+
+    def check(self) -> None:
+        """As of all data; InputError too where a picture to be halved is not ``LEAST_ASPECT`` times as wide as high."""
+        super().check()
+        everywhere = self.sides, self.held_out, self.find_sides("test")
+        for picture in sorted({p for sides in everywhere for p in sides["A"] if p.half}):
+            height, width = picture.size()
+            if width < self.LEAST_ASPECT * height:
+                raise InputError(
+                    f"{picture.path}: {width} pixels wide, {height} high, expected a pair side by side, at least "
+                    f"{self.LEAST_ASPECT} times as wide as high. Single photographs are for --task colorization; "
+                    "narrower pairs go to trainA and trainB, under equal names"
+                )
 
     def __len__(self) -> int:
         return len(self.sides["A"])
@@ -462,16 +480,34 @@ def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
 KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
 
 
+def takes_grey(task: str, direction: str) -> bool:
+    """Whether a generator of ``direction`` that was trained for ``task`` wants the grey versions of pictures."""
+    return task == "colorization" and direction == "AtoB"
+
+
 def as_input(path: Path, task: str, direction: str) -> Picture:
     """A picture file as a generator of ``direction`` wants it, which was trained for ``task``: grey, or as it is."""
-    return Picture(path, grey=task == "colorization" and direction == "AtoB")
+    return Picture(path, grey=takes_grey(task, direction))
 
 
-def true_translation(picture: Picture, task: str, target: str) -> Picture | None:
-    """What a picture should become on side ``target``, where its file holds both sides; None where nothing tells."""
+def true_translations(
+    root: Path, pictures: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+) -> list[Picture] | None:
+    """What test pictures should become in ``direction``; None where nothing tells.
+
+    Where a file holds both sides, its other half, its colours or its grey; where two folders do and equal names are
+    pairs (``paired``), the partner: InputError then where one is lacking.
+    """
+    source, target = direction[0], direction[-1]
     if task == "colorization":
-        return picture._replace(grey=target == "A")
-    return picture._replace(half={"A": "left", "B": "right"}[target]) if picture.half else None
+        return [picture._replace(grey=target == "A") for picture in pictures]
+    if all(picture.half for picture in pictures):
+        return [picture._replace(half=HALVES[target]) for picture in pictures]
+    if not paired:
+        return None
+    sides = in_step(root, "test", {side: find_side(root, "test", side, task) for side in "AB"})
+    partners = dict(zip(sides[source], sides[target], strict=True))
+    return [partners[picture] for picture in pictures]
 
 
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
@@ -895,7 +931,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "or a new name with --from_A and --from_B",
     )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
-    parser.add_argument("--from_A", type=Path, help="folder of your pictures of domain A")
+    parser.add_argument(
+        "--from_A",
+        type=Path,
+        help="folder of your pictures of domain A, unpaired; pairs are laid out by hand (README, Data sets)",
+    )
     parser.add_argument("--from_B", type=Path, help="folder of your pictures of domain B")
     parser.add_argument(
         "--test_share", type=float, default=0.1, help="share of your pictures that goes to testA and testB"

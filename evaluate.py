@@ -47,11 +47,12 @@ from datasets import (
     quantise,
     resize,
     to_tensor,
-    true_translation,
+    true_translations,
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
 from models import open_generators
+from systems import SYSTEMS
 from utils import InputError
 
 DIRECTIONS = ("AtoB", "BtoA")
@@ -70,6 +71,7 @@ class Reading(NamedTuple):
     channels: int
     how: str  # see ``datasets.resize``
     task: str = TASKS[0]
+    paired: bool = False  # whether pictures of equal names belong together
 
     def images(self, pictures: Sequence[Picture]) -> Tensor:
         """uint8 (N, channels, height, width)."""
@@ -143,6 +145,7 @@ class Exam:
             self.classes = {side: given or known[side] for side, given in self.classes.items()}
             for name in filter(None, self.classes.values()):
                 extractor.class_index(name)
+        self.folders: dict[str, str] = {}  # where the test pictures of a side lie: "testA", "test", "val", ...
         self.in_test: set[bytes] = set()
         in_train = {digest(p) for side in "AB" for p in find_side(root, "train", side, task)}
         self.tests, self.n_in_train = {}, {}
@@ -150,6 +153,7 @@ class Exam:
             pictures = find_side(root, "test", side, task)
             if not pictures:
                 raise InputError(f"{root / f'test{side}'}: no test pictures there")
+            self.folders[side] = pictures[0].path.relative_to(root).parts[0]
             digests = [digest(p) for p in pictures]
             self.in_test.update(digests)
             fresh = [p for p, d in zip(pictures, digests, strict=True) if d not in in_train]
@@ -157,7 +161,7 @@ class Exam:
             self.tests[side] = fresh if dedup else pictures
             if not self.tests[side]:
                 raise InputError(
-                    f"{root / f'test{side}'}: every test picture also stands in train, --dedup leaves none"
+                    f"{root / self.folders[side]}: every test picture also stands in train, --dedup leaves none"
                 )
         self.dedup = dedup
         self.known: dict[tuple[str, Reading], Features] = {}
@@ -166,9 +170,10 @@ class Exam:
         """The features of a side's test pictures, extracted once for both directions."""
         if self.extractor is None:
             return None
-        if (side, reading) not in self.known:
-            self.known[side, reading] = self.extractor(images)
-        return self.known[side, reading]
+        key = side, reading._replace(paired=False)  # the pictures are the same
+        if key not in self.known:
+            self.known[key] = self.extractor(images)
+        return self.known[key]
 
     def reference(self, direction: str, reading: Reading) -> Reference:
         """All that a translation from the first to the second side of ``direction`` is compared with."""
@@ -181,7 +186,7 @@ class Exam:
             names=[p.path.stem for p in pictures],
             inputs=inputs,
             targets=targets,
-            truths=self.find_truths(source, target, reading),
+            truths=find_truths(self.root, pictures, direction, reading),
             masked=torch.tensor([p.path.stem in masks for p in pictures]),
             masks=torch.stack([masks.get(p.path.stem, none) for p in pictures]),
             input_features=self.test_features(source, reading, inputs),
@@ -190,60 +195,41 @@ class Exam:
             extractor=self.extractor,
         )
 
-    def find_truths(self, source: str, target: str, reading: Reading) -> Tensor | None:
-        """The true translations, where a file holds both sides or they are shipped (``testA_truth``, file for file)."""
-        folder = self.root / f"test{source}_truth"
-        if folder.is_dir():
-            self.check_names(source, folder)
-            by_stem = {p.path.stem: p for p in find_pictures(folder)}
-            lacking = [p.path.stem for p in self.tests[source] if p.path.stem not in by_stem]
-            if lacking:
-                raise InputError(f"{folder}: no picture named {lacking[0]}, expected one for each test picture")
-            return reading.images([by_stem[p.path.stem] for p in self.tests[source]])
-        truths = [true_translation(p, self.task, target) for p in self.tests[source]]
-        return None if None in truths else reading.images([p for p in truths if p is not None])
-
     def find_masks(self, side: str, reading: Reading) -> dict[str, Tensor]:
         """Object masks of a side's test pictures by the stem of their names, bool (1, H, W).
 
-        From ``mask_dir/testA``; without it from ``testA_mask`` of the data set; else those that ship with the project.
+        Of pictures from ``testA``: from ``mask_dir/testA``; without it from ``testA_mask`` of the data set; else those
+        that ship with the project.
         """
-        folder = self.root / f"test{side}_mask" if self.mask_dir is None else self.mask_dir / f"test{side}"
+        name = self.folders[side]
+        folder = self.root / f"{name}_mask" if self.mask_dir is None else self.mask_dir / name
         shipped = Path(__file__).parent / "data" / f"{self.root.name}_masks.json"
         stems = {p.path.stem for p in self.tests[side]}
         if folder.is_dir():
-            self.check_names(side, folder)
+            check_names(self.tests[side], folder)
             found = {p.path.stem: p.open(1) for p in find_pictures(folder) if p.path.stem in stems}
             if not found:
                 raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
             if all(mask.getextrema()[1] < 128 for mask in found.values()):
                 raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
         elif self.mask_dir is None and shipped.exists():
-            found = {stem: mask for stem, mask in load_masks(shipped, f"test{side}").items() if stem in stems}
+            found = {stem: mask for stem, mask in load_masks(shipped, name).items() if stem in stems}
         else:
             found = {}
         height, width = reading.size
         fitted = {s: ImageOps.fit(resize(m, reading.size, reading.how), (width, height)) for s, m in found.items()}
         return {stem: to_tensor(mask) > 127 for stem, mask in fitted.items()}
 
-    def check_names(self, side: str, folder: Path) -> None:
-        """Raise InputError where names cannot tell which picture of ``folder`` belongs to which test picture."""
-        for name, count in Counter(p.path.stem for p in self.tests[side]).items():
-            if count > 1:
-                raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
-
     def describe(self, references: Mapping[tuple[str, Reading], Reference]) -> str:
         """What was measured, in a few lines: how many pictures, which of them in train, masks, the extractor."""
         lines = []
         for (direction, _), reference in references.items():
-            side = direction[0]
+            side, target = direction[0], direction[-1]
             left = "left out" if self.dedup else "among them"
             masks = f", object masks for {int(reference.masked.sum())}" if reference.masked.any() else ""
-            line = f"{direction}: {len(reference.inputs)} pictures of test{side}"
+            line = f"{direction}: {len(reference.inputs)} pictures of {self.folders[side]}"
             line += f" ({self.n_in_train[side]} that also stand in train {left}){masks}"
-            line += (
-                f", against {len(reference.targets)} of test{direction[-1]} ({self.n_in_train[direction[-1]]} {left})"
-            )
+            line += f", against {len(reference.targets)} of {self.folders[target]} ({self.n_in_train[target]} {left})"
             lines.append(line)
         if self.extractor is not None:
             lines.append(f"features: {self.extractor.name}")
@@ -282,6 +268,32 @@ class Exam:
 
 def digest(picture: Picture) -> bytes:
     return hashlib.sha256(picture.path.read_bytes()).digest()
+
+
+def find_truths(root: Path, pictures: Sequence[Picture], direction: str, reading: Reading) -> Tensor | None:
+    """The true translations of test pictures, uint8 (N, channels, height, width); None where nothing tells them.
+
+    Those that are shipped, file for file (``testA_truth`` for translations of ``testA``), else what
+    ``true_translations`` finds. InputError where one is lacking.
+    """
+    tests, folder = root / f"test{direction[0]}", root / f"test{direction[0]}_truth"
+    shipped = reading.task == TASKS[0] and folder.is_dir() and all(p.path.is_relative_to(tests) for p in pictures)
+    if not shipped:
+        truths = true_translations(root, pictures, direction, reading.task, reading.paired)
+        return None if truths is None else reading.images(truths)
+    check_names(pictures, folder)
+    by_stem = {p.path.stem: p for p in find_pictures(folder)}
+    lacking = [p.path.stem for p in pictures if p.path.stem not in by_stem]
+    if lacking:
+        raise InputError(f"{folder}: no picture named {lacking[0]}, expected one for each test picture")
+    return reading.images([by_stem[p.path.stem] for p in pictures])
+
+
+def check_names(pictures: Sequence[Picture], folder: Path) -> None:
+    """Raise InputError where names cannot tell which picture of ``folder`` belongs to which test picture."""
+    for name, count in Counter(p.path.stem for p in pictures).items():
+        if count > 1:
+            raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -443,12 +455,20 @@ def entries_of(where: str, name: str, weights: str, wanted: Sequence[str] | None
         options = about.get("options", {})
         size = options.get("img_height", 256), options.get("img_width", 256)  # official files do not say: 256
         how, task = options.get("resize", "squash"), options.get("task", TASKS[0])
-        reading = Reading(size, generator.settings["channels"], how, task)
+        reading = Reading(size, generator.settings["channels"], how, task, takes_pairs(options))
         back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
         folder = utils.find_generator(where, direction).parent
         if wanted is None or direction in wanted:
             entries.append(Entry(name, weights, direction, generator, back, reading, about.get("step"), folder))
     return entries
+
+
+def takes_pairs(options: Mapping[str, Any]) -> bool:
+    """Whether the run of these options learned from pairs; official files, which name no system, did not."""
+    if options.get("system") not in SYSTEMS:
+        return False
+    with torch.device("meta"):
+        return SYSTEMS[options["system"]]().data == "paired"
 
 
 def find_oracle(last: Sequence[Entry], device: torch.device, refer: Callable[[Entry], Reference]) -> list[Entry]:
@@ -656,9 +676,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.oracle:
         for group in groups:
             entries += find_oracle([entry for entry in group if entry.weights == LAST], device, refer)
-    sides = {entry.direction[0] for entry in entries}
-    if options.mask_dir is not None and not any((options.mask_dir / f"test{side}").is_dir() for side in sides):
-        expected = " or ".join(f"test{side}" for side in sorted(sides))
+    folders = sorted({exam.folders[entry.direction[0]] for entry in entries})
+    if options.mask_dir is not None and not any((options.mask_dir / folder).is_dir() for folder in folders):
+        expected = " or ".join(folders)
         raise InputError(f"--mask_dir {options.mask_dir}: no folder {expected} in it")
 
     rows: list[Row] = []
@@ -670,6 +690,7 @@ def evaluate(options: argparse.Namespace) -> None:
             floor, deviation = exam.floor(direction, reading, reference, options.floor_draws)
             copy = untranslated(reference)
             at = "" if len({e.reading for e in entries}) == 1 else f" at {reading.size[0]} x {reading.size[1]}"
+            at += ", pairs" if at and reading.paired else ""
             rows.append(Row(f"real training pictures{at}", direction, floor, deviation))
             rows.append(Row(f"untranslated{at}", direction, copy, {}))
             measured = []
@@ -763,7 +784,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--mask_dir",
         type=Path,
-        help="folder with testA, testB: masks named as the test pictures, objects above grey 127",
+        help="folder with testA, testB (as the folders of the test pictures): masks named as these, objects above "
+        "grey 127",
     )
     add("--dedup", action="store_true", help="leave out test pictures whose bytes also stand in train")
     add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures themselves")

@@ -186,7 +186,7 @@ def total_variation(masks: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """Weights of the terms of each direction; a term of weight 0 is left out."""
+    """Weights of the terms of each direction; of weight 0 identity, pixel and tv are left out, the others are zero."""
 
     gan: float = 1.0
     cyc: float = 10.0
@@ -545,10 +545,6 @@ class Paired(System):
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  DCGAN
-# ----------------------------------------------------------------------------------------------------------
-
-
 #  DCGAN
 # ----------------------------------------------------------------------------------------------------------
 

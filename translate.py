@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import utils
-from datasets import TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, to_tensor
+from datasets import TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, takes_grey, to_tensor
 from models import Translation, one_size, open_generator, translate_any_size
 from utils import InputError, say
 
@@ -265,25 +265,34 @@ def translate(
 # ----------------------------------------------------------------------------------------------------------
 
 
+def luminance(image: Tensor) -> Tensor:
+    """RGB in [0, 1], (B, 3, H, W), taken to 8 bits, to its luminance in every channel: Pillow's, to the last bit."""
+    weights = image.new_tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 2**16; float32 holds all sums exactly
+    grey = (((255 * image).round() * weights).sum(dim=1, keepdim=True) + 2**15).div(2**16).floor() / 255
+    return grey.expand_as(image)
+
+
 class OnUnitRange(nn.Module):
     """A generator from [0, 1] to [0, 1], on pictures of any size: (B, channels, H, W) to the same.
 
-    Beside the picture it returns the foreground attention or heat map, (B, 1, H, W) in [0, 1], where the generator has
-    it.
+    With ``grey`` it sees the luminance of the pictures (see ``takes_grey``). Beside the picture it returns the
+    foreground attention or heat map, (B, 1, H, W) in [0, 1], where the generator has it.
     """
 
-    def __init__(self, generator: nn.Module):
+    def __init__(self, generator: nn.Module, grey: bool = False):
         super().__init__()
-        self.generator = generator
+        self.generator, self.grey = generator, grey
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        if self.grey:
+            image = luminance(image)
         translation = translate_any_size(self.generator, 2 * image - 1)
         parts = ((translation.image + 1) / 2, translation.foreground)
         return tuple(part for part in parts if part is not None)
 
 
-def export(generator: nn.Module, path: Path) -> None:
-    """Write ``OnUnitRange(generator)`` as ONNX with free batch, height and width (batch alone, where one size is all).
+def export(generator: nn.Module, path: Path, grey: bool) -> None:
+    """Write ``OnUnitRange(generator, grey)`` as ONNX with free batch, height and width (batch alone for one size).
 
     Input "image"; outputs "translation" and, where the generator has it, "attention". Raises InputError when the
     packages for it are not there.
@@ -296,7 +305,7 @@ def export(generator: nn.Module, path: Path) -> None:
     free = {0: "batch"} if only_size else {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own making
-        wrapped = OnUnitRange(generator).eval()
+        wrapped = OnUnitRange(generator, grey).eval()
         outputs = ["translation", "attention"][: len(wrapped(example))]
         torch.onnx.export(
             wrapped,
@@ -382,15 +391,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         generator, about = open_generator(options.checkpoint, options.direction)
         generator.eval()
         only_size = generator.settings.get("size")
+        task = about.get("options", {}).get("task", TASKS[0])
         if options.export is not None:
-            export(generator, options.export)
+            export(generator, options.export, takes_grey(task, about["direction"]))
             sizes = "height and width" if only_size is None else f"pictures of {only_size[0]} x {only_size[1]}"
             print(f"{options.export}: image to translation, values in [0, 1], any batch, {sizes}")
             return 0
         probe = torch.zeros(1, generator.settings["channels"], *(only_size or (1, 1)))
         if options.masks and all(part is None for part in translate_any_size(generator, probe)[1:]):
             raise InputError(f"--masks: {options.checkpoint} holds a {type(generator).__name__}, which has none")
-        task = about.get("options", {}).get("task", TASKS[0])
         found = find_inputs(options.input, options.output, options.recursive)
         pictures = [as_input(picture.path, task, about["direction"]) for picture in found]
         targets = name_outputs(pictures, options.input, options.output, options.masks)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
 import datasets
@@ -46,7 +46,7 @@ from datasets import (
     normalise,
     resize,
     to_tensor,
-    true_translation,
+    true_translations,
     unpack,
     whole_or_absent,
 )
@@ -547,6 +547,33 @@ def test_equal_names_in_two_folders_are_pairs_whatever_their_endings(tmp_path):
     assert_in_step(dataset, [noise(seed, (35, 35)) for seed in order])
 
 
+def test_single_photographs_are_no_pairs(tmp_path):
+    for split in ("train", "test"):
+        for width, height in ((200, 100), (133, 100), (18, 16)):  # of squares, of portraits of 2:3 and of 9:16
+            plain(tmp_path / split / f"{width}.png", size=(width, height))
+    PairedDataset(tmp_path, (16, 16)).check()
+    upright, turned = Image.Exif(), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for name, size, shown, exif in (
+        ("train/square.png", (100, 100), "100 pixels wide, 100 high", upright),
+        ("test/portrait.jpg", (100, 150), "100 pixels wide, 150 high", upright),
+        ("train/turned.jpg", (150, 100), "100 pixels wide, 150 high", turned),
+    ):
+        Image.new("RGB", size).save(tmp_path / name, exif=exif)
+        with pytest.raises(
+            InputError,
+            match=rf"{name}: {shown}, expected a pair side by side, at least 1\.1 times.*--task colorization",
+        ):
+            PairedDataset(tmp_path, (16, 16)).check()
+        PairedDataset(tmp_path, (16, 16), task="colorization").check()
+        UnpairedDataset(tmp_path, (16, 16)).check()
+        (tmp_path / name).unlink()
+    for side in "AB":  # whole pictures of any shape
+        plain(tmp_path / f"train{side}" / "a.png", size=(10, 30))
+    shutil.rmtree(tmp_path / "test")
+    PairedDataset(tmp_path, (16, 16)).check()
+
+
 @pytest.mark.parametrize("lone", ["trainA/z.png", "trainB/z.png"])
 def test_unpaired_data_is_refused_with_a_name(tmp_path, lone):
     for side in "AB":
@@ -648,12 +675,31 @@ def test_inputs_and_truths_of_a_generator(tmp_path):
     assert as_input(path, "colorization", "AtoB") == Picture(path, grey=True)
     for task, direction in (("colorization", "BtoA"), ("translation", "AtoB"), ("translation", "BtoA")):
         assert as_input(path, task, direction) == Picture(path)
-    assert true_translation(Picture(path, "left"), "translation", "B") == Picture(path, "right")
-    assert true_translation(Picture(path, "right"), "translation", "A") == Picture(path, "left")
-    assert true_translation(Picture(path), "translation", "B") is None
-    assert true_translation(Picture(path, grey=True), "colorization", "B") == Picture(path)
-    assert true_translation(Picture(path), "colorization", "A") == Picture(path, grey=True)
+    for paired in (False, True):
+        for given, direction, task, truth in (
+            (Picture(path, "left"), "AtoB", "translation", Picture(path, "right")),
+            (Picture(path, "right"), "BtoA", "translation", Picture(path, "left")),
+            (Picture(path, grey=True), "AtoB", "colorization", Picture(path)),
+            (Picture(path), "BtoA", "colorization", Picture(path, grey=True)),
+        ):
+            assert true_translations(tmp_path, [given], direction, task, paired) == [truth]
     assert np.array_equal(np.asarray(Picture(path, grey=True).open(1)), np.asarray(noise(0, (8, 4)).convert("L")))
+
+
+def test_the_truth_of_pairs_by_name_is_the_partner(tmp_path):
+    for name, other in (("a.png", "a.bmp"), ("a.c.png", "a.c.bmp"), ("deep/a.png", "deep/a.bmp")):
+        plain(tmp_path / "testA" / name)
+        plain(tmp_path / "testB" / other)
+    chosen = find_side(tmp_path, "test", "A")[1:]  # some of them, as after --dedup
+    truths = true_translations(tmp_path, chosen, "AtoB", paired=True)
+    assert [p.path.relative_to(tmp_path / "testB").with_suffix(".png") for p in truths] == [
+        p.path.relative_to(tmp_path / "testA") for p in chosen
+    ]
+    assert true_translations(tmp_path, truths, "BtoA", paired=True) == chosen
+    assert true_translations(tmp_path, chosen, "AtoB") is None
+    (tmp_path / "testB" / "a.bmp").unlink()
+    with pytest.raises(InputError, match=r"equal names in testA and testB; found 1 without a partner, such as a$"):
+        true_translations(tmp_path, chosen, "AtoB", paired=True)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -54,10 +54,10 @@ def fading(keep, towards=0.0, **settings):
     return generator
 
 
-def store(folder="net", size=(32, 32), how="squash", **generators):
-    """``folder/<direction>.pt`` for each, as train.py writes them."""
+def store(folder="net", size=(32, 32), how="squash", more=None, **generators):
+    """``folder/<direction>.pt`` for each, as train.py writes them, with ``more`` options."""
     Path(folder).mkdir(parents=True)
-    options = {"img_height": size[0], "img_width": size[1], "resize": how}
+    options = {"img_height": size[0], "img_width": size[1], "resize": how, **(more or {})}
     for direction, generator in generators.items():
         about = {"direction": direction, "options": options, "step": 7}
         torch.save({**pack_generator(generator), **about}, f"{folder}/{direction}.pt")
@@ -351,11 +351,7 @@ def test_the_truth_of_a_grey_picture_is_its_colours(folders, capsys):
     for folder in folders:
         for i in range(3):
             save(noise(10 * len(folder) + i, (32, 32)), Path("data/photos") / folder / f"{i}.png")
-    options = {"img_height": 32, "img_width": 32, "resize": "squash", "task": "colorization"}
-    Path("net").mkdir()
-    for direction in ("AtoB", "BtoA"):
-        about = {"direction": direction, "options": options, "step": 7}
-        torch.save({**pack_generator(fading(0.5)), **about}, f"net/{direction}.pt")
+    store(more={"task": "colorization"}, AtoB=fading(0.5), BtoA=fading(0.5))
     assert run("net", dataset="photos", extractor="tiny") == 0
     colour = side(folders[1], Path("data/photos"))
     grey = torch.stack(
@@ -372,6 +368,64 @@ def test_the_truth_of_a_grey_picture_is_its_colours(folders, capsys):
     capsys.readouterr()
     assert run("net other", dataset="photos") == 2
     assert "--checkpoint: found runs of colorization and of translation, expected one --task" in capsys.readouterr().err
+
+
+def test_colourisation_is_held_against_what_belongs_to_its_own_pictures(capsys):
+    """The built-in set's truths are of another task, and the masks of testA of other scenes."""
+    root = Path("data/solid2striped")
+    draw_built_in(root, n_train=2, n_test=3)
+    generator = tiny()
+    store(more={"task": "colorization"}, AtoB=generator, BtoA=generator)
+    assert run("net", dataset="solid2striped") == 0
+    colour, masks = side("testB", root), side("testB_mask", root, channels=1)
+    grey = torch.stack([read(p, channels=1).expand(3, -1, -1) for p in sorted((root / "testB").iterdir())])
+    for direction, inputs, truths in (("AtoB", grey, colour), ("BtoA", colour, grey)):
+        outputs, foreground = by_hand(generator, inputs)
+        f = figures(direction)
+        assert f["L1"] == pytest.approx(distance(outputs, truths), rel=1e-5)
+        assert f["IoU"] == pytest.approx(np.mean([iou(a, m) for a, m in zip(foreground, masks, strict=True)]))
+        error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
+        expected = np.mean([e[m].mean().item() for e, m in zip(error, masks <= 127, strict=True)])
+        assert f["background error"] == pytest.approx(expected, rel=1e-5)
+    out = capsys.readouterr().out
+    assert "AtoB: 3 pictures of testB (0" in out and "against 3 of testB" in out and "testA" not in out
+    save(noise(0), Path("masks/testA/000.png"))
+    assert run("net --mask_dir masks", dataset="solid2striped") == 2
+    assert "--mask_dir masks: no folder testB in it" in capsys.readouterr().err
+
+
+def test_the_truth_of_pairs_by_name_is_the_partner_for_a_system_that_takes_pairs(capsys):
+    for folder in ("trainA", "trainB", "testA", "testB"):
+        for i in range(3):
+            save(noise(10 * len(folder) + 100 * ord(folder[-1]) + i), Path("data/small") / folder / f"{i}.png")
+    shutil.copy("data/small/testA/0.png", "data/small/trainA/again.png")  # --dedup leaves out one side of a pair
+    store(more={"system": "pix2pix"}, AtoB=fading(0.5), BtoA=fading(1))
+    store("unpaired", more={"system": "cyclegan"}, AtoB=fading(0.5))
+    assert run("net unpaired --dedup") == 0
+    A, B = side("testA"), side("testB")
+    assert protocol("AtoB")["translated"] == 2 and protocol("BtoA")["translated"] == 3
+    assert not {"L1", "PSNR", "SSIM"} & figures(name="unpaired").keys()  # to which equal names say nothing
+    cells = table(capsys.readouterr().out)
+    untranslated = f"{distance(A[1:], B[1:]):.3f}"
+    assert cells["AtoB", "untranslated at 32 x 32, pairs"]["L1"] == untranslated
+    assert ("AtoB", "untranslated at 32 x 32") not in cells
+    faded = by_hand(fading(0.5), A[1:])[0]
+    assert figures("AtoB")["L1"] == pytest.approx(distance(faded, B[1:]), rel=1e-5)
+    squares = ((faded - B[1:]) / 127.5).square().mean(dim=(1, 2, 3))
+    assert figures("AtoB")["PSNR"] == pytest.approx((10 * (4 / squares).log10()).mean().item(), rel=1e-5)
+    assert figures("BtoA")["L1"] == pytest.approx(distance(B, A), rel=1e-5) and "SSIM" in figures("BtoA")
+    assert abs(distance(faded, B[1:]) - distance(B, A)) > 0.01
+    Path("data/small/testB/1.png").unlink()
+    assert run("net") == 2
+    assert "expected pairs, side by side in the pictures of test, or with equal names" in capsys.readouterr().err
+
+
+def test_shipped_truths_come_before_partners():
+    root = Path("data/solid2striped")
+    draw_built_in(root, n_train=2, n_test=2)
+    store(more={"system": "pix2pix"}, AtoB=fading(1))
+    assert run("net", dataset="solid2striped") == 0
+    assert figures()["L1"] == pytest.approx(distance(side("testA", root), side("testA_truth", root)), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------

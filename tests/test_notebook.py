@@ -4,8 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -14,9 +17,18 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from datasets import draw_built_in
-from models import AttentionGenerator, ResNetGenerator, SingleMaskGenerator, pack_generator
+from datasets import Picture, draw_built_in, normalise, unaugmented
+from models import (
+    AttentionGenerator,
+    DCGANGenerator,
+    ResNetGenerator,
+    SingleMaskGenerator,
+    UGATITGenerator,
+    UNetGenerator,
+    pack_generator,
+)
 from train import parse_options
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "inference.ipynb"
@@ -30,27 +42,35 @@ def _a_plain_kernel(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
 
 
-def make_run(folder, generator_class, size=32, **settings):
+def make_run(folder, generator_class, size=32, flags="", directions=("AtoB", "BtoA"), **settings):
     """A run named demo with untrained generators, as training leaves it, and the built-in set, small."""
+    if generator_class is not UNetGenerator:
+        settings = {"n_residual_blocks": 1, **settings}
     draw_built_in(folder / "data" / "solid2striped", n_train=1, n_test=4)
     run = folder / "saved_models" / "demo"
     run.mkdir(parents=True)
-    flags = ["--dataset_name", "solid2striped", "--name", "demo", "--img_height", str(size), "--img_width", str(size)]
+    command = f"--dataset_name solid2striped --name demo --img_height {size} --img_width {size} {flags}"
     torch.manual_seed(0)
-    for direction in ("AtoB", "BtoA"):
-        packed = pack_generator(generator_class(ngf=8, n_residual_blocks=1, **settings))
-        about = {"direction": direction, "options": vars(parse_options(flags)), "step": 12345}
+    for direction in directions:
+        packed = pack_generator(generator_class(ngf=8, **settings))
+        about = {"direction": direction, "options": vars(parse_options(command.split())), "step": 12345}
         torch.save({**packed, **about}, run / f"{direction}.pt")
 
 
-def execute(folder, **settings):
-    """The notebook executed in ``folder``, untouched but for the settings named: (text, number of pictures)."""
+def read_notebook(**settings):
+    """The notebook untouched but for the settings named."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for name, value in settings.items():
         pattern = re.compile(rf"^{name} = .*$", re.MULTILINE)
         assert sum(len(pattern.findall(cell.source)) for cell in notebook.cells) == 1
         for cell in notebook.cells:
             cell.source = pattern.sub(lambda _, new=f"{name} = {value!r}": new, cell.source)
+    return notebook
+
+
+def execute(folder, **settings):
+    """``read_notebook`` executed in ``folder``: (text, number of pictures)."""
+    notebook = read_notebook(**settings)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     warnings = [output.text for output in outputs if output.get("name") == "stderr"]
@@ -102,6 +122,69 @@ def test_other_ways_to_fuse_masks_and_contents(tmp_path, network, settings, n_ma
     (difference,) = re.findall(r"max \|fusion - output\| = (\S+)", text)
     assert float(difference) < 1e-5
     assert text.count("has no background mask") == 2 * ("background" in settings)
+
+
+@pytest.fixture
+def execute_here(monkeypatch, capsys):
+    """Executes ``read_notebook`` in this process, without the seconds that a kernel takes: (text, its variables)."""
+
+    def run(**settings):
+        names = {}
+        for cell in read_notebook(**settings).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+        return capsys.readouterr().out, names
+
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    with matplotlib.rc_context({"backend": "agg"}):
+        yield run
+    plt.close("all")
+
+
+def read_side(folder, grey=False):
+    """The pictures of a folder of the built-in set as generators see them, (4, 3, 32, 32) in [-1, 1]."""
+    paths = sorted(Path("data/solid2striped", folder).iterdir())
+    return normalise(torch.stack([unaugmented(Picture(path, grey=grey), (32, 32)) for path in paths]))
+
+
+@pytest.mark.parametrize(
+    "direction, task, source, truth",
+    [("BtoA", "translation", "testB", "testB_truth"), ("AtoB", "colorization", "testB", "testB")],
+)
+def test_a_run_of_one_direction_leaves_the_other_out(tmp_path, execute_here, direction, task, source, truth):
+    flags = f"--system pix2pix --direction {direction} --task {task}"
+    make_run(tmp_path, UNetGenerator, flags=flags, directions=(direction,), depth=5)
+    Image.new("RGB", (93, 61), "red").save(tmp_path / "own.png")
+    text, names = execute_here(OWN_PICTURE="own.png")
+    assert "one direction only: what needs the other generator is left out" in text
+    assert f"{direction}: UNetGenerator" in text and len(re.findall(r"this generator has no .*", text)) == 4
+    a, b = direction.split("to")
+    columns = names["columns"][direction]
+    assert list(columns) == [f"input {a}", f"output {b}", f"truth {b}"]  # and none translated back
+    assert torch.equal(columns[f"input {a}"], read_side(source, grey=task == "colorization"))
+    assert torch.equal(columns[f"truth {b}"], read_side(truth))
+    assert names["own"].shape == (3, 32, 64) and (names["own"].std(dim=0).max() == 0) == (task == "colorization")
+
+
+def test_a_generator_of_one_size_has_the_picture_brought_to_it(tmp_path, execute_here):
+    make_run(tmp_path, partial(UGATITGenerator, size=(32, 32)), flags="--system ugatit")
+    Image.new("RGB", (93, 61), "red").save(tmp_path / "own.png")
+    text, names = execute_here(OWN_PICTURE="own.png")
+    assert text.count("UGATITGenerator") == 2 and "one direction only" not in text
+    assert names["own"].shape == names["t"].image[0].shape == (3, 32, 32)
+    columns = names["columns"]["BtoA"]
+    assert list(columns) == ["input B", "foreground attention", "output A", "truth A", "recovered B"]
+    for direction, folder in (("AtoB", "testA_truth"), ("BtoA", "testB_truth")):
+        assert torch.equal(names["columns"][direction][f"truth {direction[-1]}"], read_side(folder))
+
+
+def test_a_run_of_dcgan_is_refused(tmp_path, execute_here):
+    run = tmp_path / "saved_models" / "demo"
+    run.mkdir(parents=True)
+    packed = pack_generator(DCGANGenerator(nz=4, ngf=4, size=16))
+    torch.save({**packed, "direction": "generator", "options": {}, "step": 1}, run / "generator.pt")
+    with pytest.raises(InputError, match=r"generator\.pt: draws pictures from noise \(generate\.py shows them\) and"):
+        execute_here()
 
 
 @pytest.fixture

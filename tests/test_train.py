@@ -17,12 +17,14 @@ from PIL import Image
 from test_models import official_ugatit_weights
 from test_systems import TWO_WAY
 
+import evaluate
 import systems
 import train
+import translate
 import utils
-from datasets import UnpairedDataset, normalise, quantise, unaugmented
+from datasets import Picture, UnpairedDataset, normalise, quantise, unaugmented
 from metrics import Features, kernel_distance
-from models import AttentionGenerator, load_generator, pack_generator
+from models import AttentionGenerator, load_generator, open_generators, pack_generator
 from utils import InputError
 
 # 4 steps an epoch. 64 pixels, because smaller U-Nets have no dropout.
@@ -189,8 +191,32 @@ def test_what_pix2pix_cannot_do_is_named(small_set, pairs, capsys, flags, messag
 def test_unpaired_systems_colourise_from_disjoint_halves(pairs, system):
     assert run(f"{quick(system).replace('small', 'pairs')} --system {system} --task colorization --n_epochs 1") == 0
     assert checkpoint(f"pairs_{system}")["steps_per_epoch"] == 2
-    _, about = load_generator(f"saved_models/pairs_{system}/AtoB.pt")
-    assert about["options"]["task"] == "colorization"
+    opened = open_generators(f"pairs_{system}")
+    assert {about["options"]["task"] for _, about in opened.values()} == {"colorization"}
+
+    # Measured: the test pictures against themselves.
+    command = f"--dataset_name pairs --checkpoint pairs_{system} --extractor none --device cpu"
+    assert evaluate.main(command.split()) == 0
+    report = json.loads(Path(f"images/pairs_{system}/evaluation.json").read_text())
+    figures = {row["direction"]: row["figures"] for row in report["rows"]}
+    tests = [Picture(pairs / "test" / f"{i}.png") for i in range(2)]
+    colour = normalise(torch.stack([unaugmented(p, (12, 12)) for p in tests]))
+    grey = normalise(torch.stack([unaugmented(p._replace(grey=True), (12, 12)) for p in tests]))
+    for direction, inputs, truths in (("AtoB", grey, colour), ("BtoA", colour, grey)):
+        with torch.no_grad():
+            outputs = normalise(quantise(opened[direction][0].eval()(inputs).image))
+        assert figures[direction]["L1"] == pytest.approx((outputs - truths).abs().mean().item(), rel=1e-5)
+
+    # In use: A is grey whatever the picture.
+    Path("in").mkdir()
+    with Image.open(pairs / "test" / "0.png") as image:
+        image.save("in/colour.png")
+        image.convert("L").save("in/grey.png")
+    for direction, greys in (("AtoB", True), ("BtoA", False)):
+        command = f"--checkpoint pairs_{system} --direction {direction} --input in --output {direction} --device cpu"
+        assert translate.main(command.split()) == 0
+        outputs = [np.asarray(Image.open(f"{direction}/{name}.png")) for name in ("colour", "grey")]
+        assert outputs[0].shape == (18, 40, 3) and np.array_equal(*outputs) == greys
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -13,10 +13,11 @@ from PIL import Image
 from test_datasets import below, noise, save
 from test_models import official_attention_forward, official_attention_weights
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 import translate
 import utils
-from datasets import Picture, resize
+from datasets import Picture, normalise, resize, to_tensor
 from models import (
     AttentionGenerator,
     ResNetGenerator,
@@ -25,24 +26,26 @@ from models import (
     pack_generator,
     translate_any_size,
 )
-from translate import OnUnitRange, Task, make_batches, name_outputs
+from translate import OnUnitRange, Task, luminance, make_batches, name_outputs
 from utils import InputError
 
 
 def tiny(seed=0, network=AttentionGenerator, **settings):
     """A small generator, far from the start, where all masks are alike."""
     torch.manual_seed(seed)
-    generator = network(ngf=4, n_residual_blocks=1, **settings).eval()
+    depth = {"depth": 6} if network is UNetGenerator else {"n_residual_blocks": 1}  # smaller U-Nets have no dropout
+    generator = network(ngf=4, **depth, **settings).eval()
     for parameter in generator.parameters():
         nn.init.normal_(parameter, std=0.5)
     return generator
 
 
-def store(folder="net", **generators):
-    """``folder/<direction>.pt`` for each, as train.py writes them."""
+def store(folder="net", more=None, **generators):
+    """``folder/<direction>.pt`` for each, as train.py writes them, with what they say of themselves beside."""
     Path(folder).mkdir()
     for direction, generator in generators.items():
-        torch.save({**pack_generator(generator), "direction": direction}, f"{folder}/{direction}.pt")
+        about = {"direction": direction, **(more or {})}
+        torch.save({**pack_generator(generator), **about}, f"{folder}/{direction}.pt")
 
 
 @pytest.fixture
@@ -255,9 +258,7 @@ def test_a_run_of_one_direction_needs_no_other_and_takes_what_it_was_trained_on(
     """Of colourisation the grey version of any picture; and sizes that are no multiples of the U-Net's."""
     torch.manual_seed(0)
     generator = UNetGenerator(ngf=4, depth=4).eval()
-    Path("net").mkdir()
-    about = {"direction": direction, "options": {"task": task}}
-    torch.save({**pack_generator(generator), **about}, f"net/{direction}.pt")
+    store(more={"options": {"task": task}}, **{direction: generator})
     image = noise(0, (37, 20))
     save(image, Path("a.png"))
     assert run("--input a.png --output out") == 0
@@ -598,6 +599,7 @@ def test_a_checkpoint_is_asked_for(capsys):
         (AttentionGenerator, ["translation", "attention"]),
         (ResNetGenerator, ["translation"]),
         (UGATITGenerator, ["translation", "attention"]),
+        (UNetGenerator, ["translation"]),
     ],
 )
 def test_onnx_computes_the_same_at_any_size(network, names, capsys):
@@ -638,6 +640,38 @@ def test_onnx_of_the_full_u_gat_it_has_its_size(capsys):
         expected = OnUnitRange(generator)(images)
     for found, part in zip(session.run(None, {"image": images.numpy()}), expected, strict=True):
         assert found.std() > 0.02 and np.abs(found - part.numpy()).max() < 1e-4
+
+
+def test_onnx_of_colourisation_makes_its_own_grey():
+    generator = tiny(network=ResNetGenerator)
+    store(more={"options": {"task": "colorization"}}, AtoB=generator)
+    source = save(noise(0, (48, 32)), Path("a.png"))
+    assert run("--export model.onnx") == 0 and run("--input a.png --output out") == 0
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": (tensor(noise(0, (48, 32)))[None] / 255).float().numpy()})
+    with torch.no_grad():
+        image = to_tensor(Picture(source, grey=True).open())[None]
+        expected = (translate_any_size(generator, normalise(image)).image + 1) / 2
+    assert np.abs(found - expected.numpy()).max() < 1e-4
+    assert (read("out/a.png") - 255 * torch.from_numpy(found[0])).abs().max() < 0.53
+
+
+@pytest.mark.parametrize(
+    "task, direction, grey",
+    [("colorization", "AtoB", True), ("colorization", "BtoA", False), ("translation", "AtoB", False)],
+)
+def test_the_export_makes_grey_where_the_generator_wants_it(monkeypatch, task, direction, grey):
+    made = []
+    monkeypatch.setattr(translate, "export", lambda generator, path, grey: made.append((path.name, grey)))
+    store(more={"options": {"task": task}}, **{direction: tiny()})
+    assert run("--export model.onnx") == 0 and made == [("model.onnx", grey)]
+
+
+def test_luminance_is_pillows():
+    levels = torch.cartesian_prod(*(torch.arange(0, 256, 3),) * 3).to(torch.uint8)  # 636,056 colours
+    image = levels.T.reshape(3, 1, -1)
+    expected = to_tensor(to_pil_image(image).convert("L"))
+    assert torch.equal((255 * luminance(image[None] / 255)).round().to(torch.uint8), expected.expand(1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
