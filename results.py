@@ -57,13 +57,13 @@ SMALL = (
     "--img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 --upsample nearest "
     "--sample_interval 0"
 )
-# About 20,000 pairs each.
+# 18,300 to 18,900 pairs each.
 SCHEDULES = {
-    "horse2zebra": "--n_epochs 16 --decay_epoch 11",
-    "apple2orange": "--n_epochs 20 --decay_epoch 13",
-    "facades": "--n_epochs 50 --decay_epoch 33",
+    "horse2zebra": "--n_epochs 14 --decay_epoch 9",
+    "apple2orange": "--n_epochs 18 --decay_epoch 12",
+    "facades": "--n_epochs 47 --decay_epoch 31",
     "monet2photo": "--n_epochs 3 --decay_epoch 2",
-    "summer2winter_yosemite": "--n_epochs 16 --decay_epoch 11",
+    "summer2winter_yosemite": "--n_epochs 15 --decay_epoch 10",
 }
 SYSTEMS = {
     "AttentionGAN II": "--system attentiongan",
