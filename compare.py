@@ -76,8 +76,8 @@ HORSES = (
     "--n_epochs 4 --decay_epoch 4 --n_cpu 1 --sample_interval 0"
 )
 FACADES = (
-    "--dataset_name facades --img_height 64 --img_width 64 --ngf 16 --ndf 16 --n_layers_D 2 "
-    "--n_epochs 10 --decay_epoch 5 --n_cpu 0 --sample_interval 0"
+    "--dataset_name facades --img_height 64 --img_width 64 --ngf 32 --ndf 32 --n_layers_D 2 "
+    "--n_epochs 30 --decay_epoch 15 --n_cpu 0 --sample_interval 0"
 )
 # The set's photographs; a pass over them is half as long without pairs, where half of them are grey.
 PHOTOGRAPHS = (
