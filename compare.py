@@ -227,8 +227,9 @@ def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | 
 
 
 def collect(name: str, dataset: str, extractor: str) -> dict[str, Figures]:
-    """What ``evaluation.json`` says of a run ("figures"), of what it translated ("untranslated") and of real pictures
-    in the place of translations ("floor"); among the figures is the size of its generators.
+    """What ``evaluation.json`` says of a run ("figures"), of its inputs ("untranslated"), of real pictures ("floor").
+
+    Among the figures is the size of its generators.
     """
     report = json.loads((utils.IMAGES / name / "evaluation.json").read_text())
     result: dict[str, Figures] = {"figures": {}, "untranslated": {}, "floor": {}}

@@ -1,6 +1,6 @@
 """What runs on real pictures have reached: the README's table, picture sheets, weights small enough to ship.
 
-    python results.py                                           # measure the runs that are here, write the table
+    python results.py                                           # measure the finished runs here, write the table
     python results.py --train results_horse2zebra_cyclegan      # train one of them first, or go on with it
     python results.py --ship results_horse2zebra_attentiongan --as horse2zebra_attentiongan
 
@@ -34,6 +34,7 @@ from utils import SAVED_MODELS, InputError
 DOCS, README = Path("docs"), Path("README.md")
 MARKS = "<!-- written by results.py -->\n", "<!-- down to here -->\n"
 SHOWN = 6  # pictures on a sheet
+EXTRACTOR = EFFICIENTNET  # of KID and the class rate; it comes as packages, so that everybody can measure again
 
 
 class Run(NamedTuple):
@@ -99,18 +100,27 @@ About = Mapping[str, Any]  # what is known of a run, see ``measure``
 # ----------------------------------------------------------------------------------------------------------
 
 
-def measure(run: Run, data_dir: Path, extractor: str) -> About:
-    """How a run came about, and its rows of ``evaluation.json``. Raises InputError."""
-    arguments = ["--dataset_name", run.dataset, "--data_dir", str(data_dir), "--extractor", extractor]
-    if evaluate.main([*arguments, "--checkpoint", run.name]):
-        raise InputError(f"{run.name} could not be measured")
-    _, about = next(iter(open_generators(run.name).values()))
-    rows = json.loads((utils.IMAGES / run.name / "evaluation.json").read_text())["rows"]
-    return {
-        "pairs": about["step"] * about["options"]["batch_size"],
-        "hours": hours_taken(SAVED_MODELS / run.name / "log.jsonl", about["options"]["batch_size"]),
-        "rows": [row for row in rows if (row["dataset"], row["extractor"]) == (run.dataset, extractor)],
-    }
+def is_here(run: Run) -> bool:
+    """Whether its generators are on this machine, and not those of a training that goes on."""
+    state = compare.find_state(run.name)
+    return (SAVED_MODELS / run.name / "AtoB.pt").exists() and (state is None or compare.is_finished(state))
+
+
+def measure(dataset: str, runs: Sequence[Run], data_dir: Path) -> dict[str, About]:
+    """By name, how each run of a data set came about, and its rows of ``evaluation.json``. Raises InputError."""
+    arguments = ["--dataset_name", dataset, "--data_dir", str(data_dir), "--extractor", EXTRACTOR]
+    if evaluate.main([*arguments, "--checkpoint", *(run.name for run in runs)]):
+        raise InputError(f"the runs of {dataset} could not be measured")
+    known = {}
+    for run in runs:
+        _, about = next(iter(open_generators(run.name).values()))
+        rows = json.loads((utils.IMAGES / run.name / "evaluation.json").read_text())["rows"]
+        known[run.name] = {
+            "pairs": about["step"] * about["options"]["batch_size"],
+            "hours": hours_taken(SAVED_MODELS / run.name / "log.jsonl", about["options"]["batch_size"]),
+            "rows": [row for row in rows if (row["dataset"], row["extractor"]) == (dataset, EXTRACTOR)],
+        }
+    return known
 
 
 def hours_taken(log: Path, batch_size: int) -> float:
@@ -167,7 +177,7 @@ def cells(figures: Mapping[str, float | None]) -> list[str]:
     rate = next((key for key in figures if key.endswith(" rate")), "rate")
     columns = ((kid, 1, 100), (rate, 3, 1), ("AP", 3, 1), ("background error", 3, 1), ("cycle error", 3, 1))
     values = ((figures.get(key), digits, factor) for key, digits, factor in columns)
-    return ["" if value is None else f"{factor * value:.{digits}f}" for value, digits, factor in values]
+    return ["" if value is None else f"{factor * value:z.{digits}f}" for value, digits, factor in values]
 
 
 def write_table(known: Mapping[str, About]) -> None:
@@ -262,10 +272,11 @@ def work(options: argparse.Namespace) -> None:
     store = DOCS / "results.json"
     known = json.loads(store.read_text()) if store.exists() else {}
     for dataset in SIDES:
-        here = [run for run in RUNS if run.dataset == dataset and (SAVED_MODELS / run.name / "AtoB.pt").exists()]
-        known |= {run.name: measure(run, options.data_dir, options.extractor) for run in here}
-        for direction in evaluate.DIRECTIONS if here else ():
-            draw(here, direction, options.data_dir)
+        here = [run for run in RUNS if run.dataset == dataset and is_here(run)]
+        if here:
+            known |= measure(dataset, here, options.data_dir)
+            for direction in evaluate.DIRECTIONS:
+                draw(here, direction, options.data_dir)
     store.write_text(json.dumps(known, indent=1) + "\n")
     write_table(known)
     print(f"{store} and {README} written")
@@ -278,7 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--train", nargs="+", default=[], metavar="RUN", help="runs of the table to train first, or to go on with")
     add("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
-    add("--extractor", default=EFFICIENTNET, help="for KID, as in evaluate.py")
     add("--ship", metavar="RUN", help="instead: write this run's generators in half precision")
     add("--as", dest="name", help="under this name, to saved_models/pretrained")
     options = parser.parse_args(argv)
