@@ -30,9 +30,9 @@ compare: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmark.py --out docs/benchmark
 	$(BIN)/python benchmark.py --inference --out docs/benchmark
-	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --variants 4 --out docs/benchmark
-	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --variants 4 --out docs/benchmark
-	$(BIN)/python benchmark.py --memory --systems attentiongan cyclegan --batch_sizes 1 4 --out docs/benchmark
+	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --own --out docs/benchmark
+	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --own --out docs/benchmark
+	$(BIN)/python benchmark.py --memory --systems attentiongan attentiongan1 cyclegan pix2pix --batch_sizes 1 4 --out docs/benchmark
 	$(BIN)/python benchmark.py --loader --dataset_name solid2striped --out docs/benchmark
 
 test: .venv/installed-dev

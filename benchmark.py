@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import utils
-from datasets import BUILT_IN, EpochSampler, draw_built_in, make_loader
+from datasets import BUILT_IN, EpochSampler, draw_built_in, make_loader, normalise
 from systems import SYSTEMS, System, TwoWay
 from utils import InputError
 
@@ -167,6 +167,8 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
     """What is timed, on random pictures that are on the device already."""
     if variant.kind == "matmul":
         dtype = torch.bfloat16 if variant.precision == "bf16" else torch.float32
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions by default
         a, b = (torch.randn(MATMUL, MATMUL, device=device, dtype=dtype) for _ in range(2))
         return lambda: a @ b
     options.precision, options.compile = variant.precision, variant.compile
@@ -223,18 +225,21 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
     try:
         device = torch.device(device_name)
         cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
 
         def timed(times: int) -> float:
             start = time.perf_counter()
             for _ in range(times):
                 work()
-            if cuda:
-                torch.cuda.synchronize()
+            wait_for(device)
             return (time.perf_counter() - start) / times
 
         start = time.perf_counter()
         work = make_work(variant, options, device)
         timed(2)  # the first also compiles, and makes the optimizers' state
+        if cuda:  # cuDNN's search for the fastest way tries out large workspaces
+            torch.cuda.reset_peak_memory_stats()
         pipe.send(time.perf_counter() - start)
         while times := pipe.recv():
             timed(1)  # finds the memory and the caches that the others had meanwhile
@@ -249,6 +254,12 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         pipe.send(figures)
     except (InputError, RuntimeError, MemoryError) as error:
         pipe.send("out of memory" if utils.is_out_of_memory(error) else str(error).strip().splitlines()[0])
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it has been told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def give_back(cuda: bool) -> None:
@@ -294,7 +305,8 @@ def count_kernels(work: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[activity]) as profile:
         work()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.is_user_annotation and not e.name.startswith(("Memcpy", "Memset")) for e in on_device)
 
 
 class Server:
@@ -379,20 +391,24 @@ def measure(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def measure_loader(options: argparse.Namespace, rounds: int, duration: float = 2.0) -> list[dict[str, Any]]:
+def measure_loader(
+    options: argparse.Namespace, device: torch.device, rounds: int, duration: float = 2.0
+) -> list[dict[str, Any]]:
     """Training samples per second, by number of loader processes, decoded each time or kept in memory."""
     if options.dataset_name == BUILT_IN:
         draw_built_in(Path(options.data_dir) / BUILT_IN)
     loaders = {}
     for n_cpu in sorted({0, options.n_cpu}):
-        loaders[f"decoded each time, --n_cpu {n_cpu}"] = build_loader(options, n_cpu, 0.0)
-    loaders["kept in memory"] = build_loader(options, 0, options.cache_gb)
+        loaders[f"decoded each time, --n_cpu {n_cpu}"] = build_loader(options, device, n_cpu, 0.0)
+    loaders["kept in memory"] = kept = build_loader(options, device, 0, options.cache_gb)
+    loaders["the same, ready for a step"] = utils.to_device(kept, device, normalise)
     found: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(rounds + 1):
         for name, batches in loaders.items():
             start, count = time.perf_counter(), 0
             while time.perf_counter() - start < duration:
                 count += len(next(batches)["A"])
+            wait_for(device)
             if turn:  # the first starts the processes
                 found[name].append(count / (time.perf_counter() - start))
     return [
@@ -400,11 +416,14 @@ def measure_loader(options: argparse.Namespace, rounds: int, duration: float = 2
     ]
 
 
-def build_loader(options: argparse.Namespace, n_cpu: int, cache_gb: float) -> Iterator[dict[str, Tensor]]:
+def build_loader(
+    options: argparse.Namespace, device: torch.device, n_cpu: int, cache_gb: float
+) -> Iterator[dict[str, Tensor]]:
     dataset = train.build_dataset(options)
     if not dataset.load(1e9 * cache_gb) and cache_gb:
         raise InputError(f"--cache_gb {cache_gb}: {options.dataset_name} does not fit")
-    loader = make_loader(dataset, EpochSampler(len(dataset), options.seed), options.batch_size, n_cpu)
+    sampler = EpochSampler(len(dataset), options.seed)
+    loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
     while True:
         yield from loader
 
@@ -477,7 +496,8 @@ def write(out: Path, sections: Mapping[str, Any]) -> None:
         "# Benchmarks",
         "Medians of rounds in which the variants took turns. One turn of a training step is a pair",
     ]
-    parts[1] += " per picture of the batch: G and D, forward, backward and Adam. Made by `benchmark.py`."
+    parts[1] += " per picture of the batch: G and D, forward, backward and Adam. Made by `benchmark.py`. On CUDA"
+    parts[1] += " float32 is PyTorch's default, TF32 in convolutions, and so is the matmul beside it."
     for title, section in kept.items():
         parts += [f"## {title}", f"`{section['command']}`, {section['when']}", markdown(section["cells"])]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
@@ -492,7 +512,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure this machine.",
         epilog="Other flags are those of train.py (--ngf, --lambda_id, --data_dir, ...) and describe the system. "
-        "Where variants are timed, --variants stands for --precision and --compile.",
+        "Where variants are timed, they stand for --precision and --compile.",
         formatter_class=utils.HelpFormatter,
         allow_abbrev=False,
     )
@@ -505,7 +525,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sizes", type=int, nargs="+", default=[128, 256], help="heights and widths of the pictures, pixels")
     add("--batch_sizes", type=int, nargs="+", default=[1], help="pictures of each side in a batch")
     add("--rounds", type=int, default=5, help="turns of every variant, of a second at least")
-    add("--variants", type=int, nargs="+", help="numbers of the variants to measure, the first being 1 (default: all)")
+    variants = parser.add_mutually_exclusive_group()
+    variants.add_argument(
+        "--variants",
+        type=int,
+        nargs="+",
+        help="numbers of the variants to measure, from 1 (default: all; a GPU has to hold them side by side)",
+    )
+    variants.add_argument(
+        "--own",
+        action="store_true",
+        help="measure what train.py does, by --precision and --compile, in the place of the variants",
+    )
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     add("--out", type=Path, help="write the tables to OUT.md and OUT.json too")
     return parser
@@ -518,7 +549,7 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
             raise InputError(f"--{flag} {min(values)}: expected at least 1")
     instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
     instead["--batch_size"] = "--batch_sizes"
-    if not (own.memory or own.loader):
+    if not (own.memory or own.loader or own.own):
         instead |= dict.fromkeys(("--precision", "--compile"), "--variants")
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
@@ -527,8 +558,9 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
         for flag, values in (("systems", own.systems), ("batch_sizes", own.batch_sizes)):
             if len(values) > 1:
                 raise InputError(f"--{flag} {' '.join(map(str, values))}: --loader measures one of them, expected one")
-    if own.variants and (own.memory or own.loader):
-        raise InputError("--variants are of steps and of --inference, expected none with --memory or --loader")
+    if (own.variants or own.own) and (own.memory or own.loader):
+        flag = "--own" if own.own else "--variants"
+        raise InputError(f"{flag} is for steps and --inference, expected neither with --memory nor with --loader")
 
 
 def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> dict[str, Any]:
@@ -554,7 +586,7 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
     if own.loader:
         for size in own.sizes:
             found = options(own.systems[0], size, own.batch_sizes[0])
-            rows = measure_loader(found, own.rounds)
+            rows = measure_loader(found, device, own.rounds)
             cells = [["", "pairs/s: median (least–most)"]]
             cells += [[r["loader"], f"{r['pairs/s']:,.0f} ({r['least']:,.0f}–{r['most']:,.0f})"] for r in rows]
             show(f"Loader, {found.dataset_name}, {size} × {size}", cells, rows)
@@ -587,7 +619,10 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
                     if not 1 <= number <= len(variants):
                         names = ", ".join(f"{i} {v.name}" for i, v in enumerate(variants, 1))
                         raise InputError(f"--variants {number}: expected some of {names}")
-                variants = [variants[i - 1] for i in sorted(own.variants)] if own.variants else variants
+                if own.variants:
+                    variants = [variants[i - 1] for i in sorted(own.variants)]
+                elif own.own:
+                    variants = [pick_own(found, device)._replace(kind=kind)]
                 rows = measure(variants, found, device, own.rounds)
                 what = "Inference" if own.inference else "Training step"
                 show(f"{what}, {name}, {size} × {size}, batch {n}", lay_out(rows), rows)

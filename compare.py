@@ -128,8 +128,6 @@ COMPARISONS = {
             "AttentionGAN II": "",
             "identity 5": "--lambda_id 5",
             "warm-up 3000": "--lambda_warmup 3000",
-            "nearest upsampling": "--upsample nearest",
-            "nearest, warm-up 3000": "--upsample nearest --lambda_warmup 3000",
         },
     ),
     # The ablation of the pix2pix paper (Table 1), labels to photographs, and CycleGAN on the same pictures unpaired.

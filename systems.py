@@ -127,7 +127,7 @@ def mask_measures(attention: Tensor) -> dict[str, Tensor]:
 
     attention: (B, n, H, W), values in [0, 1]. Both results have n entries.
     """
-    bits = (torch.special.entr(attention) + torch.special.entr(1 - attention)) / torch.log(attention.new_tensor(2.0))
+    bits = (torch.special.entr(attention) + torch.special.entr(1 - attention)) / math.log(2)
     return {"mean": attention.mean(dim=(0, 2, 3)), "entropy": bits.mean(dim=(0, 2, 3))}
 
 

@@ -362,6 +362,7 @@ def set_up(
     torch.manual_seed(options.seed)
     system = build_system(options).to(device).to(memory_format=utils.pick_layout(device))
     if options.compile:
+        torch._dynamo.config.recompile_limit = 16  # U-GAT-IT's discriminators can need more than 8
         for network in (system.get_submodule(name) for turn in system.turns for name in turn.networks):
             network.compile(dynamic=False)  # in place: the names of the weights stay
     if utils.rank():  # dropout on every rank of its own

@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,10 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    """Runs are read and written relative to the working directory; scripts are found from anywhere."""
+def _in_an_empty_folder(tmp_path, monkeypatch, request):
+    """Runs are read and written relative to the working directory; scripts are found from anywhere, a GPU is not."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if request.node.get_closest_marker("gpu") is None:  # the bits of the CPU are tested, wherever the tests run
+        for backend in (torch.cuda, torch.backends.mps):
+            monkeypatch.setattr(backend, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 

@@ -139,10 +139,10 @@ def test_loaders_take_turns(capsys, monkeypatch):
     """Of the built-in set, too, where it has not been drawn yet."""
     monkeypatch.setattr(benchmark, "draw_built_in", partial(draw_built_in, n_train=4, n_test=1))
     found = options("--n_cpu 1")
-    rows = benchmark.measure_loader(found, rounds=1, duration=0.2)
+    rows = benchmark.measure_loader(found, torch.device("cpu"), rounds=1, duration=0.2)
     names = ["decoded each time, --n_cpu 0", "decoded each time, --n_cpu 1", "kept in memory"]
-    assert [row["loader"] for row in rows] == names
-    assert rows[2]["pairs/s"] > 2 * rows[0]["pairs/s"]
+    assert [row["loader"] for row in rows] == [*names, "the same, ready for a step"]
+    assert rows[2]["pairs/s"] > 2 * rows[0]["pairs/s"] and rows[2]["pairs/s"] > rows[3]["pairs/s"]
     command = f"--loader --sizes 16 --cache_gb 0.0000001 --dataset_name solid2striped {TINY}"
     assert benchmark.main(command.split()) == 2
     assert "--cache_gb 1e-07: solid2striped does not fit" in capsys.readouterr().err
@@ -162,13 +162,22 @@ def test_loaders_take_turns(capsys, monkeypatch):
         ("--inference --compile", "--compile is set by --variants here"),
         ("--loader --systems cyclegan attentiongan", "--systems cyclegan attentiongan: --loader measures one of them"),
         ("--loader --batch_sizes 1 4", "--batch_sizes 1 4: --loader measures one of them"),
-        ("--memory --variants 1", "--variants are of steps and of --inference, expected none with --memory"),
+        ("--memory --variants 1", "--variants is for steps and --inference, expected neither with --memory nor"),
+        ("--loader --own", "--own is for steps and --inference, expected neither with --memory nor with --loader"),
     ],
 )
 def test_bad_flags_are_refused(flags, message, capsys):
     assert benchmark.main([*flags.split(), *TINY.split()]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
+
+
+def test_our_own_step_alone(capsys):
+    command = f"--own --inference --sizes 16 --rounds 1 --precision bf16 {TINY} --out speed"
+    assert benchmark.main(command.split()) == 0
+    (section,) = json.loads(Path("speed.json").read_text()).values()
+    (row,) = section["rows"]
+    assert row["variant"] == "train.py" and row["pictures/s"] > 0 and row["kept"] == 0
 
 
 def test_the_peak_memory_is_that_of_the_precision_asked_for(monkeypatch):

@@ -1,13 +1,16 @@
 """The textbook step stands here as the oracle: six generator calls, plain discriminator calls, plain loops."""
 
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout
 from systems import SYSTEMS, Turn, least_squares, mask_measures
 from train import play, system_options, trained_parameters, update
@@ -712,3 +715,29 @@ def test_a_step_asks_for_no_value(name, monkeypatch):
         for fetch in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.Tensor.cpu, torch.Tensor.numpy):
             with pytest.raises(RuntimeError):
                 fetch(next(iter(shown.values())))
+
+
+class NoMoves(TorchDispatchMode):
+    """Refuses what makes a tensor of one device from that of another: from memory that is not pinned it waits."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            given = arguments[1 if function == torch.ops.aten.copy_.default else 0]
+            assert given.device == made.device, f"a tensor moves from {given.device} to {made.device}"
+        return made
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_step_moves_nothing_to_the_device(name, monkeypatch):
+    """Shown on CUDA tensors without values, for which no GPU is needed but in the backward pass."""
+    pool = {"pool_size": 1} if "pool_size" in system_options(name) else {}
+    monkeypatch.setattr(train, "update", lambda *_: None)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool)
+            batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
+        assert {t.device.type for t in (*batch.values(), *system.parameters(), *system.buffers())} == {"cuda"}
+        with NoMoves():
+            for _ in range(2):
+                play(system, dict.fromkeys(turn.player for turn in system.turns), nullcontext, batch)

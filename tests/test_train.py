@@ -465,6 +465,20 @@ def test_compiling_changes_no_result_and_happens_in_the_first_step(
         torch.testing.assert_close(compiled[key], weight, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("default")
+def test_every_graph_of_a_step_is_compiled(monkeypatch):
+    """U-GAT-IT's discriminators want the most, in the default layout one more than the compiler allows unless told."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile(self, backend="eager", **k))
+    torch._dynamo.reset()
+    options = train.parse_options(f"{quick('ugatit')} --system ugatit --compile".split())
+    system, optimizers, autocast = train.set_up(options, torch.device("cpu"))
+    batch = {side: torch.rand(1, 3, options.img_height, options.img_width) for side in "AB"}
+    for _ in range(2):
+        train.play(system, optimizers, autocast, batch)
+
+
 def test_torchs_random_state_goes_on_too(small_set, monkeypatch):
     """As a system with dropout would need it."""
     play = train.play
