@@ -99,10 +99,15 @@ COMPARISONS = {
             "II, guided by [mask, picture]": f"{TWO} --attn_disc concat",
             "II, guided by mask x picture": f"{TWO} --attn_disc mask",
             "II, [mask, picture], partner's mask": f"{TWO} --attn_disc concat --attn_real partner",
+            "II, [mask, picture], picture's gradient": f"{TWO} --attn_disc concat --attn_grad picture",
+            "II, mask x picture, picture's gradient": f"{TWO} --attn_disc mask --attn_grad picture",
             "AttentionGAN I, unguided": f"{ONE} --curriculum_epochs 1 --attn_disc none",
             "I, guided by [mask, picture]": f"{ONE} --curriculum_epochs 1 --attn_disc concat",
             "I, guided by mask x picture": f"{ONE} --curriculum_epochs 1 --attn_disc mask",
             "I, [mask, picture], no curriculum": f"{ONE} --curriculum_epochs 0 --attn_disc concat",
+            "I, unguided, led to the end": f"{ONE} --curriculum_epochs 3 --attn_disc none",
+            "I, [mask, picture], picture's gradient, led": f"{ONE} --curriculum_epochs 3 --attn_disc concat "
+            "--attn_grad picture",
             "CycleGAN": "--system cyclegan --n_layers_D 2",
             "U-GAT-IT, light": "--system ugatit --light",
             # About the time that AttentionGAN II takes for all of them.
@@ -243,7 +248,7 @@ def collect(name: str, dataset: str, extractor: str) -> dict[str, Figures]:
 
 
 def count_parameters(generator: nn.Module) -> dict[str, float]:
-    return {"million parameters": sum(p.numel() for p in generator.parameters()) / 1e6}
+    return {"million parameters of a generator": sum(p.numel() for p in generator.parameters()) / 1e6}
 
 
 def measure_translations(names: Names, dataset: str, data_dir: Path, extractor: str) -> Measured:
@@ -355,7 +360,7 @@ COLUMNS = (
     ("cycle error", 3, 1),
     ("change", 3, 1),
     ("steps/s", 1, 1),
-    ("million parameters", 2, 1),
+    ("million parameters of a generator", 2, 1),
 )
 
 
@@ -374,7 +379,7 @@ def make_table(settings: Mapping[str, Sequence[Mapping[str, float]]]) -> list[st
         cells = []
         for key, digits, factor in columns:
             values = [factor * run[key] for run in runs if key in run]
-            of_the_setting = key in ("million parameters", "steps/s")
+            of_the_setting = key in ("million parameters of a generator", "steps/s")
             spread = "" if of_the_setting or len(values) < 2 else f" ± {statistics.stdev(values):.{digits}f}"
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "–")
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
@@ -437,7 +442,7 @@ def compare(options: argparse.Namespace) -> None:
         "",
         f"`python compare.py {comparison} --seeds {seeds} --extractor {options.extractor}`: "
         f"mean ± standard deviation over the seeds. {date.today():%B %Y}, PyTorch {torch.__version__}, "
-        f"{platform.machine()}, {os.cpu_count()} cores.",
+        f"{platform.machine()}, {torch.get_num_threads()} threads.",
         "",
         f"All settings: `{shared}`.",
     ]

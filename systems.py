@@ -204,15 +204,16 @@ class TwoWay(System):
 
     ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III-B), which ``guided`` makes
     and whose terms have the weight of the plain ones: it sees [mask, picture] ("concat") or mask × picture ("mask").
-    A translated picture comes with the foreground mask it was made with, and gradients reach the generator through
-    the mask too. A real picture comes with the mask that the generator *from* its side makes of it ("own"), or with
-    the mask of the translation it stands against ("partner", the paper's letter).
+    A translated picture comes with the foreground mask it was made with; ``attn_grad``: gradients reach the generator
+    through the picture and the mask ("both") or through the picture alone ("picture"). A real picture comes with the
+    mask that the generator *from* its side makes of it (``attn_real`` "own"), or with the mask of the translation it
+    stands against ("partner", the paper's letter).
 
     ``warmup``: over so many steps the terms that tie the output to the input (cycle, identity, pixel) grow from 0.05 of
     their weights to all of it, so that the adversarial terms lead. ``curriculum``: as the official code of scheme I
     does, these terms are weighed 0.01 and the others 0.99 for so many epochs, then all 0.5.
 
-    Raises InputError for guidance by masks that the generator does not have.
+    Raises InputError for ways of guidance without an attention-guided discriminator.
     """
 
     def __init__(
@@ -225,10 +226,14 @@ class TwoWay(System):
         channels: int,
         attn_disc: str = "none",
         attn_real: str = "own",
+        attn_grad: str = "both",
         warmup: int = 0,
         curriculum: int = 0,
     ):
         super().__init__()
+        for flag, value, default in (("attn_real", attn_real, "own"), ("attn_grad", attn_grad, "both")):
+            if attn_disc == "none" and value != default:
+                raise InputError(f"--{flag} {value} is for guidance, expected --attn_disc concat or mask with it")
         self.G_AB, self.G_BA = generator(), generator()
         self.D_A, self.D_B = discriminator(channels), discriminator(channels)
         if attn_disc != "none":
@@ -238,7 +243,7 @@ class TwoWay(System):
         self.pool_A = ReplayBuffer(pool_size, (*seed, 0))
         self.pool_B = ReplayBuffer(pool_size, (*seed, 1))
         self.weights, self.channels = weights, channels
-        self.attn_disc, self.attn_real = attn_disc, attn_real
+        self.attn_disc, self.attn_real, self.attn_grad = attn_disc, attn_real, attn_grad
         self.warmup, self.curriculum = warmup, curriculum
         self.min_size = max(self.G_AB.min_size, self.D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
@@ -300,7 +305,8 @@ class TwoWay(System):
             losses[f"G_{way}"] = self.leading * gan * least_squares(judge(fake.image), 1.0)
             if self.attn_disc != "none":
                 judge = self.get_submodule(f"guided_D_{target}")
-                logits = judge(self.guide(fake.image, fake.foreground))
+                mask = fake.foreground if self.attn_grad == "both" else fake.foreground.detach()
+                logits = judge(self.guide(fake.image, mask))
                 losses[f"guided_G_{way}"] = self.leading * gan * least_squares(logits, 1.0)
             if tv:
                 losses[f"tv_{way}"] = self.leading * tv * total_variation(fake.foreground)
@@ -313,13 +319,12 @@ class TwoWay(System):
 
     def discriminators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
         losses = {}
-        sides = (("A", fakes.pooled_A, fakes.fake_B, fakes.fake_A), ("B", fakes.pooled_B, fakes.fake_A, fakes.fake_B))
-        for side, pooled, translated, partner in sides:
+        for side, pooled, translated in (("A", fakes.pooled_A, fakes.fake_B), ("B", fakes.pooled_B, fakes.fake_A)):
             images, masks = pooled[:, : self.channels], pooled[:, self.channels :]
             losses[f"D_{side}"] = real_against_fake(self.get_submodule(f"D_{side}"), batch[side], images)
             if self.attn_disc != "none":
-                source = translated if self.attn_real == "own" else partner
-                real = self.guide(batch[side], source.foreground.detach())
+                real_masks = translated.foreground.detach() if self.attn_real == "own" else masks
+                real = self.guide(batch[side], real_masks)
                 judge = self.get_submodule(f"guided_D_{side}")
                 losses[f"guided_D_{side}"] = real_against_fake(judge, real, self.guide(images, masks))
         return losses
@@ -613,13 +618,14 @@ def attentiongan(
     upsample: str = "transposed",
     attn_disc: str = "none",
     attn_real: str = "own",
+    attn_grad: str = "both",
     lambda_cyc: float = 10.0,
     lambda_id: float = 0.5,
     lambda_warmup: int = 0,
     pool_size: int = 50,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
-    """AttentionGAN, scheme II."""
+    """AttentionGAN, scheme II. Raises InputError for guidance by the background mask where there is none."""
     if no_background and attn_disc != "none":
         raise InputError(f"--attn_disc {attn_disc} needs the background mask, which --no_background leaves out")
     return TwoWay(
@@ -633,6 +639,7 @@ def attentiongan(
         channels,
         attn_disc,
         attn_real,
+        attn_grad,
         warmup=lambda_warmup,
     )
 
@@ -647,6 +654,7 @@ def attentiongan1(
     upsample: str = "transposed",
     attn_disc: str = "concat",
     attn_real: str = "own",
+    attn_grad: str = "both",
     lambda_gan: float = 0.5,
     lambda_cyc: float = 10.0,
     lambda_pixel: float = 1.0,
@@ -656,6 +664,8 @@ def attentiongan1(
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
     """AttentionGAN, scheme I, with the attention-guided discriminator that the paper describes."""
+    if not lambda_gan:
+        raise InputError("--lambda_gan 0: nothing but a copy to train for, expected a weight above 0")
     return TwoWay(
         lambda: SingleMaskGenerator(channels, ngf, n_residual_blocks, upsample),
         lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
@@ -665,6 +675,7 @@ def attentiongan1(
         channels,
         attn_disc,
         attn_real,
+        attn_grad,
         curriculum=curriculum_epochs,
     )
 

@@ -11,8 +11,7 @@ from test_systems import TEXTBOOK, build, gradients, make_batch, textbook_losses
 import benchmark
 import train
 from datasets import draw_built_in
-from systems import SYSTEMS
-from train import parse_options, play, set_up, system_options, trained_parameters
+from train import parse_options, play, set_up, trained_parameters
 
 DEVICE = "cuda"
 pytestmark = [
@@ -68,11 +67,20 @@ def test_precision_and_layout_change_no_more_than_rounding(system):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_a_step_never_waits_for_the_device(name):
-    extra = {"ugatit": "--light", "dcgan": "--nz 5"}.get(name, "")
-    if "pool_size" in system_options(name):
-        extra += " --pool_size 2"  # full after two steps
+@pytest.mark.parametrize(
+    "name, extra",
+    [
+        ("attentiongan", "--pool_size 2"),  # full after two steps
+        ("attentiongan", "--pool_size 2 --attn_disc mask --attn_real partner --attn_grad picture"),
+        ("attentiongan", "--no_background"),
+        ("attentiongan1", "--pool_size 2"),
+        ("cyclegan", "--pool_size 2"),
+        ("ugatit", "--light"),
+        ("pix2pix", ""),
+        ("dcgan", "--nz 5"),
+    ],
+)
+def test_a_step_never_waits_for_the_device(name, extra):
     system, optimizers, autocast, batch = prepare(f"--system {name} {extra}")
     for _ in range(2):
         play(system, optimizers, autocast, batch)

@@ -51,7 +51,19 @@ def guided_input(picture, mask, attn_disc):
     return torch.cat([mask, picture], dim=1) if attn_disc == "concat" else picture * mask
 
 
-def textbook_losses(system, batch, *, gan=1.0, cyc=10.0, identity=0.0, pixel=0.0, tv=0.0, attn_disc="none", own=True):
+def textbook_losses(
+    system,
+    batch,
+    *,
+    gan=1.0,
+    cyc=10.0,
+    identity=0.0,
+    pixel=0.0,
+    tv=0.0,
+    attn_disc="none",
+    own=True,
+    through_mask=True,
+):
     """The objective as the papers and the official code have it: every call made singly.
 
     Returns the generators' and the discriminators' terms (no replay buffer).
@@ -85,7 +97,7 @@ def textbook_losses(system, batch, *, gan=1.0, cyc=10.0, identity=0.0, pixel=0.0
             generators[f"tv_{source}{target}"] = tv * total / len(mask)
         if attn_disc != "none":
             D = getattr(system, f"guided_D_{target}")
-            logits = D(guided_input(fake, mask, attn_disc))[0]
+            logits = D(guided_input(fake, mask if through_mask else mask.detach(), attn_disc))[0]
             generators[f"guided_G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
             real_mask = (1 - F(real_target).attention[:, -1:]) if own else mask
             on_real = D(guided_input(real_target, real_mask.detach(), attn_disc))[0]
@@ -111,9 +123,19 @@ TEXTBOOK = [
     ("attentiongan", dict(no_background=True, upsample="nearest"), dict(identity=0.5)),
     ("attentiongan", dict(attn_disc="concat"), dict(identity=0.5, attn_disc="concat")),
     ("attentiongan", dict(attn_disc="mask", attn_real="partner"), dict(identity=0.5, attn_disc="mask", own=False)),
+    (
+        "attentiongan",
+        dict(attn_disc="concat", attn_grad="picture"),
+        dict(identity=0.5, attn_disc="concat", through_mask=False),
+    ),
     ("cyclegan", {}, dict(identity=5.0)),
     ("attentiongan1", dict(curriculum_epochs=0), dict(**ONE, attn_disc="concat")),
     ("attentiongan1", dict(curriculum_epochs=0, attn_disc="mask"), dict(**ONE, attn_disc="mask")),
+    (
+        "attentiongan1",
+        dict(curriculum_epochs=0, attn_disc="mask", attn_grad="picture"),
+        dict(**ONE, attn_disc="mask", through_mask=False),
+    ),
     ("attentiongan1", dict(curriculum_epochs=0, attn_disc="none", lambda_tv=0.01), dict(gan=0.5, pixel=1.0, tv=0.01)),
 ]
 
@@ -472,6 +494,7 @@ WHOLE_STEPS = [
     ("cyclegan", {}, dict(identity=5.0)),
     ("attentiongan1", dict(curriculum_epochs=0), dict(**ONE, attn_disc="concat")),
     ("attentiongan", dict(attn_disc="mask"), dict(identity=0.5, attn_disc="mask")),
+    ("attentiongan", dict(attn_disc="concat", attn_real="partner"), dict(identity=0.5, attn_disc="concat", own=False)),
 ]
 
 
@@ -520,7 +543,8 @@ def test_several_whole_steps_are_the_textbook_ones(name, settings, terms):
             shown = {f"D_{side}": (batch[side], pictures)}
             if "attn_disc" in terms:
                 how = terms["attn_disc"]  # a real picture's own mask: that of its translation to the other side
-                real, fake = guided_input(batch[side], masks[other], how), guided_input(pictures, with_them, how)
+                real_masks = masks[other] if terms.get("own", True) else with_them
+                real, fake = guided_input(batch[side], real_masks, how), guided_input(pictures, with_them, how)
                 shown[f"guided_D_{side}"] = real, fake
             for judge, (real, fake) in shown.items():
                 (on_real,), (on_fake,) = getattr(book, judge)(real), getattr(book, judge)(fake)
@@ -644,14 +668,16 @@ def test_bf16_keeps_dcgans_pictures_logits_and_losses_in_float32():
     assert all(b.dtype == torch.float32 for k, b in system.named_buffers() if "running" in k)
 
 
-def test_bf16_keeps_softmax_fusion_and_losses_in_float32():
+@pytest.mark.parametrize("name", ["attentiongan", "attentiongan1"])
+def test_bf16_keeps_masks_fusion_and_losses_in_float32(name):
     torch.manual_seed(0)
-    system = SYSTEMS["attentiongan"](**SYSTEM_SETTINGS["attentiongan"])
+    system = SYSTEMS[name](**SYSTEM_SETTINGS[name])
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
         fakes = system(batch)
         losses = [loss for turn in system.turns for loss in turn.losses(batch, fakes).values()]
-    assert all(t.dtype == torch.float32 for t in (*fakes.fake_B[:3], fakes.same_A, fakes.pooled_B, *losses))
+    same = [t for t in (fakes.same_A, fakes.same_B) if t is not None]
+    assert all(t.dtype == torch.float32 for t in (*fakes.fake_B[:3], *same, fakes.pooled_B, *losses))
     # Masks rounded to bf16 sum to 1 only to about 1e-2.
     assert (fakes.fake_B.attention.sum(dim=1) - 1).abs().max() < 1e-5
 
@@ -672,6 +698,11 @@ def test_settings_reach_the_networks():
     expected |= dict(background=True, upsample="transposed")
     assert system.G_BA.settings == expected
     assert system.min_size == 12 and system.size_multiple == 4
+
+
+def test_scheme_i_needs_its_adversarial_terms():
+    with pytest.raises(InputError, match="--lambda_gan 0: nothing but a copy to train for"):
+        build("attentiongan1", lambda_gan=0.0)
 
 
 def test_settings_reach_u_gat_its_networks():

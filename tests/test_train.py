@@ -833,6 +833,8 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--weight_decay -1", r"--weight_decay -1.0: expected at least 0"),
         ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
         ("--no_background --attn_disc concat", r"--attn_disc concat needs the background mask"),
+        ("--attn_real partner", r"--attn_real partner is for guidance, expected --attn_disc concat or mask with it"),
+        ("--attn_grad picture", r"--attn_grad picture is for guidance, expected --attn_disc concat or mask with it"),
         ("--resume --overwrite", r"no such checkpoint, nothing to resume"),
         ("--keep_evaluated", r"--keep_evaluated is for evaluations while training, expected --eval_interval with it"),
         ("--inception w.pth", r"--inception is for evaluations while training, expected --eval_interval with it"),

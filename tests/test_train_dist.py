@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT
 from test_systems import build, make_batch
-from test_train import QUICK, QUICK_PIX2PIX, checkpoint, log, same_run, stop_at
+from test_train import QUICK, QUICK_PIX2PIX, checkpoint, log, quick, same_run, stop_at
 from torch import nn
 
 import train
@@ -128,6 +128,24 @@ def test_every_rank_draws_its_own_dropout_and_resumes_it(pairs, tmp_path):
     assert not torch.equal(first["fake"], second["fake"])
     assert checkpoint("stopped")["step"] == 4 and len(checkpoint("stopped")["ranks"]) == 2
     same_run("straight", "stopped")
+
+
+def train_led(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.Record, "page", lambda self: None)
+        command = f"{quick('cyclegan')} --system attentiongan1 --curriculum_epochs 1 --n_epochs 2 --log_interval 1"
+        options = train.parse_options(f"{command} --lr 1e-12 --precision float32 --name led".split())
+        assert train.train(options, train_dist.distribute, "cpu") == 0
+    dist.destroy_process_group()
+
+
+def test_the_curriculum_counts_epochs_on_ranks_too(small_set, tmp_path):
+    """The rate is nearly zero: when the weight of the cycle changes from 0.01 to 0.5, so does the loss."""
+    mp.spawn(train_led, (str(tmp_path),), nprocs=2)
+    cycles = [entry["cycle_A"] for entry in log("led")]
+    assert len(cycles) == 6
+    assert min(cycles[3:]) > 20 * max(cycles[:3])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from datasets import Picture, normalise, resize, to_tensor
 from models import (
     AttentionGenerator,
     ResNetGenerator,
+    SingleMaskGenerator,
     UGATITGenerator,
     UNetGenerator,
     pack_generator,
@@ -297,29 +298,38 @@ def test_official_files_translate_as_the_official_network(arguments, n_blocks):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_masks_and_contents_make_the_picture():
-    n = 4
-    generator = tiny(n_masks=n)
+@pytest.mark.parametrize(
+    "made_with, n, background",
+    [
+        (dict(n_masks=4), 4, True),
+        (dict(n_masks=4, background=False), 4, False),
+        (dict(network=SingleMaskGenerator), 2, True),
+    ],
+)
+def test_masks_and_contents_make_the_picture(made_with, n, background):
+    generator = tiny(**made_with)
     store(AtoB=generator)
     image = noise(0, (33, 21))
     save(image, Path("in/horse.png"))
     assert run("--input in --output out --masks") == 0
     assert {p.name for p in Path("out").iterdir()} == {"horse.png", "horse_masks"}
     parts = {path.name: read(path) for path in Path("out/horse_masks").iterdir()}
-    names = {f"mask_{i:02d}.png" for i in range(1, n + 1)} | {f"content_{i:02d}.png" for i in range(1, n)}
-    assert parts.keys() == names | {"attention.png"}
+    contents = range(1, n if background else n + 1)
+    names = {f"mask_{i:02d}.png" for i in range(1, n + 1)} | {f"content_{i:02d}.png" for i in contents}
+    assert parts.keys() == names | ({"attention.png"} if background else set())
 
     masks = torch.cat([parts[f"mask_{i:02d}.png"] for i in range(1, n + 1)])
     assert masks.shape == (n, 21, 33)
     assert all(mask.std() > 5 for mask in masks)  # else there is little to be seen
     assert (masks.sum(dim=0) - 255).abs().max() <= n / 2
-    assert torch.equal(parts["attention.png"][0], 255 - masks[-1])
+    if background:
+        assert torch.equal(parts["attention.png"][0], 255 - masks[-1])
     with torch.no_grad():
         attention = translate_any_size(generator, (tensor(image) / 127.5 - 1).float()[None]).attention[0]
     assert (masks - 255 * attention).abs().max() < 0.51
 
-    made = tensor(image) * masks[-1] / 255
-    for i in range(1, n):
+    made = tensor(image) * masks[-1] / 255 if background else torch.zeros(3, 21, 33, dtype=torch.float64)
+    for i in contents:
         assert parts[f"content_{i:02d}.png"].shape == (3, 21, 33)
         made = made + parts[f"content_{i:02d}.png"] * masks[i - 1] / 255
     # Half a level for every mask, for the contents and for the picture.
@@ -594,16 +604,18 @@ def test_a_checkpoint_is_asked_for(capsys):
 
 
 @pytest.mark.parametrize(
-    "network, names",
+    "made_with, names",
     [
-        (AttentionGenerator, ["translation", "attention"]),
-        (ResNetGenerator, ["translation"]),
-        (UGATITGenerator, ["translation", "attention"]),
-        (UNetGenerator, ["translation"]),
+        (dict(network=AttentionGenerator), ["translation", "attention"]),
+        (dict(network=AttentionGenerator, background=False), ["translation"]),
+        (dict(network=SingleMaskGenerator), ["translation", "attention"]),
+        (dict(network=ResNetGenerator), ["translation"]),
+        (dict(network=UGATITGenerator), ["translation", "attention"]),
+        (dict(network=UNetGenerator), ["translation"]),
     ],
 )
-def test_onnx_computes_the_same_at_any_size(network, names, capsys):
-    generator = tiny(network=network)
+def test_onnx_computes_the_same_at_any_size(made_with, names, capsys):
+    generator = tiny(**made_with)
     store(AtoB=generator)
     assert run("--export model.onnx") == 0
     assert capsys.readouterr().out.startswith("model.onnx: image to translation")
