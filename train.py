@@ -188,7 +188,10 @@ def make_parser(system: str) -> argparse.ArgumentParser:
     add("--b2", type=float, default=0.999, help="Adam: decay of the second moment")
     add("--weight_decay", type=float, default=0.0, help="Adam: this share of every weight is added to its gradient")
     add("--seed", type=int, default=0, help="seed of weights, shuffling, crops, flips and replay buffers")
-    add("--init_from", help="start from the generators of a run, of shipped weights, or of a folder")
+    add(
+        "--init_from",
+        help="start from the generators of a run, shipped weights or a folder; RUN/checkpoint.pt: from all networks",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--name", help="name of the run (default: <dataset_name>_<system>)")
     add(
@@ -402,7 +405,10 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def load_generators(system: System, where: str) -> None:
-    """Give the generators the weights found at ``where``, a run, a name, a folder or a file that holds all of them."""
+    """Give the generators the weights found at ``where``, a run, a name, a folder or a file that holds all of them.
+
+    Raises InputError where they do not fit.
+    """
     opened = open_generators(where, noise=utils.NOISE in system.generators)
     for direction, name in system.generators.items():
         if direction not in opened:
@@ -419,6 +425,23 @@ def load_generators(system: System, where: str) -> None:
             )
         network.load_state_dict(source.state_dict())
         say(f"{name} starts from {where}")
+
+
+def load_networks(system: System, where: str) -> None:
+    """Give all networks, discriminators too, the weights in the checkpoint ``where`` of a run. Raises InputError."""
+    path = next((place for place in utils.places(where) if place.is_file()), None)
+    if path is None:
+        raise InputError(f"--init_from {where}: no such checkpoint")
+    found = utils.Checkpoints(path.parent).load()["networks"]
+    expected = {name: system.get_submodule(name).state_dict() for turn in system.turns for name in turn.networks}
+    for name, weights in expected.items():
+        for key, weight in weights.items():
+            other = found[name].get(key) if name in found else None
+            if other is None or other.shape != weight.shape:
+                held = "nothing of the name" if other is None else f"{tuple(other.shape)}"
+                raise InputError(f"--init_from {where} has {held} for {name}.{key}, expected {tuple(weight.shape)}")
+        system.get_submodule(name).load_state_dict(found[name])
+    say(f"{', '.join(expected)} start from {path}")
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -648,7 +671,8 @@ def train(
     device = utils.pick_device(device_name or options.device)
     system, optimizers, autocast = set_up(options, device)
     if options.init_from and not options.resume:
-        load_generators(system, options.init_from)
+        load = load_networks if Path(options.init_from).name == "checkpoint.pt" else load_generators
+        load(system, options.init_from)
 
     dataset = build_dataset(options)
     validation = Validation(options, dataset, device) if options.eval_interval and utils.rank() == 0 else None

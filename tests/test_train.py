@@ -779,6 +779,26 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert "bad/AtoB.pt: not a readable weights file" in capsys.readouterr().err
 
 
+def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
+    """To pictures of another size, too."""
+    assert run(f"{QUICK} --n_epochs 1 --name first") == 0
+    start = "--n_epochs 1 --lr 0 --seed 5 --img_width 16 --init_from first/checkpoint.pt"
+    assert run(f"{QUICK} {start} --name second") == 0
+    assert "G_AB, G_BA, D_A, D_B start from saved_models/first/checkpoint.pt" in capsys.readouterr().out
+    before, after = (checkpoint(name)["networks"] for name in ("first", "second"))
+    assert before.keys() == after.keys() == {"G_AB", "G_BA", "D_A", "D_B"}
+    for network in before:
+        same(before[network], after[network])
+    for flags, message in (
+        ("--ndf 8", r"has (4, 3, 4, 4) for D_A.layers.0.weight, expected (8, 3, 4, 4)"),
+        ("--attn_disc mask", "has nothing of the name for guided_D_A."),
+    ):
+        assert run(f"{QUICK} {start} {flags} --name third") == 2
+        assert f"--init_from first/checkpoint.pt {message}" in capsys.readouterr().err
+    assert run(f"{QUICK} --n_epochs 1 --name third --init_from nowhere/checkpoint.pt") == 2
+    assert "--init_from nowhere/checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+
+
 def test_init_from_an_official_u_gat_it_file_that_holds_both(small_set):
     weights = {name: official_ugatit_weights(seed, n_blocks=1) for seed, name in enumerate(("genA2B", "genB2A"))}
     torch.save(weights, "official.pt")
