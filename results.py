@@ -38,12 +38,24 @@ EXTRACTOR = EFFICIENTNET  # of KID and the class rate; it comes as packages, so 
 
 
 class Run(NamedTuple):
-    """Rows of the table: the data set, the system as the table names it, the run's name, flags of ``train.py``."""
+    """Rows of the table: the data set, the pictures' side, the system as the table names it, the run's name, and the
+    other flags of ``train.py``.
+    """
 
     dataset: str
+    size: int
     system: str
     name: str
-    flags: str
+    own: str
+
+    @property
+    def flags(self) -> str:
+        return f"--dataset_name {self.dataset} --img_height {self.size} --img_width {self.size} {self.own}"
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """Runs of one are measured, shown and drawn together: figures depend on the size."""
+        return self.dataset, self.size
 
 
 SIDES = {
@@ -54,10 +66,7 @@ SIDES = {
     "summer2winter_yosemite": ("summer", "winter"),
 }
 # Networks and pictures that one core of a processor gets through in two hours; patches that fit the pictures.
-SMALL = (
-    "--img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 --upsample nearest "
-    "--sample_interval 0"
-)
+SMALL = "--ngf 32 --n_residual_blocks 6 --n_layers_D 2 --upsample nearest --sample_interval 0"
 # 18,300 to 18,900 pairs each.
 SCHEDULES = {
     "horse2zebra": "--n_epochs 14 --decay_epoch 9",
@@ -71,17 +80,32 @@ SYSTEMS = {
     "CycleGAN": "--system cyclegan",
     "AttentionGAN I": "--system attentiongan1 --curriculum_epochs 1",
 }
-RUNS = tuple(
+RUNS = (
+    *(
+        Run(dataset, 64, title, f"results_{dataset}_{flags.split()[1]}", f"{flags} {SMALL} {SCHEDULES[dataset]}")
+        for dataset in SIDES
+        for title, flags in SYSTEMS.items()
+        if dataset == "horse2zebra" or title == "AttentionGAN II"
+    ),
     Run(
-        dataset,
-        title,
-        f"results_{dataset}_{flags.split()[1]}",
-        f"--dataset_name {dataset} {flags} {SMALL} {SCHEDULES[dataset]}",
-    )
-    for dataset in SIDES
-    for title, flags in SYSTEMS.items()
-    if dataset == "horse2zebra" or title == "AttentionGAN II"
+        "horse2zebra",
+        64,
+        "AttentionGAN I, led to the end",
+        "results_horse2zebra_attentiongan1_led",
+        f"--system attentiongan1 --curriculum_epochs 14 {SMALL} {SCHEDULES['horse2zebra']}",
+    ),
+    # Stripes are as wide as the cells in which a generator thinks, a quarter of the picture's pixels: at 64 x 64 they
+    # come out as checks.
+    Run(
+        "horse2zebra",
+        128,
+        "AttentionGAN II, from 64 × 64 on",
+        "results_horse2zebra_attentiongan_128",
+        f"--system attentiongan {SMALL} --lr 0.0001 --n_epochs 12 --decay_epoch 1 "
+        "--init_from results_horse2zebra_attentiongan/checkpoint.pt",
+    ),
 )
+GROUPS = tuple(dict.fromkeys(sorted((run.group for run in RUNS), key=lambda group: list(SIDES).index(group[0]))))
 # What others print, under their own protocols: KID × 100 from the AttentionGAN paper, FID from MMGeneration's CycleGAN.
 PUBLISHED = {
     ("horse2zebra", "AtoB"): "AttentionGAN KID 2.03, CycleGAN FID 64.5",
@@ -107,7 +131,7 @@ def is_here(run: Run) -> bool:
 
 
 def measure(dataset: str, runs: Sequence[Run], data_dir: Path) -> dict[str, About]:
-    """By name, how each run of a data set came about, and its rows of ``evaluation.json``. Raises InputError."""
+    """By name, how each run of a group came about, and its rows of ``evaluation.json``. Raises InputError."""
     arguments = ["--dataset_name", dataset, "--data_dir", str(data_dir), "--extractor", EXTRACTOR]
     if evaluate.main([*arguments, "--checkpoint", *(run.name for run in runs)]):
         raise InputError(f"the runs of {dataset} could not be measured")
@@ -139,17 +163,17 @@ def hours_taken(log: Path, batch_size: int) -> float:
 
 
 def make_table(known: Mapping[str, About]) -> list[str]:
-    """Markdown of all ``RUNS`` by data set and direction; what is not in ``known`` has an empty row."""
+    """Markdown of all ``RUNS`` by data set, size and direction; what is not in ``known`` has an empty row."""
     heads = ("", "100 KID-EffNet", "class rate", "attention AP", "background error", "cycle error")
     heads += ("pairs", "hours", "published")
     lines = [join(heads), "|---" * len(heads) + "|"]
-    for dataset, sides in SIDES.items():
+    for dataset, size in GROUPS:
         for direction in evaluate.DIRECTIONS:
-            source, target = sides if direction == "AtoB" else sides[::-1]
-            runs = [run for run in RUNS if run.dataset == dataset]
+            source, target = SIDES[dataset] if direction == "AtoB" else SIDES[dataset][::-1]
+            runs = [run for run in RUNS if run.group == (dataset, size)]
             found = {run.name: find_row(known[run.name], direction) for run in runs if run.name in known}
             published = PUBLISHED.get((dataset, direction), "–")
-            lines.append(join([f"**{source} → {target}**", *[""] * (len(heads) - 2), published]))
+            lines.append(join([f"**{source} → {target}, {size} × {size}**", *[""] * (len(heads) - 2), published]))
             for row in list(found.values())[:1]:
                 lines.append(join(["real training pictures", *cells(row["floor"]), "", "", ""]))
                 lines.append(join(["untranslated", *cells(row["untranslated"]), "", "", ""]))
@@ -197,12 +221,12 @@ def write_table(known: Mapping[str, About]) -> None:
 
 @torch.no_grad()
 def draw(runs: Sequence[Run], direction: str, data_dir: Path) -> None:
-    """What each run of a data set makes of the first test pictures, ``docs/results_<data set>_<direction>.png``.
+    """What each run of a group makes of the first test pictures, ``docs/results_<data set>_<size>_<direction>.png``.
 
     Beside it, for the first run, ``…_masks.png``: every mask and content of the first picture, and ``…_judged.png``:
     its best, median and worst translations, the sheet of ``evaluate.py``.
     """
-    path = DOCS / f"results_{runs[0].dataset}_{direction}.png"
+    path = DOCS / f"results_{runs[0].dataset}_{runs[0].size}_{direction}.png"
     shutil.copyfile(utils.IMAGES / runs[0].name / f"evaluation_{direction}.png", path.with_stem(f"{path.stem}_judged"))
     columns: dict[str, Tensor] = {}
     for run in runs:
@@ -271,10 +295,10 @@ def work(options: argparse.Namespace) -> None:
     DOCS.mkdir(exist_ok=True)
     store = DOCS / "results.json"
     known = json.loads(store.read_text()) if store.exists() else {}
-    for dataset in SIDES:
-        here = [run for run in RUNS if run.dataset == dataset and is_here(run)]
+    for group in GROUPS:
+        here = [run for run in RUNS if run.group == group and is_here(run)]
         if here:
-            known |= measure(dataset, here, options.data_dir)
+            known |= measure(group[0], here, options.data_dir)
             for direction in evaluate.DIRECTIONS:
                 draw(here, direction, options.data_dir)
     store.write_text(json.dumps(known, indent=1) + "\n")

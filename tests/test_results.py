@@ -12,13 +12,12 @@ from datasets import draw_built_in
 from models import open_generator, open_generators
 
 FLAGS = (
-    "--dataset_name solid2striped --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 "
-    "--n_epochs 1 --n_cpu 0 --sample_interval 0 --log_interval 2"
+    "--ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_epochs 1 --n_cpu 0 --sample_interval 0 --log_interval 2"
 )
 RUNS = (
-    results.Run("solid2striped", "AttentionGAN II", "two", f"{FLAGS} --system attentiongan --n_masks 3"),
-    results.Run("solid2striped", "CycleGAN", "cycle", f"{FLAGS} --system cyclegan"),
-    results.Run("solid2striped", "AttentionGAN I", "one", f"{FLAGS} --system attentiongan1 --curriculum_epochs 0"),
+    results.Run("solid2striped", 16, "AttentionGAN II", "two", f"{FLAGS} --system attentiongan --n_masks 3"),
+    results.Run("solid2striped", 16, "CycleGAN", "cycle", f"{FLAGS} --system cyclegan"),
+    results.Run("solid2striped", 16, "AttentionGAN I", "one", f"{FLAGS} --system attentiongan1 --curriculum_epochs 0"),
 )
 
 
@@ -26,6 +25,7 @@ RUNS = (
 def table(monkeypatch):
     """A README with room for a table of three runs on drawn pictures, none of them trained yet."""
     monkeypatch.setattr(results, "RUNS", RUNS)
+    monkeypatch.setattr(results, "GROUPS", (("solid2striped", 16),))
     monkeypatch.setattr(results, "EXTRACTOR", "none")
     monkeypatch.setattr(results, "SIDES", {"solid2striped": ("solid", "striped")})
     monkeypatch.setattr(results, "PUBLISHED", {("solid2striped", "BtoA"): "KID 7"})
@@ -50,7 +50,7 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table):
     heads, _, *lines = rows(text)
     titles = [line[0] for line in lines]
     each = ["real training pictures", "untranslated", "AttentionGAN II", "CycleGAN", "AttentionGAN I"]
-    assert titles == ["**solid → striped**", *each, "**striped → solid**", *each]
+    assert titles == ["**solid → striped, 16 × 16**", *each, "**striped → solid, 16 × 16**", *each]
     assert lines[6][-1] == "KID 7" and lines[0][-1] == "–"
     for name, start in (("two", 3), ("cycle", 4)):
         report = json.loads(Path(f"images/{name}/evaluation.json").read_text())["rows"]
@@ -120,11 +120,11 @@ def test_sheets_show_all_runs_and_every_mask(table):
     assert results.main(["--train", "two", "cycle", "one"]) == 0
     cell = 16 * 6 + 2
     for direction in ("AtoB", "BtoA"):
-        with Image.open(f"docs/results_solid2striped_{direction}.png") as sheet:
+        with Image.open(f"docs/results_solid2striped_16_{direction}.png") as sheet:
             assert sheet.size == (2 + cell * (1 + 3 + 2 + 3), 18 + 2 + 3 * cell)
-        with Image.open(f"docs/results_solid2striped_{direction}_masks.png") as sheet:
+        with Image.open(f"docs/results_solid2striped_16_{direction}_masks.png") as sheet:
             assert sheet.height == 18 + 2 + 2 * cell and sheet.width > 3 * cell
-        judged = Path(f"docs/results_solid2striped_{direction}_judged.png").read_bytes()
+        judged = Path(f"docs/results_solid2striped_16_{direction}_judged.png").read_bytes()
         assert judged == Path(f"images/two/evaluation_{direction}.png").read_bytes()
 
 
@@ -164,6 +164,7 @@ def test_a_readme_without_room_for_the_table_is_refused(table, capsys):
 
 def test_every_run_has_flags_that_train_takes_and_a_name_of_its_own():
     assert len({run.name for run in results.RUNS}) == len(results.RUNS)
-    assert {run.dataset for run in results.RUNS} == set(results.SIDES)
+    assert list(dict.fromkeys(dataset for dataset, _ in results.GROUPS)) == list(results.SIDES)
+    assert {run.group for run in results.RUNS} == set(results.GROUPS)
     for run in results.RUNS:
         assert train.parse_options(run.flags.split()).dataset_name == run.dataset
