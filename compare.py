@@ -442,7 +442,7 @@ def compare(options: argparse.Namespace) -> None:
         "",
         f"`python compare.py {comparison} --seeds {seeds} --extractor {options.extractor}`: "
         f"mean ± standard deviation over the seeds. {date.today():%B %Y}, PyTorch {torch.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads.",
+        f"{platform.machine()}, {torch.get_num_threads()} thread(s).",
         "",
         f"All settings: `{shared}`.",
     ]

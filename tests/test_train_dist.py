@@ -102,7 +102,9 @@ def test_two_ranks_with_half_the_batch_take_the_step_of_one_process(tmp_path):
 
 
 def train_as_a_rank(rank: int, folder: str) -> None:
-    """A run straight through, the same stopped and resumed, and a step's translations of one picture on each rank."""
+    """A run straight through, the same stopped and resumed; a step's translations of one picture on each rank; a run
+    under a curriculum.
+    """
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
     command = f"{QUICK_PIX2PIX} --n_epochs 2 --precision float32"
@@ -118,34 +120,23 @@ def train_as_a_rank(rank: int, folder: str) -> None:
     with torch.no_grad():
         fake = system({"A": torch.ones(1, 3, 64, 64)})
     torch.save({"fake": fake, "weights": list(system.parameters())}, f"{folder}/{rank}.pt")
+    command = (
+        f"{quick('cyclegan')} --system attentiongan1 --curriculum_epochs 1 --n_epochs 2 --log_interval 1 --lr 1e-12"
+    )
+    assert train.train(train.parse_options(f"{command} --name led".split()), train_dist.distribute, "cpu") == 0
     dist.destroy_process_group()
 
 
-def test_every_rank_draws_its_own_dropout_and_resumes_it(pairs, tmp_path):
+def test_every_rank_draws_its_own_dropout_and_resumes_it_and_counts_epochs(pairs, small_set, tmp_path):
     mp.spawn(train_as_a_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     assert not torch.equal(first["fake"], second["fake"])
     assert checkpoint("stopped")["step"] == 4 and len(checkpoint("stopped")["ranks"]) == 2
     same_run("straight", "stopped")
-
-
-def train_led(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.Record, "page", lambda self: None)
-        command = f"{quick('cyclegan')} --system attentiongan1 --curriculum_epochs 1 --n_epochs 2 --log_interval 1"
-        options = train.parse_options(f"{command} --lr 1e-12 --precision float32 --name led".split())
-        assert train.train(options, train_dist.distribute, "cpu") == 0
-    dist.destroy_process_group()
-
-
-def test_the_curriculum_counts_epochs_on_ranks_too(small_set, tmp_path):
-    """The rate is nearly zero: when the weight of the cycle changes from 0.01 to 0.5, so does the loss."""
-    mp.spawn(train_led, (str(tmp_path),), nprocs=2)
+    # The rate is nearly zero: when the weight of the cycle changes from 0.01 to 0.5, so does the loss.
     cycles = [entry["cycle_A"] for entry in log("led")]
-    assert len(cycles) == 6
-    assert min(cycles[3:]) > 20 * max(cycles[:3])
+    assert len(cycles) == 6 and min(cycles[3:]) > 20 * max(cycles[:3])
 
 
 # ----------------------------------------------------------------------------------------------------------
