@@ -435,11 +435,11 @@ def load_networks(system: System, where: str) -> None:
     found = utils.Checkpoints(path.parent).load()["networks"]
     expected = {name: system.get_submodule(name).state_dict() for turn in system.turns for name in turn.networks}
     for name, weights in expected.items():
-        for key, weight in weights.items():
-            other = found[name].get(key) if name in found else None
-            if other is None or other.shape != weight.shape:
-                held = "nothing of the name" if other is None else f"{tuple(other.shape)}"
-                raise InputError(f"--init_from {where} has {held} for {name}.{key}, expected {tuple(weight.shape)}")
+        shapes, own = ({k: tuple(v.shape) for k, v in part.items()} for part in (found.get(name, {}), weights))
+        for key in {**own, **shapes}:
+            held, wanted = (part.get(key, "nothing") for part in (shapes, own))
+            if held != wanted:
+                raise InputError(f"--init_from {where} has {held} for {name}.{key}, expected {wanted}")
         system.get_submodule(name).load_state_dict(found[name])
     say(f"{', '.join(expected)} start from {path}")
 

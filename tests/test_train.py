@@ -781,8 +781,8 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
 
 def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
     """To pictures of another size, too."""
-    assert run(f"{QUICK} --n_epochs 1 --name first") == 0
-    start = "--n_epochs 1 --lr 0 --seed 5 --img_width 16 --init_from first/checkpoint.pt"
+    assert run(f"{QUICK} --n_residual_blocks 2 --n_epochs 1 --name first") == 0
+    start = "--n_residual_blocks 2 --n_epochs 1 --lr 0 --seed 5 --img_width 16 --init_from first/checkpoint.pt"
     assert run(f"{QUICK} {start} --name second") == 0
     assert "G_AB, G_BA, D_A, D_B start from saved_models/first/checkpoint.pt" in capsys.readouterr().out
     before, after = (checkpoint(name)["networks"] for name in ("first", "second"))
@@ -791,7 +791,8 @@ def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
         same(before[network], after[network])
     for flags, message in (
         ("--ndf 8", r"has (4, 3, 4, 4) for D_A.layers.0.weight, expected (8, 3, 4, 4)"),
-        ("--attn_disc mask", "has nothing of the name for guided_D_A."),
+        ("--attn_disc mask", "has nothing for guided_D_A."),
+        ("--n_residual_blocks 1", "has (16, 16, 3, 3) for G_AB.encoder."),
     ):
         assert run(f"{QUICK} {start} {flags} --name third") == 2
         assert f"--init_from first/checkpoint.pt {message}" in capsys.readouterr().err
