@@ -736,7 +736,7 @@ def train(
             record.page()
             if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
                 run.save(record)
-    record.page()
+    record.page(final=True)
     if record.step == total:
         say(f"done: see {record.folder}/index.html; weights in {SAVED_MODELS / options.name}")
         return 0

@@ -320,6 +320,7 @@ class Record:
 
     CURVE_POINTS = 1000  # the curves' history is thinned to this, so that drawing them costs the same for ever
     SHEETS_SHOWN = 200  # likewise the page's slider
+    PAGE_SECONDS = 30  # between two drawings of the page
 
     def __init__(self, name: str, settings: Mapping[str, Any], total_steps: int, interval: int, start: int = 0):
         self.name, self.settings, self.total_steps, self.interval = name, settings, total_steps, interval
@@ -352,6 +353,7 @@ class Record:
             unit="step",
         )
         self._shown = time.perf_counter()
+        self._drawn = self._shown
 
     # -- what must survive a restart ---------------------------------------------------------------------
 
@@ -457,10 +459,15 @@ class Record:
         """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
         draw_sheet(columns).save(self.folder / f"{self.step:08d}.png")
 
-    def page(self) -> None:
-        """Draw the curves and write ``index.html``; both cost the same however long the run is."""
-        if rank() != 0:
+    def page(self, final: bool = False) -> None:
+        """Draw the curves and write ``index.html``; both cost the same however long the run is.
+
+        They take about a second, so short epochs do without, until the ``final`` one of the run.
+        """
+        now = time.perf_counter()
+        if rank() != 0 or not (final or now - self._drawn > self.PAGE_SECONDS):
             return
+        self._drawn = now
         if self.history:
             draw_curves(self.history, self.validations, self.folder / "curves.png")
         sheets = sorted(p.name for p in self.folder.glob("[0-9]*.png"))
@@ -559,10 +566,12 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
     if validations:
         flat = [{"step": entry["step"], **entry["validation"]} for entry in validations]
         plots["validation"] = [(name, flat) for name in validations[-1]["validation"]]
-    n_rows = -(-len(plots) // 3)
-    figure = Figure(figsize=(15, 3 * n_rows), layout="constrained")
+    height = 3 * -(-len(plots) // 3)  # inches
+    figure = Figure(figsize=(15, height))
+    # Not layout="constrained": it takes twice as long, and training waits for it.
+    figure.subplots_adjust(0.04, 0.3 / height, 0.99, 1 - 0.3 / height, wspace=0.13, hspace=0.28)
     for i, (family, curves) in enumerate(plots.items()):
-        axes = figure.add_subplot(n_rows, 3, i + 1)
+        axes = figure.add_subplot(height // 3, 3, i + 1)
         axes.set_title(family)
         for name, entries in curves:
             values = [entry.get(name, float("nan")) for entry in entries]
@@ -570,6 +579,7 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
             labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
             for line, label in zip(lines, labels, strict=True):
                 line.set_label(label)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))  # a rate's six decimals would not fit
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(fontsize="xx-small", ncols=2)

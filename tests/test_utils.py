@@ -72,7 +72,7 @@ def test_the_history_and_the_slider_stay_bounded(monkeypatch):
     assert len(gaps) == 1 and steps[0] == 1
     for step in range(0, 300, 10):
         Path(f"images/r/{step:08d}.png").touch()
-    record.page()
+    record.page(final=True)
     page = Path("images/r/index.html").read_text()
     sheets = json.loads(page.split("sheets = ")[1].split(", slider")[0])
     assert len(sheets) <= 6 and sheets[0] == "00000000.png" and sheets[-1] == "00000290.png"
