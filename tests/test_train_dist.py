@@ -18,7 +18,6 @@ from torch import nn
 
 import train
 import train_dist
-import utils
 from systems import System
 from utils import InputError
 
@@ -111,7 +110,6 @@ def train_as_a_rank(rank: int, folder: str) -> None:
     ends = {f"{command} --name straight": 0, f"{command} --name stopped": signal.SIGTERM, "--name stopped --resume": 0}
     for flags, end in ends.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(utils.Record, "page", lambda self: None)  # curves take longer than all the rest
             if end:
                 stop_at(patch, 3)
             assert train.train(train.parse_options(flags.split()), train_dist.distribute, "cpu") == end
