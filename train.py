@@ -733,7 +733,6 @@ def train(
             if stopped:
                 break
             done = 0
-            record.page()
             if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
                 run.save(record)
     record.page(final=True)

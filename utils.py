@@ -320,7 +320,7 @@ class Record:
 
     CURVE_POINTS = 1000  # the curves' history is thinned to this, so that drawing them costs the same for ever
     SHEETS_SHOWN = 200  # likewise the page's slider
-    PAGE_SECONDS = 30  # between two drawings of the page
+    PAGE_SECONDS = 60  # between two drawings of the page while the run goes on
 
     def __init__(self, name: str, settings: Mapping[str, Any], total_steps: int, interval: int, start: int = 0):
         self.name, self.settings, self.total_steps, self.interval = name, settings, total_steps, interval
@@ -420,6 +420,7 @@ class Record:
         if rank() == 0:
             self._append(entry)
             self._remember(entry)
+            self.page()
 
     def note_validation(self, figures: Mapping[str, float], epoch: int, seconds: float) -> None:
         """Take the figures of an evaluation, which took ``seconds`` that do not count as training's. Rank 0 alone."""
@@ -462,7 +463,7 @@ class Record:
     def page(self, final: bool = False) -> None:
         """Draw the curves and write ``index.html``; both cost the same however long the run is.
 
-        They take about a second, so short epochs do without, until the ``final`` one of the run.
+        They take about a second, so ``PAGE_SECONDS`` lie between two drawings, but for the ``final`` one.
         """
         now = time.perf_counter()
         if rank() != 0 or not (final or now - self._drawn > self.PAGE_SECONDS):

@@ -202,6 +202,24 @@ def test_dcgans_generator_is_the_plain_formula(upsample, training):
     torch.testing.assert_close(generator(noise), x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("n_layers", [2, 3])
+def test_patchgan_is_the_plain_formula(n_layers):
+    judge = random_weights(PatchDiscriminator(channels=3, ndf=2, n_layers=n_layers))
+    x = picture = torch.rand(2, 3, 24, 32, dtype=torch.float64) * 2 - 1
+    convolutions = [m for m in judge.layers if isinstance(m, nn.Conv2d)]
+    assert [c.weight.shape[0] for c in convolutions] == [2 * 2**i for i in range(n_layers + 1)] + [1]
+    for i, convolution in enumerate(convolutions):
+        x = F.conv2d(x, convolution.weight, convolution.bias, stride=2 if i < n_layers else 1, padding=1)
+        if 0 < i <= n_layers:
+            mean = x.mean(dim=(2, 3), keepdim=True)
+            x = (x - mean) / ((x - mean).square().mean(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
+        if i <= n_layers:
+            x = torch.where(x > 0, x, 0.2 * x)
+    (found,) = judge(picture)
+    assert found.shape == (2, 1, *(n // 2**n_layers - 2 for n in picture.shape[2:]))
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+
+
 def test_dcgans_discriminator_is_the_plain_formula():
     judge = random_weights(DCGANDiscriminator(channels=3, ndf=4, size=32))
     x = picture = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1

@@ -1,6 +1,5 @@
 """The textbook step stands here as the oracle: six generator calls, plain discriminator calls, plain loops."""
 
-import random
 from contextlib import nullcontext
 from functools import partial
 
@@ -137,6 +136,13 @@ TEXTBOOK = [
         dict(**ONE, attn_disc="mask", through_mask=False),
     ),
     ("attentiongan1", dict(curriculum_epochs=0, attn_disc="none", lambda_tv=0.01), dict(gan=0.5, pixel=1.0, tv=0.01)),
+    ("attentiongan", dict(lambda_cyc=3.0, lambda_id=7.0), dict(cyc=3.0, identity=7.0)),
+    ("cyclegan", dict(lambda_cyc=4.0, lambda_id=0.25), dict(cyc=4.0, identity=0.25)),
+    (
+        "attentiongan1",
+        dict(curriculum_epochs=0, lambda_gan=2.0, lambda_cyc=3.0, lambda_pixel=5.0),
+        dict(ONE, gan=2.0, cyc=3.0, pixel=5.0, attn_disc="concat"),
+    ),
 ]
 
 
@@ -682,13 +688,42 @@ def test_bf16_keeps_masks_fusion_and_losses_in_float32(name):
     assert (fakes.fake_B.attention.sum(dim=1) - 1).abs().max() < 1e-5
 
 
-def test_systems_differ_by_seed_and_not_by_the_python_random_state():
-    random.seed(1)
-    first = build("attentiongan").state_dict()
-    random.seed(2)
-    second, third = build("attentiongan").state_dict(), build("attentiongan", seed=1).state_dict()
-    key = "G_AB.encoder.0.weight"
-    assert torch.equal(first[key], second[key]) and not torch.equal(first[key], third[key])
+@pytest.mark.parametrize(
+    "name, generator", [("attentiongan", 11_817_509), ("attentiongan1", 11_376_068), ("cyclegan", 11_372_931)]
+)
+def test_unless_told_otherwise_networks_and_buffers_have_the_papers_size(name, generator):
+    with torch.device("meta"):
+        system = SYSTEMS[name]()
+    for network, expected in dict(G_AB=generator, G_BA=generator, D_A=2_763_841, D_B=2_763_841).items():
+        assert sum(p.numel() for p in system.get_submodule(network).parameters()) == expected
+    assert system.pool_A.size == system.pool_B.size == 50
+
+
+@pytest.mark.parametrize("name", ["attentiongan", "attentiongan1"])
+def test_what_is_logged_of_the_masks_are_theirs_in_their_order(name):
+    system, batch = build(name), make_batch(1)
+    fakes = system(batch)
+    found = system.measures(batch, fakes)
+    for way, fake in (("AB", fakes.fake_B), ("BA", fakes.fake_A)):
+        attention = fake.attention.detach()
+        assert attention.shape[1] > 1
+        for k, mask in enumerate(attention.unbind(1)):  # the background's is the last
+            assert abs(found[f"mask_{way}_mean"][k] - mask.mean()) < 1e-12
+            bits = -(mask * mask.log2() + (1 - mask) * (1 - mask).log2())
+            assert abs(found[f"mask_{way}_entropy"][k] - bits.mean()) < 1e-12
+        assert len(set(found[f"mask_{way}_mean"].tolist())) == attention.shape[1]
+
+
+def test_what_is_logged_of_rho_is_the_norms_in_their_order():
+    system, batch = build("ugatit"), make_batch(1)
+    with torch.no_grad():
+        for way in ("AB", "BA"):
+            rhos = [p for key, p in system.get_submodule(f"G_{way}").named_parameters() if key.endswith("rho")]
+            for k, rho in enumerate(rhos):
+                rho.fill_(k / 10)
+    found = system.measures(batch, system(batch))
+    for way in ("AB", "BA"):
+        assert found[f"rho_{way}"].tolist() == pytest.approx([k / 10 for k in range(len(rhos))])
 
 
 def test_settings_reach_the_networks():

@@ -2,6 +2,7 @@ import html
 import json
 import os
 import pty
+import random
 import re
 import signal
 import subprocess
@@ -333,12 +334,45 @@ def test_the_rate_reaches_the_optimizers(small_set):
     rates = [e["lr"] for e in log("r")]
     assert rates == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
     assert {g["lr"] for o in checkpoint("r")["optimizers"].values() for g in o["param_groups"]} == {rates[-1]}
-    flags = "--n_epochs 2 --decay_epoch 1 --decay_by step --weight_decay 0.5 --log_interval 1"
+    flags = "--n_epochs 2 --decay_epoch 1 --decay_by step --weight_decay 0.5 --b1 0.3 --b2 0.9 --log_interval 1"
     assert run(f"{QUICK} --name s {flags}") == 0
     rates = [e["lr"] for e in log("s")]
     assert rates == pytest.approx([2e-4] * 6 + [2e-4 * (1 - k / 7) for k in range(1, 7)])
     groups = [g for o in checkpoint("s")["optimizers"].values() for g in o["param_groups"]]
-    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(rates[-1], 0.5)}
+    assert {(g["lr"], g["weight_decay"], *g["betas"]) for g in groups} == {(rates[-1], 0.5, 0.3, 0.9)}
+
+
+def test_the_seed_reaches_weights_buffers_order_and_crops(small_set, monkeypatch):
+    orders = []
+    make_loader = train.make_loader
+
+    def note_order(dataset, sampler, *arguments, **options):
+        orders.append(list(sampler))
+        return make_loader(dataset, sampler, *arguments, **options)
+
+    monkeypatch.setattr(train, "make_loader", note_order)
+    weights, pools, crops = [], [], []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        command = f"{QUICK} --n_epochs 1 --seed {seed} --name {name}"
+        random.seed(len(weights))  # a library may draw from it; nothing here may
+        assert run(command) == 0
+        options = train.parse_options(command.split())
+        system, _, _ = train.set_up(options, torch.device("cpu"))
+        weights.append(system.G_AB.encoder[0].weight)
+        pools.append((system.pool_A.seed, system.pool_B.seed))
+        crops.append(train.build_dataset(options)[0, 0]["A"])
+    assert torch.equal(weights[0], weights[1]) and torch.equal(crops[0], crops[1])
+    assert not torch.equal(weights[0], weights[2]) and not torch.equal(crops[0], crops[2])
+    assert orders[0] == orders[1] != orders[2]
+    assert pools == [((1, 0, 0), (1, 0, 1))] * 2 + [((2, 0, 0), (2, 0, 1))]
+    same_run("first", "again")
+
+
+def test_without_intervals_a_run_still_saves_and_shows_its_end(small_set):
+    assert run(f"{QUICK} --n_epochs 2 --checkpoint_interval 0 --sample_interval 0 --name r") == 0
+    assert checkpoint("r")["step"] == 12 and not Path("saved_models/r/checkpoint_previous.pt").exists()
+    assert load_generator("saved_models/r/AtoB.pt")[1]["step"] == 12
+    assert [p.name for p in Path("images/r").glob("0*.png")] == ["00000012.png"]
 
 
 def test_help_shows_each_systems_own_defaults(capsys):

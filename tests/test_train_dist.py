@@ -18,6 +18,7 @@ from torch import nn
 
 import train
 import train_dist
+import utils
 from systems import System
 from utils import InputError
 
@@ -81,6 +82,7 @@ def be_a_rank(rank: int, folder: str) -> None:
         half = slice(2 * rank, 2 * rank + 2)
         results[case] = three_steps(system, train_dist.distribute(system), half)
         assert all("module" not in name for name in system.state_dict())
+    assert utils.mean_over_ranks(torch.tensor([rank, 4.0 * rank])).tolist() == [0.5, 2.0]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -72,11 +72,39 @@ def test_the_history_and_the_slider_stay_bounded(monkeypatch):
     assert len(gaps) == 1 and steps[0] == 1
     for step in range(0, 300, 10):
         Path(f"images/r/{step:08d}.png").touch()
+    assert not Path("images/r/index.html").exists()
     record.page(final=True)
     page = Path("images/r/index.html").read_text()
     sheets = json.loads(page.split("sheets = ")[1].split(", slider")[0])
     assert len(sheets) <= 6 and sheets[0] == "00000000.png" and sheets[-1] == "00000290.png"
     record.close()
+
+
+def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr(Record, "PAGE_SECONDS", 0)
+    record = Record("r", {}, total_steps=1000, interval=2)
+    record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
+    assert not Path("images/r/index.html").exists()
+    record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
+    assert "step 2 of 1000" in Path("images/r/index.html").read_text() and Path("images/r/curves.png").exists()
+
+
+def test_the_rate_is_of_training_alone(monkeypatch):
+    """Images over seconds, those of an evaluation not among them."""
+    now = 100.0
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: now)
+    record = Record("r", {}, total_steps=4, interval=2)
+    for _ in range(2):
+        now += 5
+        record.note({"G": torch.tensor(1.0)}, 3, 0, 0.1)
+    now += 7
+    record.note_validation({"KID": 0.5}, 0, seconds=6)
+    for _ in range(2):
+        now += 1
+        record.note({"G": torch.tensor(1.0)}, 4, 0, 0.1)
+    first, validation, second = map(json.loads, record.log_path.read_text().splitlines())
+    assert first["images_per_s"] == 6 / 10 and validation["validation"] == {"KID": 0.5}
+    assert second["images_per_s"] == pytest.approx(8 / 3, abs=1e-3)
 
 
 def test_a_resumed_history_is_thinned_as_the_straight_one(monkeypatch):
