@@ -72,7 +72,7 @@ class Picture(NamedTuple):
     grey: bool = False
 
     def open(self, channels: int = 3) -> Image.Image:
-        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; OSError when the file is damaged.
+        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; Pillow raises what it likes for a damaged file.
 
         A grey version has its luminance in every channel.
         """
@@ -88,6 +88,13 @@ class Picture(NamedTuple):
                 else (image.width - middle, 0, image.width, image.height)
             )
         return image
+
+    def read(self, channels: int = 3) -> Image.Image:
+        """``open``; InputError names a file that cannot be decoded."""
+        try:
+            return self.open(channels)
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            raise InputError(f"{self.path}: cannot be read ({str(error) or type(error).__name__})") from error
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the whole file, upright, from the head of the file alone; OSError when it is damaged."""
@@ -108,14 +115,19 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def find_pictures(folder: Path) -> list[Picture]:
-    """All pictures below a folder in the order of their paths; other and hidden files are passed over."""
-    return [
-        Picture(path)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS
-        and not path.is_dir()  # a link whose picture has gone stays in, so that check() names it
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    """All pictures below a folder, linked folders too, in the order of their paths.
+
+    Other and hidden files are passed over; a link whose picture has gone stays in, so that ``check`` names it.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()  # a linked folder may hold a link back
+    for at, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            found += (Path(at, name) for name in files if not name.startswith("."))
+        seen.add(real)
+    return [Picture(path) for path in sorted(found) if path.suffix.lower() in EXTENSIONS]
 
 
 def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[Picture]:
@@ -169,17 +181,23 @@ def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
     return masks
 
 
+def decoders() -> ThreadPoolExecutor:
+    """Threads that decode, one per core that this process may use; not many, as each may hold a large photograph."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(min(8, cores))
+
+
 def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
     """Decode every picture once; the files that cannot be decoded, each with the reason."""
 
     def reason(picture: Picture) -> str | None:
         try:
             picture.open()
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        except Exception as error:
             return str(error) or type(error).__name__
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with decoders() as pool:
         reasons = tqdm(pool.map(reason, pictures), "checking pictures", len(pictures), leave=False, delay=1)
         return {p.path: r for p, r in zip(pictures, reasons, strict=True) if r is not None}
 
@@ -190,11 +208,14 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     "squash" changes the aspect, as the official code does; "short_side" keeps it and covers the size, so that
     one side may come out longer.
     """
-    height, width = size
-    if how == "short_side":
-        scale = max(height / image.height, width / image.width)
-        height, width = round(scale * image.height), round(scale * image.width)
+    height, width = cover((image.height, image.width), size) if how == "short_side" else size
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """A size (height, width) scaled to cover another one just so, its aspect kept."""
+    scale = max(least[0] / size[0], least[1] / size[1])
+    return round(scale * size[0]), round(scale * size[1])
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -226,7 +247,13 @@ class PictureDataset(Dataset, ABC):
 
     ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random, with ``jitter``
     resized to 1.12 × the size and cropped at random. Pictures are decoded each time, or once if ``load`` has kept them.
+
+    The halves of single photographs would train as well, so ``check`` refuses what cannot be a pair side by side by its
+    aspect: pairs of square pictures are 2 times as wide as high, of portraits of 2:3 1.33 times, of 9:16 1.125 times,
+    while single squares and portraits are not wider than high. A folder of landscapes alone passes.
     """
+
+    LEAST_ASPECT = 1.1  # width / height of a pair side by side
 
     paired: bool  # whether the sides are in step, picture by picture
     jitter = True  # else pictures are as ``unaugmented`` makes them, but for flips
@@ -271,10 +298,26 @@ class PictureDataset(Dataset, ABC):
         """The sample of (epoch, index)."""
 
     def check(self) -> None:
-        """Decode every picture, the test pictures too; InputError names those that cannot be read."""
+        """Decode every picture, the test pictures too; InputError names those that cannot be read, or not be halved."""
         all_sides = self.sides, self.held_out, self.find_sides("test")
-        paths = {p.path for sides in all_sides for pictures in sides.values() for p in pictures}
-        refuse_unreadable(unreadable([Picture(path) for path in sorted(paths)]))
+        pictures = {p for sides in all_sides for pictures in sides.values() for p in pictures}
+        refuse_unreadable(unreadable([Picture(path) for path in sorted({p.path for p in pictures})]))
+        for path in sorted({p.path for p in pictures if p.half}):
+            height, width = Picture(path).size()
+            if width < self.LEAST_ASPECT * height:
+                raise InputError(
+                    f"{path}: {width} pixels wide, {height} high, expected a pair side by side, at least "
+                    f"{self.LEAST_ASPECT} times as wide as high. Single photographs are for --task colorization; "
+                    "narrower pairs go to trainA and trainB, under equal names"
+                )
+
+    def digest(self) -> str:
+        """SHA-256 of the names of all pictures by side, those that are held out too: other pictures, another one."""
+        names = [
+            {side: [str(p.path.relative_to(self.root)) for p in pictures] for side, pictures in sides.items()}
+            for sides in (self.sides, self.held_out)
+        ]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def load(self, limit: float) -> bool:
         """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes.
@@ -286,7 +329,7 @@ class PictureDataset(Dataset, ABC):
         if least * len(pictures) > limit:
             return False
         kept, total = {}, 0
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with decoders() as pool:
             decoded = tqdm(pool.map(self.decode, pictures), "reading pictures", len(pictures), leave=False, delay=1)
             for picture, image in zip(pictures, decoded, strict=True):
                 kept[picture] = image
@@ -300,7 +343,7 @@ class PictureDataset(Dataset, ABC):
     def decode(self, picture: Picture) -> Tensor:
         """uint8 (channels, height, width), to be cropped with ``jitter``: then "short_side" leaves one side longer."""
         if self.jitter:
-            return to_tensor(resize(picture.open(self.channels), self.scaled, self.how))
+            return to_tensor(resize(picture.read(self.channels), self.scaled, self.how))
         return unaugmented(picture, self.size, self.channels, self.how)
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
@@ -352,31 +395,22 @@ class UnpairedDataset(PictureDataset):
 class PairedDataset(PictureDataset):
     """Pictures of A and B that belong together: halves of one file, equal names in two folders, or grey and colour.
 
-    Samples are {"A", "B"}, cropped and flipped alike. InputError where a picture has no partner, or, where the aspect
-    is kept, one of another.
-
-    The halves of a single photograph would train as well, so ``check`` refuses what cannot be a pair by its aspect:
-    pairs of square pictures are 2 times as wide as high, of portraits of 2:3 1.33 times, of 9:16 1.125 times, while
-    single squares and portraits are not wider than high. A folder of landscapes alone passes.
+    Samples are {"A", "B"}, cropped and flipped alike. InputError where a picture has no partner.
     """
 
     paired = True
-    LEAST_ASPECT = 1.1  # width / height of a pair side by side
 
     def find_sides(self, split: str) -> dict[str, list[Picture]]:
         return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
 
     def check(self) -> None:
-        """As of all data; InputError too where a picture to be halved is not ``LEAST_ASPECT`` times as wide as high."""
+        """As of all data; InputError too where the aspect is kept and a picture has not its partner's."""
         super().check()
-        everywhere = self.sides, self.held_out, self.find_sides("test")
-        for picture in sorted({p for sides in everywhere for p in sides["A"] if p.half}):
-            height, width = picture.size()
-            if width < self.LEAST_ASPECT * height:
+        for A, B in zip(*self.sides.values(), strict=True) if self.how == "short_side" else ():
+            if A.path != B.path and cover(A.size(), self.scaled) != cover(B.size(), self.scaled):
                 raise InputError(
-                    f"{picture.path}: {width} pixels wide, {height} high, expected a pair side by side, at least "
-                    f"{self.LEAST_ASPECT} times as wide as high. Single photographs are for --task colorization; "
-                    "narrower pairs go to trainA and trainB, under equal names"
+                    f"{A.path} and {B.path} differ in their aspect: --resize {self.how} keeps it, expected "
+                    "--resize squash"
                 )
 
     def __len__(self) -> int:
@@ -384,13 +418,7 @@ class PairedDataset(PictureDataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         pair = {side: pictures[key[1]] for side, pictures in self.sides.items()}
-        images = {side: self.read(picture) for side, picture in pair.items()}
-        if images["A"].shape != images["B"].shape:
-            raise InputError(
-                f"{pair['A'].path} and {pair['B'].path} differ in their aspect: --resize {self.how} keeps it, expected "
-                "--resize squash"
-            )
-        return {side: self.augment(image, self.rng(*key)) for side, image in images.items()}  # the same draws for both
+        return {side: self.augment(self.read(p), self.rng(*key)) for side, p in pair.items()}  # the same draws for both
 
 
 def in_step(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
@@ -513,9 +541,9 @@ def true_translations(
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
     """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
 
-    "short_side" keeps the middle of what is longer than ``size`` (height, width).
+    "short_side" keeps the middle of what is longer than ``size`` (height, width). InputError names a damaged file.
     """
-    return to_tensor(ImageOps.fit(resize(picture.open(channels), size, how), size[::-1]))
+    return to_tensor(ImageOps.fit(resize(picture.read(channels), size, how), size[::-1]))
 
 
 def fixed_batch(
@@ -947,6 +975,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, root = options.dataset_name, options.data_dir / options.dataset_name
     try:
         check_name("--dataset_name", name)
+        others = ("mirror",) if options.from_A is not None else ("test_share", "seed", "copy")
+        for flag in (flag for flag in others if getattr(options, flag) != parser.get_default(flag)):
+            whose = "fetching a public set" if flag == "mirror" else "--from_A and --from_B"
+            raise InputError(f"--{flag} goes with {whose}, expected it there alone")
+        if options.seed < 0:
+            raise InputError(f"--seed {options.seed}: expected at least 0")
         if (options.from_A is None) != (options.from_B is None):
             raise InputError("--from_A and --from_B: expected both or neither")
         if options.from_A is not None:

@@ -207,7 +207,7 @@ class Exam:
         stems = {p.path.stem for p in self.tests[side]}
         if folder.is_dir():
             check_names(self.tests[side], folder)
-            found = {p.path.stem: p.open(1) for p in find_pictures(folder) if p.path.stem in stems}
+            found = {p.path.stem: p.read(1) for p in find_pictures(folder) if p.path.stem in stems}
             if not found:
                 raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
             if all(mask.getextrema()[1] < 128 for mask in found.values()):
@@ -676,6 +676,11 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.oracle:
         for group in groups:
             entries += find_oracle([entry for entry in group if entry.weights == LAST], device, refer)
+    alike = Counter((entry.direction, entry.reading) for entry in entries if entry.weights == LAST)
+    if options.spread and max(alike.values(), default=0) < 2:
+        raise InputError(
+            "--spread: no two checkpoints have direction, size and resize in common, expected seeds of one"
+        )
     folders = sorted({exam.folders[entry.direction[0]] for entry in entries})
     if options.mask_dir is not None and not any((options.mask_dir / folder).is_dir() for folder in folders):
         expected = " or ".join(folders)

@@ -285,11 +285,14 @@ def work(options: argparse.Namespace) -> None:
     if (options.ship is None) != (options.name is None):
         raise InputError("--ship and --as: expected both or neither")
     if options.ship is not None:
+        if options.train:
+            raise InputError("--ship writes weights, --train trains first; expected one of the two")
         return ship(options.ship, options.name)
     by_name = {run.name: run for run in RUNS}
     unknown = [name for name in options.train if name not in by_name]
     if unknown:
         raise InputError(f"--train {unknown[0]}: expected {', '.join(by_name)}")
+    compare.check_features(EXTRACTOR)
     compare.train_all({name: by_name[name].flags for name in options.train}, 1, ["--data_dir", str(options.data_dir)])
     DOCS.mkdir(exist_ok=True)
     store = DOCS / "results.json"
@@ -298,6 +301,10 @@ def work(options: argparse.Namespace) -> None:
         here = [run for run in RUNS if run.group == group and is_here(run)]
         if here:
             known |= measure(group[0], here, options.data_dir)
+            away = [run.name for run in RUNS if run.group == group and run.name in known and run not in here]
+            if away:
+                print(f"sheets of {group[0]} left as they are: {', '.join(away)} not on this machine")
+                continue
             for direction in evaluate.DIRECTIONS:
                 draw(here, direction, options.data_dir)
     store.write_text(json.dumps(known, indent=1) + "\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import shutil
 import signal
 import sys
@@ -95,9 +96,7 @@ SYSTEM_CHOICES = {
 # Keywords of builders that are no flags of their system.
 SHARED = ("seed", "img_height", "img_width")
 # What a resumed run may change without ceasing to be the same run.
-FREE_ON_RESUME = (
-    "n_epochs",
-    "decay_epoch",
+MACHINE = (
     "n_cpu",
     "cache_gb",
     "data_dir",
@@ -107,6 +106,9 @@ FREE_ON_RESUME = (
     "checkpoint_minutes",
     "inception",
 )
+FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
+# What a run leaves that has saved nothing yet.
+TRACES = re.compile(r"log\.jsonl|\d{8}\.png|curves\.png|index\.html|\..*\.partial")
 DEFAULT_SYSTEM, DEFAULT_DATASET = "attentiongan", "horse2zebra"
 # What says how to start and is no property of the run.
 HOW_TO_START = ("name", "resume", "overwrite", "init_from")
@@ -280,6 +282,8 @@ def parse_options(
                 )
             say(f"--{key} was {own[key]}, is now {given[key]}")
     options = argparse.Namespace(**{**defaults, **own, **given, "name": name})
+    if options.decay_by == "never" and given.get("decay_epoch"):
+        raise InputError("--decay_epoch: --decay_by never keeps the rate, expected epoch or step with it")
     if options.decay_epoch is None:
         options.decay_epoch = max(1, options.n_epochs // 2)
     check_options(options, at_least_epochs=own.get("n_epochs", 1))
@@ -328,9 +332,10 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
             "equal to it, the learning rate stays constant"
         )
     check_extractor(options.extractor, options.inception)
-    if not options.eval_interval and (options.keep_evaluated or options.inception):
-        flag = "--keep_evaluated" if options.keep_evaluated else "--inception"
-        raise InputError(f"{flag} is for evaluations while training, expected --eval_interval with it")
+    given = {"keep_evaluated": options.keep_evaluated, "inception": options.inception}
+    given["extractor"] = options.extractor != INCEPTION
+    for flag in (flag for flag, value in given.items() if value and not options.eval_interval):
+        raise InputError(f"--{flag} is for evaluations while training, expected --eval_interval with it")
     if options.eval_interval and options.extractor == "none":
         raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
     if options.channels not in MODES:
@@ -453,21 +458,35 @@ def prepare(options: argparse.Namespace) -> None:
     if options.dataset_name == BUILT_IN:
         draw_built_in(root)
     build_dataset(options).check()
-    folder = SAVED_MODELS / options.name
-    if not (options.resume or options.overwrite) and any(folder.rglob("*.pt")):
-        go_on = "go on with it (--resume), " if any(folder.glob("checkpoint*.pt")) else ""
-        raise InputError(
-            f"a run named {options.name} stands already in {folder}; {go_on}"
-            "name this one otherwise (--name), or replace that one (--overwrite)"
-        )
+    if options.resume or options.overwrite:
+        return
+    for folder in folders(options):
+        kept = [p for p in sorted(folder.rglob("*")) if not p.is_dir() and not TRACES.fullmatch(p.name)]
+        if kept:
+            go_on = "go on with it (--resume), " if any(p.match("checkpoint*.pt") for p in kept) else ""
+            raise InputError(
+                f"a run named {options.name} stands already ({kept[0]}); {go_on}"
+                "name this one otherwise (--name), or replace that one (--overwrite)"
+            )
+
+
+def folders(options: argparse.Namespace) -> tuple[Path, Path]:
+    """What belongs to a run's name."""
+    return SAVED_MODELS / options.name, utils.IMAGES / options.name
 
 
 def clear_name(options: argparse.Namespace) -> None:
-    """Remove what stands under the name of a run that starts anew: last of all, when nothing is refused any more."""
+    """Empty the folders of a run that starts anew: last of all, when nothing is refused any more.
+
+    The folders themselves stay: they may be links to a larger disk, and this process holds one (``utils.hold``).
+    """
     utils.barrier()
     if utils.rank() == 0:
-        shutil.rmtree(SAVED_MODELS / options.name, ignore_errors=True)
-        shutil.rmtree(utils.IMAGES / options.name, ignore_errors=True)
+        for path in (path for folder in folders(options) if folder.is_dir() for path in folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     utils.barrier()
 
 
@@ -485,10 +504,11 @@ class Run:
         system: System,
         optimizers: dict[str, torch.optim.Optimizer],
         steps_per_epoch: int,
+        pictures: str,
         device: torch.device,
     ):
         self.options, self.system, self.optimizers, self.device = options, system, optimizers, device
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.pictures = steps_per_epoch, pictures
         self.networks = [name for name, child in system.named_children() if any(True for _ in child.parameters())]
         self.checkpoints = utils.Checkpoints(SAVED_MODELS / options.name)
         self.saved_at = time.monotonic()
@@ -499,7 +519,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         for direction, name in self.system.generators.items():
             packed = pack_generator(self.system.get_submodule(name))
-            about = {"direction": direction, "options": self.own_options(), "step": step}
+            options = {key: value for key, value in self.own_options().items() if key not in MACHINE}
+            about = {"direction": direction, "options": options, "step": step}
             utils.save_atomically({**packed, **about}, folder / f"{direction}.pt")
 
     def own_options(self) -> dict[str, Any]:
@@ -525,6 +546,7 @@ class Run:
                 "options": self.own_options(),
                 "step": record.step,
                 "steps_per_epoch": self.steps_per_epoch,
+                "pictures": self.pictures,
                 "best": self.best,
                 "networks": {name: self.system.get_submodule(name).state_dict() for name in self.networks},
                 "optimizers": {player: optimizer.state_dict() for player, optimizer in self.optimizers.items()},
@@ -540,6 +562,9 @@ class Run:
             expected = len(state["ranks"]) if what == "processes" else state["steps_per_epoch"]
             if found != expected:
                 raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
+        if state["pictures"] != self.pictures:
+            root = Path(self.options.data_dir) / self.options.dataset_name
+            raise InputError(f"--resume: the pictures in {root} have other names than the run's, expected the same")
         for name, weights in state["networks"].items():
             self.system.get_submodule(name).load_state_dict(weights)
         for player, optimizer in self.optimizers.items():
@@ -661,12 +686,13 @@ def train(
     options: argparse.Namespace,
     distribute: Callable[[System], System] = lambda system: system,
     device_name: str | None = None,
+    listening: utils.StopSignals | None = None,
 ) -> int:
     """Train to the end, or until a signal, and save. ``prepare`` comes before.
 
     ``distribute`` returns the system with its networks wrapped for many processes; ``device_name`` is this
-    process's device where it is not the options'. Returns 0, or the number of the signal that ended the run early.
-    Raises InputError.
+    process's device where it is not the options'; ``listening`` has noted signals since before. Returns 0, or the
+    number of the signal that ended the run early. Raises InputError.
     """
     device = utils.pick_device(device_name or options.device)
     system, optimizers, autocast = set_up(options, device)
@@ -686,7 +712,7 @@ def train(
         )
     samples = next(utils.to_device([dataset.fixed_batch(4)], device, normalise))
 
-    run = Run(options, system, optimizers, len(loader), device)
+    run = Run(options, system, optimizers, len(loader), dataset.digest(), device)
     state = run.load() if options.resume else {"step": 0}
     total = options.n_epochs * len(loader)
     if not options.resume:
@@ -707,7 +733,7 @@ def train(
     # What is looked at has batches of its own, and may have another mode: compiling for it would halt a run midway.
     aside = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
     start = time.perf_counter()
-    with utils.StopSignals() as stop, closing(record):
+    with nullcontext(listening) if listening else utils.StopSignals() as stop, closing(record):
         for epoch in range(first, options.n_epochs):
             sampler.epoch, sampler.start = epoch, done * options.batch_size
             for batch in utils.to_device(loader, device, normalise):
@@ -735,7 +761,8 @@ def train(
             done = 0
             if time_for(epoch + 1, options.checkpoint_interval, options.n_epochs):
                 run.save(record)
-    record.page(final=True)
+        record.page(final=True)
+        utils.barrier()  # no rank leaves before rank 0 has saved
     if record.step == total:
         say(f"done: see {record.folder}/index.html; weights in {SAVED_MODELS / options.name}")
         return 0
@@ -766,7 +793,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = parse_options(argv)
         prepare(options)
-        with clear_errors(options):
+        with clear_errors(options), utils.hold(SAVED_MODELS / options.name):
             return utils.exit_status(train(options))
 
     return utils.run_script("train.py", work)

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -73,7 +74,14 @@ def distribute(system: System) -> System:
     return twin
 
 
-def join(options: argparse.Namespace, rank: int, local_rank: int, world_size: int, init_method: str) -> int:
+def join(
+    options: argparse.Namespace,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    init_method: str,
+    listening: utils.StopSignals | None = None,
+) -> int:
     """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns."""
     if pick_kind(options) == "cuda":
         device = options.device if ":" in options.device else f"cuda:{local_rank}"
@@ -86,8 +94,9 @@ def join(options: argparse.Namespace, rank: int, local_rank: int, world_size: in
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             prepare_together(options, rank, local_rank)
-        with train.clear_errors(options):
-            return train.train(options, distribute, device)
+        hold = utils.hold(utils.SAVED_MODELS / options.name) if rank == 0 else nullcontext()
+        with train.clear_errors(options), hold:
+            return train.train(options, distribute, device, listening)
     finally:
         dist.destroy_process_group()
 
@@ -108,10 +117,13 @@ def prepare_together(options: argparse.Namespace, rank: int, local_rank: int) ->
 
 
 def spawned(rank: int, options: argparse.Namespace, world_size: int) -> None:
-    try:
-        join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}")
-    except OSError as error:  # a full disk, say: no need for a traceback
-        raise InputError(str(error)) from error
+    # From the first moment to the last: Ctrl-C reaches the ranks twice, from the terminal and from ``launch``, and the
+    # second time must not end one that has saved already and leaves the group.
+    with utils.StopSignals() as listening:
+        try:
+            join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", listening)
+        except OSError as error:  # a full disk, say: no need for a traceback
+            raise InputError(str(error)) from error
 
 
 def pick_kind(options: argparse.Namespace) -> str:
@@ -200,7 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return utils.exit_status(launch(options))
         rank, local_rank, size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
         check_batch_norm(options, size)
-        return utils.exit_status(join(options, rank, local_rank, size, "env://"))
+        if ":" in options.device and size > 1:
+            raise InputError(f"--device {options.device} names one device, found {size} processes; expected cuda")
+        try:
+            return utils.exit_status(join(options, rank, local_rank, size, "env://"))
+        except (InputError, OSError) as error:
+            if local_rank:  # for the first, ``run_script`` tells it
+                print(f"train_dist.py: error on rank {rank}: {error}", file=sys.stderr)
+            raise
 
     return utils.run_script("train_dist.py", work)
 

@@ -212,6 +212,9 @@ def write(target: Path, translation: Translation) -> None:
         return
     folder = mask_folder(target)
     folder.mkdir(exist_ok=True)
+    for pattern in ("attention.png", "mask_??.png", "content_??.png"):  # another generator's may lie there
+        for path in folder.glob(pattern):
+            path.unlink()
     if translation.heat_map is not None:
         to_pil_image(translation.heat_map).save(folder / "attention.png")
     if translation.attention is None or translation.content is None:
@@ -345,8 +348,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--batch_size",
         type=int,
-        default=8,
-        help="pictures of equal size that are translated at once, fewer of large ones",
+        help="pictures of equal size that are translated at once, fewer of large ones (default: 8)",
     )
     add(
         "--max_size",
@@ -367,7 +369,7 @@ def make_parser() -> argparse.ArgumentParser:
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for values that do not fit together."""
     if options.export is not None:
-        others = [n for n in ("input", "output", "masks", "recursive", "max_size") if getattr(options, n)]
+        others = [n for n in ("input", "output", "masks", "recursive", "max_size", "batch_size") if getattr(options, n)]
         if others:
             raise InputError(f"--export writes a model, --{others[0]} is for translating; expected one of the two")
         if options.export.suffix != ".onnx" or not options.export.parent.is_dir():
@@ -404,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures = [as_input(picture.path, task, about["direction"]) for picture in found]
         targets = name_outputs(pictures, options.input, options.output, options.masks)
         failed: dict[Path, str] = {}
-        batches = make_batches(plan(pictures, targets, options.max_size, only_size, failed), options.batch_size)
+        batches = make_batches(plan(pictures, targets, options.max_size, only_size, failed), options.batch_size or 8)
         try:
             translate(generator.to(device), batches, device, options.masks, failed)
         finally:

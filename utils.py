@@ -6,6 +6,7 @@ Nothing here knows a network or a data set.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import html
 import importlib
 import json
@@ -15,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+HOLD_SECONDS = 10  # for which a folder that another process holds is waited for
 SAVED_MODELS = Path("saved_models")  # checkpoints and weights, below the working directory
 IMAGES = Path("images")  # sheets, curves and pages
 NOISE = "generator"  # in the place of a direction, for a generator that draws from noise and translates none
@@ -219,6 +222,33 @@ def run_script(name: str, work: Callable[[], int]) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; the kernel frees it however the process ends.
+
+    Raises InputError where another process holds it, after ``HOLD_SECONDS``: a killed run's workers take a moment.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + HOLD_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{folder}: another process is training this run; expected its end, or another --name"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(held)
+
+
 def save_atomically(state: Any, path: Path) -> None:
     """torch.save to a temporary file, flushed to the disk, then renamed: ``path`` is old or new, never half.
 
@@ -240,7 +270,7 @@ def save_atomically(state: Any, path: Path) -> None:
 class Checkpoints:
     """The full state of one run on disk: the newest, and the one before it in case the newest is damaged."""
 
-    FORMAT = 1
+    FORMAT = 2
 
     def __init__(self, folder: Path):
         self.newest = folder / "checkpoint.pt"

@@ -47,6 +47,7 @@ from datasets import (
     resize,
     to_tensor,
     true_translations,
+    unaugmented,
     unpack,
     whole_or_absent,
 )
@@ -564,9 +565,11 @@ def test_single_photographs_are_no_pairs(tmp_path):
             InputError,
             match=rf"{name}: {shown}, expected a pair side by side, at least 1\.1 times.*--task colorization",
         ):
+            UnpairedDataset(tmp_path, (16, 16)).check()  # nor two domains
+        with pytest.raises(InputError, match="expected a pair side by side"):
             PairedDataset(tmp_path, (16, 16)).check()
         PairedDataset(tmp_path, (16, 16), task="colorization").check()
-        UnpairedDataset(tmp_path, (16, 16)).check()
+        UnpairedDataset(tmp_path, (16, 16), task="colorization").check()
         (tmp_path / name).unlink()
     for side in "AB":  # whole pictures of any shape
         plain(tmp_path / f"train{side}" / "a.png", size=(10, 30))
@@ -606,8 +609,11 @@ def test_a_pair_of_two_aspects_needs_squash(tmp_path):
     plain(tmp_path / "trainA" / "a.png", size=(20, 10))
     plain(tmp_path / "trainB" / "a.png", size=(10, 10))
     with pytest.raises(InputError, match=r"trainA/a\.png and .*trainB/a\.png differ in their aspect.*--resize squash"):
-        PairedDataset(tmp_path, (16, 16), how="short_side")[0, 0]
-    assert PairedDataset(tmp_path, (16, 16))[0, 0]["A"].shape == (3, 16, 16)
+        PairedDataset(tmp_path, (16, 16), how="short_side").check()
+    PairedDataset(tmp_path, (16, 16)).check()
+    plain(tmp_path / "trainB" / "a.png", size=(60, 30))
+    PairedDataset(tmp_path, (16, 16), how="short_side").check()
+    assert PairedDataset(tmp_path, (16, 16), how="short_side")[0, 0]["A"].shape == (3, 16, 16)
 
 
 def test_pairs_are_held_out_together(tmp_path):
@@ -881,7 +887,7 @@ def test_pictures_kept_in_memory_give_the_same_samples_without_the_files(tmp_pat
     shutil.rmtree(root)
     found = [kept[epoch, i] for epoch in (0, 1) for i in range(6)]
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
-    with pytest.raises(OSError):
+    with pytest.raises(InputError):
         read[0, 0]
 
 
@@ -1487,6 +1493,54 @@ def test_command_wants_a_plain_name(own, tmp_path, name):
 def test_command_turns_errors_into_one_message(tmp_path):
     message = refusal("--dataset_name", "cat2dog", "--data_dir", tmp_path)
     assert message.startswith("datasets.py: error: --dataset_name cat2dog: not a public set")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--copy", "--copy goes with --from_A and --from_B"),
+        ("--test_share 0.2", "--test_share goes with --from_A and --from_B"),
+        ("--seed 3", "--seed goes with --from_A and --from_B"),
+        ("--from_A a --from_B b --mirror here", "--mirror goes with fetching a public set"),
+        ("--from_A a --from_B b --seed -1", "--seed -1: expected at least 0"),
+    ],
+)
+def test_command_refuses_what_it_would_ignore(tmp_path, flags, message):
+    assert message in refusal("--dataset_name", "horse2zebra", "--data_dir", tmp_path / "data", *flags.split())
+    assert not (tmp_path / "data").exists()
+
+
+def test_linked_folders_are_walked_once(tmp_path):
+    for name in ("side/a.png", "elsewhere/c.png", "elsewhere/deep/b.png", "elsewhere/.hidden/d.png"):
+        plain(tmp_path / name)
+    (tmp_path / "side" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "side")
+    (tmp_path / "side" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    names = [str(p.path.relative_to(tmp_path)) for p in find_pictures(tmp_path / "side")]
+    assert names == ["side/a.png", "side/gone.png", "side/more/c.png", "side/more/deep/b.png"]
+
+
+def test_a_damaged_picture_is_named_wherever_it_is_read(tmp_path):
+    root = make_set(tmp_path, 2, 2)
+    path = next((root / "trainA").iterdir())
+    path.write_bytes(path.read_bytes()[:60])
+    for read in (Picture(path).read, lambda: unaugmented(Picture(path), (16, 16))):
+        with pytest.raises(InputError, match=rf"{path}: cannot be read \(.+\)"):
+            read()
+    with pytest.raises(InputError, match=rf"{path}: cannot be read"):
+        UnpairedDataset(root, (16, 16)).load(1e9)
+
+
+def test_the_digest_is_of_the_names_held_out_or_not(tmp_path):
+    root = make_set(tmp_path / "set", 5, 4)
+    digest = UnpairedDataset(root, (16, 16)).digest()
+    root.rename(tmp_path / "moved")
+    assert UnpairedDataset(tmp_path / "moved", (32, 32), how="short_side").digest() == digest
+    held = {UnpairedDataset(tmp_path / "moved", (16, 16), seed=s, hold_out=True).digest() for s in range(4)}
+    assert len(held) > 1 and digest not in held
+    picture = next((tmp_path / "moved" / "trainB").iterdir())
+    picture.rename(picture.with_stem("another"))
+    assert UnpairedDataset(tmp_path / "moved", (16, 16)).digest() != digest
 
 
 def test_a_seeded_tenth_is_held_out_of_training(tmp_path):

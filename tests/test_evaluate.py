@@ -1256,6 +1256,11 @@ def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, ca
         ("net", "huge", f"--extractor huge: unknown, expected {EFFICIENTNET}, "),
         ("net --inception notes.txt", "inception-v3-compat", "--inception notes.txt: not a readable weights file"),
         ("net --oracle", "none", "--oracle: nothing in net/kept"),
+        (
+            "net/BtoA.pt half/AtoB.pt --spread",
+            "none",
+            "--spread: no two checkpoints have direction, size and resize in common",
+        ),
         ("net --data_dir elsewhere", "none", "elsewhere/small/testA: no test pictures there"),
         ("notes.txt", "none", "notes.txt: not a readable weights file"),
     ],

@@ -43,7 +43,7 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table):
+def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table, capsys):
     assert results.main(["--train", "two", "cycle"]) == 0
     text = Path("README.md").read_text()
     assert text.startswith("before\n\n") and text.endswith("\nafter\n") and "old" not in text
@@ -69,7 +69,10 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table):
     known = json.loads(Path("docs/results.json").read_text())
     known["cycle"]["pairs"] = 3
     Path("docs/results.json").write_text(json.dumps(known))
+    sheet = Path("docs/results_solid2striped_16_AtoB.png").read_bytes()
     assert results.main([]) == 0 and rows(Path("README.md").read_text()) == rows(text)
+    assert Path("docs/results_solid2striped_16_AtoB.png").read_bytes() == sheet  # of both, as what is said about it
+    assert "sheets of solid2striped left as they are: two not on this machine" in capsys.readouterr().out
 
 
 def test_the_table_shows_kid_and_class_rate():
@@ -137,7 +140,7 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(table):
         weights = torch.load(f"saved_models/pretrained/small/{direction}.pt", weights_only=True)["weights"]
         assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float16}
         (full, about), (half, said) = open_generator("two", direction), open_generator("small", direction)
-        assert said == about and next(half.parameters()).dtype == torch.float32
+        assert said == about and "data_dir" not in about["options"] and next(half.parameters()).dtype == torch.float32
         with torch.no_grad():
             assert (half(picture).image - full(picture).image).abs().max() < 2 / 255
 
@@ -147,6 +150,7 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(table):
     [
         (["--train", "three"], "--train three: expected two, cycle, one"),
         (["--ship", "two"], "--ship and --as: expected both or neither"),
+        (["--ship", "two", "--as", "small", "--train", "two"], "--ship writes weights, --train trains first"),
         (["--ship", "two", "--as", "a/b"], "--as a/b: expected a plain name"),
         (["--ship", "nothing", "--as", "small"], "nothing: no generator"),
     ],

@@ -570,6 +570,10 @@ def test_other_pictures_than_the_runs_are_refused(small_set, capsys):
     (small_set / "trainA" / "5.png").unlink()
     assert run("--name r --resume --n_epochs 2") == 2
     assert "the run had 6 steps per epoch, this one has 5" in capsys.readouterr().err
+    (small_set / "trainA" / "4.png").rename(small_set / "trainA" / "5.png")
+    (small_set / "trainB" / "0.png").rename(small_set / "trainA" / "6.png")  # as many steps, other pictures
+    assert run("--name r --resume --n_epochs 2") == 2
+    assert "the pictures in data/small have other names than the run's" in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten_unasked(small_set, capsys):
@@ -592,6 +596,44 @@ def test_a_name_is_taken_where_other_weights_than_the_last_lie(small_set, capsys
     assert "a run named r stands already" in error and "(--overwrite)" in error and "--resume" not in error
     assert path.read_bytes() == b"weights"
     assert run(f"{QUICK} --n_epochs 1 --name r --overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    "place", ["saved_models/r/latest_net_G_A.pth", "images/r/evaluation.json", "images/r/mine.png"]
+)
+def test_a_name_is_taken_where_anything_lies_that_a_dead_run_would_not_leave(small_set, capsys, place):
+    Path(place).parent.mkdir(parents=True)
+    Path(place).write_bytes(b"mine")
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 2
+    assert f"a run named r stands already ({place}); name this one otherwise" in capsys.readouterr().err
+    assert Path(place).read_bytes() == b"mine"
+
+
+def test_overwriting_empties_a_folder_that_lies_elsewhere(small_set):
+    Path("disk/kept/00000099").mkdir(parents=True)
+    Path("disk/checkpoint_previous.pt").write_bytes(b"old")
+    Path("saved_models").mkdir()
+    Path("saved_models/r").symlink_to(Path("disk").resolve())
+    assert run(f"{QUICK} --n_epochs 1 --name r --overwrite") == 0
+    names = {path.name for path in Path("disk").iterdir()}
+    assert names == {"checkpoint.pt", "AtoB.pt", "BtoA.pt", "log.jsonl"} and Path("saved_models/r").is_symlink()
+
+
+def test_two_processes_never_train_one_run(small_set, capsys, monkeypatch):
+    monkeypatch.setattr(utils, "HOLD_SECONDS", 0.3)
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    before = Path("saved_models/r/checkpoint.pt").read_bytes()
+    hold = (
+        "import sys, utils\nwith utils.hold(utils.Path('saved_models/r')): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        for flags in (f"{QUICK} --n_epochs 1 --name r --overwrite", "--name r --resume --n_epochs 2"):
+            assert run(flags) == 2
+            assert "saved_models/r: another process is training this run" in capsys.readouterr().err
+        assert Path("saved_models/r/checkpoint.pt").read_bytes() == before
+        other.kill()
+    assert run("--name r --resume --n_epochs 2") == 0
 
 
 def test_what_is_refused_costs_no_earlier_run(small_set, capsys):
@@ -667,7 +709,7 @@ def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name r") == 0
     torch.save({**checkpoint("r"), "format": 99}, "saved_models/r/checkpoint.pt")
     assert run("--name r --resume") == 2
-    assert "checkpoint format 99, this code reads format 1" in capsys.readouterr().err
+    assert "checkpoint format 99, this code reads format 2" in capsys.readouterr().err
 
 
 class PixelExtractor:
@@ -872,6 +914,8 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file():
         ("--img_height 14", r"--img_height 14: expected a multiple of 4, at least 12"),
         ("--img_width 8", r"--img_width 8: expected a multiple of 4, at least 12"),
         ("--n_epochs 3 --decay_epoch 4", r"--decay_epoch 4 lies beyond --n_epochs 3"),
+        ("--decay_by never --decay_epoch 1", r"--decay_epoch: --decay_by never keeps the rate"),
+        ("--extractor efficientnet-lite0", r"--extractor is for evaluations while training, expected --eval_interval"),
         ("--batch_size 7", r"6 samples in data/small do not fill one batch of 7"),
         ("--batch_size 0", r"--batch_size 0: expected at least 1"),
         ("--channels 2", r"--channels 2: expected one of \[1, 3\]"),

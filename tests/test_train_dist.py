@@ -178,6 +178,7 @@ def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(s
     assert code == 2 and "the run had 2 processes, this one has 1" in err
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc, which Linux alone has")
 def test_a_rank_that_dies_ends_all_with_one_error(small_set):
     run = launch(f"--n_epochs 1000 --name r --n_procs 2 --port_num {free_port()}")
     deadline = time.monotonic() + 90
@@ -203,6 +204,21 @@ def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set):
     assert code == 2
     assert "6 samples in data/small do not fill one batch of 4 on each of 2 process(es)" in err
     assert "Traceback" not in err and err.count("do not fill") == 1
+
+
+def test_under_torchrun_every_rank_tells_its_own_error(small_set, capsys, monkeypatch):
+    def fail(*_):
+        raise InputError("out of memory")
+
+    monkeypatch.setattr(train_dist, "join", fail)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, local_rank, told in ((9, 1, "error on rank 9: out of memory"), (0, 0, "error: out of memory")):
+        for key, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 16}.items():
+            monkeypatch.setenv(key, str(value))
+        assert train_dist.main([*QUICK.split(), "--device", "cpu"]) == 2
+        assert capsys.readouterr().err == f"train_dist.py: {told}\n"
+    assert train_dist.main([*QUICK.split(), "--device", "cuda:0"]) == 2
+    assert "--device cuda:0 names one device, found 16 processes; expected cuda" in capsys.readouterr().err
 
 
 def test_batch_norm_over_several_processes_needs_cuda(small_set, capsys, monkeypatch):

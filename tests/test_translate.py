@@ -298,6 +298,18 @@ def test_official_files_translate_as_the_official_network(arguments, n_blocks):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def test_an_earlier_generators_masks_make_way(net):
+    save(noise(0, (16, 16)), Path("in/a.png"))
+    assert run("--input in --output out --masks") == 0
+    assert len(list(Path("out/a_masks").iterdir())) > 5
+    Path("out/a_masks/note.txt").write_text("mine")
+    store("small", AtoB=tiny(n_masks=2))
+    arguments = "--checkpoint small --device cpu --input in --output out --masks"
+    assert translate.main(arguments.split()) == 0
+    names = {path.name for path in Path("out/a_masks").iterdir()}
+    assert names == {"attention.png", "mask_01.png", "mask_02.png", "content_01.png", "note.txt"}
+
+
 @pytest.mark.parametrize(
     "made_with, n, background",
     [
@@ -552,6 +564,7 @@ def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
         ("--input in", "expected --input and --output, or --export"),
         ("--export m.onnx --input in", "--export writes a model, --input is for translating"),
         ("--export m.onnx --output out", "--export writes a model, --output is for translating"),
+        ("--export m.onnx --batch_size 8", "--export writes a model, --batch_size is for translating"),
         ("--export m.pt", "--export m.pt: expected a name ending in .onnx, in a folder that exists"),
         ("--export nowhere/m.onnx", "--export nowhere/m.onnx: expected a name ending in .onnx, in a folder that"),
         ("--input in --output out --batch_size 0", "--batch_size 0: expected at least 1"),
