@@ -217,6 +217,7 @@ def test_under_torchrun_every_rank_tells_its_own_error(small_set, capsys, monkey
             monkeypatch.setenv(key, str(value))
         assert train_dist.main([*QUICK.split(), "--device", "cpu"]) == 2
         assert capsys.readouterr().err == f"train_dist.py: {told}\n"
+    monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda")
     assert train_dist.main([*QUICK.split(), "--device", "cuda:0"]) == 2
     assert "--device cuda:0 names one device, found 16 processes; expected cuda" in capsys.readouterr().err
 
