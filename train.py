@@ -95,7 +95,7 @@ SYSTEM_CHOICES = {
 }
 # Keywords of builders that are no flags of their system.
 SHARED = ("seed", "img_height", "img_width")
-# What a resumed run may change without ceasing to be the same run.
+# Where and how a run goes on, and nothing of what it learns: the files of generators leave it out.
 MACHINE = (
     "n_cpu",
     "cache_gb",
@@ -106,6 +106,7 @@ MACHINE = (
     "checkpoint_minutes",
     "inception",
 )
+# What a resumed run may change without ceasing to be the same run.
 FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
 # What a run leaves that has saved nothing yet.
 TRACES = re.compile(r"log\.jsonl|\d{8}\.png|curves\.png|index\.html|\..*\.partial")
