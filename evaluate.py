@@ -679,7 +679,7 @@ def evaluate(options: argparse.Namespace) -> None:
     alike = Counter((entry.direction, entry.reading) for entry in entries if entry.weights == LAST)
     if options.spread and max(alike.values(), default=0) < 2:
         raise InputError(
-            "--spread: no two checkpoints have direction, size and resize in common, expected seeds of one"
+            "--spread: no two checkpoints have direction, size and resize in common, expected seeds of one setting"
         )
     folders = sorted({exam.folders[entry.direction[0]] for entry in entries})
     if options.mask_dir is not None and not any((options.mask_dir / folder).is_dir() for folder in folders):
