@@ -127,7 +127,7 @@ def has_textbook(system: System) -> bool:
         and system.weights == system.weights._replace(gan=1.0, pixel=0.0, tv=0.0)
         and bool(system.weights.identity)
         and system.attn_disc == "none"
-        and not (system.warmup or system.curriculum)
+        and not system.curriculum
     )
 
 
@@ -524,7 +524,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--systems", nargs="+", choices=sorted(SYSTEMS), default=["attentiongan"], help="systems to measure")
     add("--sizes", type=int, nargs="+", default=[128, 256], help="heights and widths of the pictures, pixels")
     add("--batch_sizes", type=int, nargs="+", default=[1], help="pictures of each side in a batch")
-    add("--rounds", type=int, default=5, help="turns of every variant, of a second at least")
+    add("--rounds", type=int, default=5, help="turns of every variant, of a second at least; --memory takes one step")
     variants = parser.add_mutually_exclusive_group()
     variants.add_argument(
         "--variants",

@@ -38,8 +38,10 @@ import evaluate
 import train
 import utils
 from datasets import (
+    BUILT_IN,
     TASKS,
     Picture,
+    draw_built_in,
     find_plain,
     find_side,
     fixed_noise,
@@ -120,7 +122,6 @@ COMPARISONS = {
         {
             "AttentionGAN II": "",
             "identity 5": "--lambda_id 5",
-            "warm-up 500": "--lambda_warmup 500",
             "no pool": "--pool_size 0",
             "attention kernel 7": "--attention_kernel 7",
             "nearest upsampling": "--upsample nearest",
@@ -133,7 +134,6 @@ COMPARISONS = {
         {
             "AttentionGAN II": "",
             "identity 5": "--lambda_id 5",
-            "warm-up 3000": "--lambda_warmup 3000",
         },
     ),
     # The ablation of the pix2pix paper (Table 1), labels to photographs, and CycleGAN on the same pictures unpaired.
@@ -218,15 +218,24 @@ def is_finished(state: Mapping[str, Any]) -> bool:
 
 
 def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | None:
-    """In which options the run that stands is not one of these flags, and what to do; None where it is.
+    """In which options, or pictures, the run that stands is not one of these flags, and what to do; None where it is.
 
-    An option that the run does not know had its default, as ``train.py --resume`` has it, too.
+    An option that the run does not know had its default, as ``train.py --resume`` has it, too. Raises InputError.
     """
-    wanted = vars(train.parse_options(flags))
-    known = {**vars(train.make_parser(wanted["system"]).parse_args([])), **state["options"]}
-    free = {*train.FREE_ON_RESUME, *train.HOW_TO_START} - {"n_epochs", "decay_epoch"}
-    keys = sorted(wanted.keys() - free) if known["system"] == wanted["system"] else ["system"]
-    changes = [f"--{key} {known[key]} (expected {wanted[key]})" for key in keys if known[key] != wanted[key]]
+    options = train.parse_options(flags)
+    wanted, root = vars(options), Path(options.data_dir) / options.dataset_name
+    known = {**vars(train.make_parser(options.system).parse_args([])), **state["options"]}
+    if known["system"] == options.system:
+        keys = wanted.keys() - {*train.FREE_ON_RESUME, *train.HOW_TO_START} | {"n_epochs", "decay_epoch"}
+        changes = [f"--{k} {known[k]} (expected {wanted[k]})" for k in sorted(keys) if known[k] != wanted[k]]
+        changes += [f"{lost} (which this version does not know)" for lost in train.lost_options(known, wanted)]
+    else:
+        changes = [f"--system {known['system']} (expected {options.system})"]
+    if not changes:
+        if options.dataset_name == BUILT_IN:
+            draw_built_in(root)
+        if train.build_dataset(options).digest() != state["pictures"]:
+            changes = [f"pictures of other names than those in {root}"]
     folder = utils.SAVED_MODELS / name
     return f"{folder}: trained with {', '.join(changes)}; remove it to train it anew" if changes else None
 
@@ -394,8 +403,8 @@ def make_table(settings: Mapping[str, Sequence[Mapping[str, float]]]) -> list[st
 
 
 @torch.no_grad()
-def show(name: str, direction: str, root: Path) -> dict[str, Tensor]:
-    """What one run is judged by: its first samples; or the first test pictures, its translations, attention, the truth.
+def show(name: str, direction: str, root: Path, n: int = 4) -> dict[str, Tensor]:
+    """What one run is judged by: its first samples; or the first ``n`` test pictures, translations, attention, truths.
 
     All are (n, channels or 1, H, W) in [-1, 1].
     """
@@ -404,7 +413,7 @@ def show(name: str, direction: str, root: Path) -> dict[str, Tensor]:
     options = about["options"]
     if direction == NOISE:
         return {"sample": generator(fixed_noise(8, generator.settings["nz"], options["seed"]))}
-    inputs = read_all(find_side(root, "test", direction[0], find_task(options))[:4], options)
+    inputs = read_all(find_side(root, "test", direction[0], find_task(options))[:n], options)
     translation = generator(inputs)
     attention = None if translation.foreground is None else 2 * translation.foreground - 1
     truths = find_truths(root, direction, options, len(inputs))

@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -500,6 +501,10 @@ def find_oracle(last: Sequence[Entry], device: torch.device, refer: Callable[[En
 
 def output_name(where: str) -> str:
     """The folder below ``images`` for what is measured of a checkpoint: the run's, or one named after the path."""
+    shipped = utils.places(where)[-1]
+    with suppress(InputError):
+        if utils.find_generator(where, None).is_relative_to(shipped):  # a run may take that name later
+            where = str(shipped)
     parts = Path(where.removesuffix(".pth").removesuffix(".pt")).parts
     if parts[:1] == utils.SAVED_MODELS.parts:
         parts = parts[1:]
@@ -785,7 +790,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--class_A", help="ImageNet class that side A shows, for the class rate (known for horse2zebra, apple2orange)")
     add("--class_B", help="likewise for side B")
-    add("--floor_draws", type=int, default=5, help="draws of real training pictures for the floor; 0 leaves it out")
+    add(
+        "--floor_draws",
+        type=int,
+        default=5,
+        help="draws of real training pictures for the floor of FID and KID; 0 leaves it out",
+    )
     add(
         "--mask_dir",
         type=Path,

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from utils import NOISE, InputError, find_generator, places
+from utils import NOISE, InputError, find_generator, places, say
 
 
 class Translation(NamedTuple):
@@ -841,6 +841,9 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.
     ("AtoB", "BtoA", or None: a file's own, else "AtoB"; ``NOISE`` for one that draws from noise).
     """
     path = find_generator(where, direction)
+    shipped = places(where)[-1] / path.name
+    if shipped.is_file() and path != shipped:
+        say(f"{where}: taking {path}, not {shipped}")
     way = None if direction == NOISE else direction
     try:
         generator, about = load_generator(path, way)

@@ -90,15 +90,15 @@ RUNS = (
     Run(
         "horse2zebra",
         64,
-        "AttentionGAN I, led to the end",
+        "AttentionGAN I, unguided, led",
         "results_horse2zebra_attentiongan1_led",
-        f"--system attentiongan1 --curriculum_epochs 14 {SMALL} {SCHEDULES['horse2zebra']}",
+        f"--system attentiongan1 --attn_disc none --curriculum_epochs 14 {SMALL} {SCHEDULES['horse2zebra']}",
     ),
     # At 64 x 64 stripes came out as checks, perhaps because they are narrower than the 4 x 4 pixels of a feature map.
     Run(
         "horse2zebra",
         128,
-        "AttentionGAN II, from 64 × 64 on",
+        "AttentionGAN II, after 18,676 pairs at 64 × 64",
         "results_horse2zebra_attentiongan_128",
         f"--system attentiongan {SMALL} --lr 0.0001 --n_epochs 12 --decay_epoch 1 "
         "--init_from results_horse2zebra_attentiongan/checkpoint.pt",
@@ -162,9 +162,9 @@ def hours_taken(log: Path, batch_size: int) -> float:
 
 
 def make_table(known: Mapping[str, About]) -> list[str]:
-    """Markdown of all ``RUNS`` by data set, size and direction; what is not in ``known`` has an empty row."""
-    heads = ("", "100 KID-EffNet", "class rate", "attention AP", "background error", "cycle error")
-    heads += ("pairs", "hours", "published")
+    """Markdown of all ``RUNS`` by data set, size and direction; what is not in ``known`` is named and empty."""
+    heads = ("", "100 KID-EffNet", "class rate", "attention AP", "attention IoU", "background error", "change")
+    heads += ("cycle error", "pairs", "hours", "published")
     lines = [join(heads), "|---" * len(heads) + "|"]
     for dataset, size in GROUPS:
         for direction in evaluate.DIRECTIONS:
@@ -181,7 +181,7 @@ def make_table(known: Mapping[str, About]) -> list[str]:
                     shown, about = cells(found[run.name]["figures"]), known[run.name]
                     lines.append(join([run.system, *shown, f"{about['pairs']:,}", f"{about['hours']:.1f}", ""]))
                 else:
-                    lines.append(join([run.system, *[""] * (len(heads) - 1)]))
+                    lines.append(join([f"{run.system}: not trained, `{run.name}`", *[""] * (len(heads) - 1)]))
     return lines
 
 
@@ -198,8 +198,8 @@ def cells(figures: Mapping[str, float | None]) -> list[str]:
     """From "100 KID-EffNet" to "cycle error"; empty where there is no figure."""
     kid = next((key for key in figures if key.startswith("KID") and " " not in key), "KID")
     rate = next((key for key in figures if key.endswith(" rate")), "rate")
-    columns = ((kid, 1, 100), (rate, 3, 1), ("AP", 3, 1), ("background error", 3, 1), ("cycle error", 3, 1))
-    values = ((figures.get(key), digits, factor) for key, digits, factor in columns)
+    others = ((key, 3, 1) for key in (rate, "AP", "IoU", "background error", "change", "cycle error"))
+    values = ((figures.get(key), digits, factor) for key, digits, factor in ((kid, 1, 100), *others))
     return ["" if value is None else f"{factor * value:z.{digits}f}" for value, digits, factor in values]
 
 
@@ -237,14 +237,22 @@ def draw(runs: Sequence[Run], direction: str, data_dir: Path) -> None:
         parts = {"input": inputs} if not columns else {}
         if translation.foreground is not None:
             parts["attention"] = 2 * translation.foreground - 1
+        if translation.content is not None:
+            parts["content"] = painted(translation)
         parts["output"] = translation.image
         back, _ = opened[f"{direction[-1]}to{direction[0]}"]
         parts["recovered"] = back.eval()(translation.image).image
-        short = run.system.replace("AttentionGAN ", "")
-        columns |= {f"{short}: {name}" if name != "input" else name: part for name, part in parts.items()}
+        whose = run.system.replace("AttentionGAN ", "") + ":\n" if len(runs) > 1 else ""
+        columns |= {name if name == "input" else f"{whose}{name}": part for name, part in parts.items()}
         if run is runs[0] and translation.content is not None:
             draw_masks(translation, inputs).save(path.with_stem(f"{path.stem}_masks"))
     utils.draw_sheet(columns).save(path)
+
+
+def painted(translation: Translation) -> Tensor:
+    """(B, channels, H, W): the contents weighed by their masks, as if the background mask kept nothing."""
+    masks = translation.attention[:, : translation.content.shape[1], None]
+    return (masks * translation.content).sum(dim=1) / masks.sum(dim=1).clamp_min(torch.finfo(masks.dtype).tiny)
 
 
 def draw_masks(translation: Translation, inputs: Tensor) -> Image.Image:
@@ -264,14 +272,32 @@ def draw_masks(translation: Translation, inputs: Tensor) -> Image.Image:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def ship(run: str, name: str) -> None:
-    """Write a run's generators in half precision to ``saved_models/pretrained/<name>``. Raises InputError."""
+def ship(run: str, name: str, data_dir: Path) -> None:
+    """Write a run's generators in half precision to ``saved_models/pretrained/<name>``, and what they make of the first
+    test pictures to ``docs/<name>_<direction>.png``. Raises InputError.
+    """
     utils.check_name("--as", name)
+    opened, sheets = open_generators(run), {}
+    for direction, (_, about) in opened.items():
+        options = about.get("options", {})
+        if "dataset_name" not in options:
+            raise InputError(f"--ship {run}: says nothing of its data set, expected a run of train.py")
+        root = data_dir / options["dataset_name"]
+        if not find_side(root, "test", direction[0], compare.find_task(options)):
+            raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
+        parts = compare.show(run, direction, root, SHOWN)
+        columns = {
+            f"{i + 1}": torch.stack([part[i].expand(len(parts["input"][i]), -1, -1) for part in parts.values()])
+            for i in range(len(parts["input"]))
+        }
+        sheets[direction] = utils.draw_sheet(columns, rows=list(parts))
     folder = SAVED_MODELS / "pretrained" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for direction, (generator, about) in open_generators(run).items():
+    DOCS.mkdir(exist_ok=True)
+    for direction, (generator, about) in opened.items():
         path = folder / f"{direction}.pt"
         utils.save_atomically({**about, **pack_generator(generator.half())}, path)
+        sheets[direction].save(DOCS / f"{name}_{direction}.png")
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -287,7 +313,7 @@ def work(options: argparse.Namespace) -> None:
     if options.ship is not None:
         if options.train:
             raise InputError("--ship writes weights, --train trains first; expected one of the two")
-        return ship(options.ship, options.name)
+        return ship(options.ship, options.name, options.data_dir)
     by_name = {run.name: run for run in RUNS}
     unknown = [name for name in options.train if name not in by_name]
     if unknown:

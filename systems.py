@@ -82,8 +82,8 @@ class System(nn.Module, ABC):
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         """Named columns of a picture sheet, each (B, channels or 1, H, W), masks too in [-1, 1]."""
 
-    def begin(self, epoch: int, step: int) -> None:
-        """Called before each step, epochs and steps counted from 0, for systems whose weights change as they train."""
+    def begin(self, epoch: int) -> None:
+        """Called before each step, epochs counted from 0, for systems whose weights change as they train."""
 
     def settle(self) -> None:
         """Called after all turns of a step, for systems that keep parameters within bounds."""
@@ -209,9 +209,8 @@ class TwoWay(System):
     mask that the generator *from* its side makes of it (``attn_real`` "own"), or with the mask of the translation it
     stands against ("partner", the paper's letter).
 
-    ``warmup``: over so many steps the terms that tie the output to the input (cycle, identity, pixel) grow from 0.05 of
-    their weights to all of it, so that the adversarial terms lead. ``curriculum``: as the official code of scheme I
-    does, these terms are weighed 0.01 and the others 0.99 for so many epochs, then all 0.5.
+    ``curriculum``: for so many epochs the adversarial terms lead, as in the official code of scheme I: the terms that
+    tie the output to the input (cycle, identity, pixel) are weighed 0.01 and the others 0.99, then all 0.5.
 
     Raises InputError for ways of guidance without an attention-guided discriminator.
     """
@@ -227,7 +226,6 @@ class TwoWay(System):
         attn_disc: str = "none",
         attn_real: str = "own",
         attn_grad: str = "both",
-        warmup: int = 0,
         curriculum: int = 0,
     ):
         super().__init__()
@@ -244,10 +242,10 @@ class TwoWay(System):
         self.pool_B = ReplayBuffer(pool_size, (*seed, 1))
         self.weights, self.channels = weights, channels
         self.attn_disc, self.attn_real, self.attn_grad = attn_disc, attn_real, attn_grad
-        self.warmup, self.curriculum = warmup, curriculum
+        self.curriculum = curriculum
         self.min_size = max(self.G_AB.min_size, self.D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
-        self.begin(0, 0)
+        self.begin(0)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -257,12 +255,10 @@ class TwoWay(System):
             Turn("D", judges, self.discriminators_losses),
         )
 
-    def begin(self, epoch: int, step: int) -> None:
+    def begin(self, epoch: int) -> None:
         self.leading = self.tying = 1.0
         if self.curriculum:
             self.leading, self.tying = (0.99, 0.01) if epoch < self.curriculum else (0.5, 0.5)
-        if self.warmup:
-            self.tying *= min(1.0, 0.05 + step / self.warmup)
 
     def forward(self, batch: Batch) -> TwoWayFakes:
         real_A, real_B = batch["A"], batch["B"]
@@ -621,7 +617,6 @@ def attentiongan(
     attn_grad: str = "both",
     lambda_cyc: float = 10.0,
     lambda_id: float = 0.5,
-    lambda_warmup: int = 0,
     pool_size: int = 50,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
@@ -640,7 +635,6 @@ def attentiongan(
         attn_disc,
         attn_real,
         attn_grad,
-        warmup=lambda_warmup,
     )
 
 
@@ -690,7 +684,6 @@ def cyclegan(
     upsample: str = "transposed",
     lambda_cyc: float = 10.0,
     lambda_id: float = 5.0,
-    lambda_warmup: int = 0,
     pool_size: int = 50,
     seed: Sequence[int] = (0,),
 ) -> TwoWay:
@@ -702,7 +695,6 @@ def cyclegan(
         pool_size,
         seed,
         channels,
-        warmup=lambda_warmup,
     )
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,6 @@ SYSTEM_HELP = {
     "lambda_cam": "weight of the cross-entropy of the generators' class activation maps",
     "lambda_pixel": "weight of each direction's |output - input|",
     "lambda_tv": "weight of each mask's total variation, a sum over its pixels",
-    "lambda_warmup": "steps over which cycle and identity weights grow to their full size; 0: at once",
     "curriculum_epochs": "epochs that the adversarial terms lead (0.99 to 0.01), as in scheme I's official code, then "
     "0.5 to 0.5; 0: plain weights; as many as --n_epochs: to the end",
     "lambda_cyc": "weight of each direction's cycle loss",
@@ -282,6 +281,8 @@ def parse_options(
                     f"only {', '.join('--' + k for k in FREE_ON_RESUME)} may change"
                 )
             say(f"--{key} was {own[key]}, is now {given[key]}")
+    if lost := lost_options(own, defaults):
+        raise InputError(f"--resume: the run has {', '.join(lost)}, which this version does not know")
     options = argparse.Namespace(**{**defaults, **own, **given, "name": name})
     if options.decay_by == "never" and given.get("decay_epoch"):
         raise InputError("--decay_epoch: --decay_by never keeps the rate, expected epoch or step with it")
@@ -289,6 +290,11 @@ def parse_options(
         options.decay_epoch = max(1, options.n_epochs // 2)
     check_options(options, at_least_epochs=own.get("n_epochs", 1))
     return options
+
+
+def lost_options(own: Mapping[str, Any], known: Container[str]) -> list[str]:
+    """What a run of another version has in use, with its value, that is not among the options ``known`` here."""
+    return [f"--{key} {value}" for key, value in sorted(own.items()) if value and key not in known]
 
 
 def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None:
@@ -448,6 +454,10 @@ def load_networks(system: System, where: str) -> None:
                 raise InputError(f"--init_from {where} has {held} for {name}.{key}, expected {wanted}")
         system.get_submodule(name).load_state_dict(found[name])
     say(f"{', '.join(expected)} start from {path}")
+    if found.keys() - expected.keys():
+        say(
+            f"{', '.join(sorted(found.keys() - expected.keys()))} of that checkpoint are left out: this system has none"
+        )
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -741,7 +751,7 @@ def train(
                 lr = learning_rate(options, record.step, len(loader))
                 for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
                     group["lr"] = lr
-                players.begin(epoch, record.step)
+                players.begin(epoch)
                 images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is none
                 record.note(play(players, optimizers, autocast, batch), images, epoch, lr)
                 if options.compile and record.step == state["step"] + 1:

@@ -201,8 +201,7 @@ def launch(options: argparse.Namespace) -> int:
 
 def reason(error: mp.ProcessRaisedException) -> str:
     """A rank's InputError in its own words, anything else with its traceback."""
-    _, marker, message = str(error).rpartition("utils.InputError: ")
-    return message.strip() if marker else str(error)
+    return utils.in_a_line(error) if "utils.InputError: " in str(error) else str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return utils.exit_status(join(options, rank, local_rank, size, "env://"))
         except (InputError, OSError) as error:
             if local_rank:  # for the first, ``run_script`` tells it
-                print(f"train_dist.py: error on rank {rank}: {error}", file=sys.stderr)
+                print(f"train_dist.py: error on rank {rank}: {utils.in_a_line(error)}", file=sys.stderr)
             raise
 
     return utils.run_script("train_dist.py", work)

@@ -210,11 +210,16 @@ def run_script(name: str, work: Callable[[], int]) -> int:
         return work()
     except (InputError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun once on every machine
-            print(f"{name}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {in_a_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted at once; what was saved before stands", file=sys.stderr)
         return exit_status(signal.SIGINT)
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, without the traceback in front of an InputError from a loader's process or a rank's."""
+    return str(error).rpartition("InputError: ")[2].strip()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -446,11 +451,11 @@ class Record:
         entry |= {"lr": lr, "images_per_s": round(world_size() * self.images_since / seconds, 3)}
         self.sums.zero_()
         self.count = self.images_since = 0
-        self.since = time.perf_counter()
         if rank() == 0:
             self._append(entry)
             self._remember(entry)
             self.page()
+        self.since = time.perf_counter()
 
     def note_validation(self, figures: Mapping[str, float], epoch: int, seconds: float) -> None:
         """Take the figures of an evaluation, which took ``seconds`` that do not count as training's. Rank 0 alone."""
@@ -558,7 +563,7 @@ def draw_sheet(
 ) -> Image.Image:
     """A sheet with a heading over each column and a row for each picture; values in [-1, 1].
 
-    ``title`` stands above all of it, the names of the ``rows`` on the left.
+    Headings may have several lines. ``title`` stands above all of it, the names of the ``rows`` on the left.
 
     Small pictures are enlarged by whole pixels to about ``least_width``, so that the headings fit.
     """
@@ -573,13 +578,14 @@ def draw_sheet(
     line, width, height = 18, pictures.shape[-1] + 2, pictures.shape[-2] + 2
     font = ImageFont.load_default(size=12)
     left = 8 + round(max(map(font.getlength, rows))) if rows else 0
-    above = line * (2 if title else 1)
+    lines = 1 + max(name.count("\n") for name in batches)
+    above = line * (lines + bool(title))
     sheet = Image.new("RGB", (left + grid.width, grid.height + above), "white")
     sheet.paste(grid, (left, above))
     draw = ImageDraw.Draw(sheet)
     draw.text((2, 1), title, fill="black", font=font)
     for i, name in enumerate(batches):
-        draw.text((left + 2 + width * i, above - line + 1), name, fill="black", font=font)
+        draw.text((left + 2 + width * i, above - line * (1 + name.count("\n")) + 1), name, fill="black", font=font)
     for i, name in enumerate(rows):
         draw.text((2, above + height * i + height // 2 - line // 2), name, fill="black", font=font)
     return sheet

@@ -13,7 +13,7 @@ import train
 import utils
 from datasets import Picture, draw_built_in, fixed_noise, quantise, unaugmented
 from metrics import Features, kernel_distance
-from models import load_generator
+from models import load_generator, open_generator
 from utils import InputError
 
 TINY = (
@@ -44,7 +44,10 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, capsys):
+def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, monkeypatch, capsys):
+    drawn = {}
+    draw = utils.draw_sheet
+    monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.update(columns) or draw(columns, **o))
     assert compare.main(["systems", "--seeds", "3", "4"]) == 0
     text = Path("docs/compare_systems.md").read_text()
     table = text.split("## AtoB")[1].split("## BtoA")[0].strip().splitlines()
@@ -64,6 +67,13 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
                 assert rows[setting][heads.index(key)] == expected
     assert rows["CycleGAN, plain"][heads.index("IoU")] == "–" != rows["II"][heads.index("IoU")]
     assert all(setting in text and flags in text for setting, flags in SETTINGS.items()) and TINY in text
+    for row, (setting, slug) in enumerate((("II", "ii"), ("CycleGAN, plain", "cyclegan-plain"))):
+        generator = open_generator(f"compare_systems_{slug}_3", "AtoB")[0].eval()
+        size = f"{sum(p.numel() for p in generator.parameters()) / 1e6:.2f}"
+        assert rows[setting][heads.index("million parameters of a generator")] == size
+        with torch.no_grad():
+            output = generator(drawn["input 2"][row : row + 1]).image[0]
+        torch.testing.assert_close(drawn["output 2"][row], output)
     with Image.open("docs/compare_systems.png") as sheet:
         assert sheet.height == 18 + 2 * (16 * 6 + 2) + 2  # a row for each setting
 
@@ -99,22 +109,37 @@ def test_runs_of_other_flags_are_refused_before_anything_trains(monkeypatch, ste
         compare.train_all(runs, 1, ["--data_dir", "data"])
 
 
-def test_runs_of_an_older_version_are_used():
-    """What it did not know had the value that is the default now, and what is gone has none."""
+def test_runs_of_an_older_version_are_used(two_settings):
+    """What it did not know had the value that is the default now; what is gone was not in use."""
     own = f"{TINY} --system attentiongan"
-    stand("r", own, gone=7, lacking=("lambda_warmup",), data_dir="elsewhere", n_cpu=9)
+    stand("r", own, gone=0, lacking=("pool_size",), data_dir="elsewhere", n_cpu=9)
     compare.train_all({"r": own}, 1, [])
-    with pytest.raises(InputError, match=r"r: trained with --lambda_warmup 0 \(expected 5\); remove"):
-        compare.train_all({"r": f"{own} --lambda_warmup 5"}, 1, [])
+    stand("s", own, gone=7)
+    with pytest.raises(InputError, match=r"s: trained with --gone 7 \(which this version does not know\); remove"):
+        compare.train_all({"s": own}, 1, [])
+    with pytest.raises(InputError, match=r"r: trained with --pool_size 50 \(expected 5\); remove"):
+        compare.train_all({"r": f"{own} --pool_size 5"}, 1, [])
+
+
+def test_runs_on_other_pictures_are_refused(two_settings):
+    own = f"{TINY} --system attentiongan"
+    stand("r", own)
+    Path("data/solid2striped/trainA/another.png").write_bytes(
+        next(Path("data/solid2striped/trainA").iterdir()).read_bytes()
+    )
+    with pytest.raises(InputError, match=r"r: trained with pictures of other names than those in data/solid2striped"):
+        compare.train_all({"r": own}, 1, [])
 
 
 def stand(name, flags, step=3, lacking=(), **others):
     """The checkpoint of a run of these flags, as far as ``train_all`` looks at it."""
-    options = {**vars(train.parse_options(flags.split())), **others}
+    options = train.parse_options(flags.split())
+    pictures = train.build_dataset(options).digest() if Path("data").exists() else ""
+    options = {**vars(options), **others}
     options = {k: v for k, v in options.items() if k not in (*train.HOW_TO_START, *lacking)}
     folder = Path("saved_models") / name
     folder.mkdir(parents=True)
-    utils.Checkpoints(folder).save({"options": options, "step": step, "steps_per_epoch": 3})
+    utils.Checkpoints(folder).save({"options": options, "step": step, "steps_per_epoch": 3, "pictures": pictures})
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeypatch, capsys):

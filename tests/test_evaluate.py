@@ -1380,6 +1380,15 @@ def test_the_folder_of_a_checkpoint_is_named_after_it(where, name):
     assert evaluate.output_name(where) == name
 
 
+def test_shipped_weights_leave_their_name_to_a_run():
+    for folder in ("saved_models/pretrained/shipped", "saved_models/shipped", "shipped"):
+        Path(folder).mkdir(parents=True)
+    Path("saved_models/pretrained/shipped/AtoB.pt").touch()
+    assert evaluate.output_name("shipped") == "pretrained_shipped"
+    Path("saved_models/shipped/AtoB.pt").touch()
+    assert evaluate.output_name("shipped") == "shipped"
+
+
 def test_help_shows_defaults(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:

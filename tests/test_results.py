@@ -8,8 +8,9 @@ from PIL import Image
 import compare
 import results
 import train
+import utils
 from datasets import draw_built_in
-from models import open_generator, open_generators
+from models import AttentionGenerator, SingleMaskGenerator, open_generator, open_generators, pack_generator
 
 FLAGS = (
     "--ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_epochs 1 --n_cpu 0 --sample_interval 0 --log_interval 2"
@@ -49,14 +50,21 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table, capsys)
     assert text.startswith("before\n\n") and text.endswith("\nafter\n") and "old" not in text
     heads, _, *lines = rows(text)
     titles = [line[0] for line in lines]
-    each = ["real training pictures", "untranslated", "AttentionGAN II", "CycleGAN", "AttentionGAN I"]
+    each = [
+        "real training pictures",
+        "untranslated",
+        "AttentionGAN II",
+        "CycleGAN",
+        "AttentionGAN I: not trained, `one`",
+    ]
     assert titles == ["**solid → striped, 16 × 16**", *each, "**striped → solid, 16 × 16**", *each]
     assert lines[6][-1] == "KID 7" and lines[0][-1] == "–"
     for name, start in (("two", 3), ("cycle", 4)):
         report = json.loads(Path(f"images/{name}/evaluation.json").read_text())["rows"]
         for direction, line in (("AtoB", lines[start]), ("BtoA", lines[start + 6])):
             figures = next(row["figures"] for row in report if row["direction"] == direction)
-            for head, key in (("attention AP", "AP"), ("background error",) * 2, ("cycle error",) * 2):
+            same = ((key, key) for key in ("background error", "change", "cycle error"))
+            for head, key in (("attention AP", "AP"), ("attention IoU", "IoU"), *same):
                 expected = f"{figures[key]:.3f}" if key in figures else ""
                 assert line[heads.index(head)] == expected
             assert line[heads.index("pairs")] == "5" and float(line[heads.index("hours")]) < 0.1
@@ -78,7 +86,7 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table, capsys)
 def test_the_table_shows_kid_and_class_rate():
     about = {"pairs": 2000, "hours": 1.25, "rows": []}
     for weights, kid in (("best by validation", 0.0625), ("last", 0.125)):
-        figures = {"KID-EffNet low": 0.5, "KID-EffNet": kid, "zebra rate": 0.25, "cycle error": None}
+        figures = {"KID-EffNet low": 0.5, "KID-EffNet": kid, "zebra rate": 0.25, "change": 0.0341, "cycle error": None}
         shared = {"weights": weights, "floor": {"KID-EffNet": -0.0001}, "untranslated": {"KID-EffNet": 0.2}}
         about["rows"] += [{"direction": way, "figures": figures, **shared} for way in ("AtoB", "BtoA")]
     lines = rows("\n".join(results.make_table({"results_horse2zebra_attentiongan": about})))
@@ -87,7 +95,9 @@ def test_the_table_shows_kid_and_class_rate():
         "100 KID-EffNet": "12.5",
         "class rate": "0.250",
         "attention AP": "",
+        "attention IoU": "",
         "background error": "",
+        "change": "0.034",
         "cycle error": "",
         "pairs": "2,000",
         "hours": "1.2",
@@ -119,21 +129,62 @@ def test_a_run_that_goes_on_is_not_measured(table):
     assert results.is_here(RUNS[1])
 
 
-def test_sheets_show_all_runs_and_every_mask(table):
+def test_sheets_show_all_runs_and_every_mask(table, monkeypatch):
+    drawn = []
+    draw = utils.draw_sheet
+    monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append((columns, o)) or draw(columns, **o))
     assert results.main(["--train", "two", "cycle", "one"]) == 0
+    sheets = [columns for columns, _ in drawn if "II:\noutput" in columns]
+    masks = [columns for columns, options in drawn if options.get("rows") == ["mask", "content"]]
     cell = 16 * 6 + 2
-    for direction in ("AtoB", "BtoA"):
-        with Image.open(f"docs/results_solid2striped_16_{direction}.png") as sheet:
-            assert sheet.size == (2 + cell * (1 + 3 + 2 + 3), 18 + 2 + 3 * cell)
-        with Image.open(f"docs/results_solid2striped_16_{direction}_masks.png") as sheet:
-            assert sheet.height == 18 + 2 + 2 * cell and sheet.width > 3 * cell
+    for direction, back, sheet, parts in zip(("AtoB", "BtoA"), ("BtoA", "AtoB"), sheets, masks, strict=True):
+        for run in RUNS:
+            whose = run.system.replace("AttentionGAN ", "")
+            with torch.no_grad():
+                found = open_generator(run.name, direction)[0].eval()(sheet["input"])
+                recovered = open_generator(run.name, back)[0].eval()(found.image).image
+            expected = {"output": found.image, "recovered": recovered}
+            if found.content is not None:
+                expected |= {"attention": 2 * found.foreground - 1, "content": results.painted(found)}
+            for name, pictures in expected.items():
+                torch.testing.assert_close(sheet.pop(f"{whose}:\n{name}"), pictures)
+            if run.name == "two":
+                for i, name in enumerate(["1", "2", "background"]):
+                    content = found.content[0, i] if i < 2 else sheet["input"][0]
+                    torch.testing.assert_close(parts[name][0], 2 * found.attention[0, i].expand(3, -1, -1) - 1)
+                    assert torch.equal(parts[name][1], content)
+        assert list(sheet) == ["input"] and len(sheet["input"]) == 3
+        with Image.open(f"docs/results_solid2striped_16_{direction}.png") as picture:
+            assert picture.size == (2 + cell * (1 + 4 + 2 + 4), 2 * 18 + 2 + 3 * cell)
+        with Image.open(f"docs/results_solid2striped_16_{direction}_masks.png") as picture:
+            assert picture.height == 18 + 2 + 2 * cell and picture.width > 3 * cell
         judged = Path(f"docs/results_solid2striped_16_{direction}_judged.png").read_bytes()
         assert judged == Path(f"images/two/evaluation_{direction}.png").read_bytes()
 
 
-def test_shipped_weights_are_half_as_large_and_translate_alike(table):
+@pytest.mark.parametrize("generator", [AttentionGenerator(3, 4, 1, 3), SingleMaskGenerator(3, 4, 1)])
+def test_what_is_painted_and_the_input_make_the_output(generator):
+    inputs = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        found = generator(inputs)
+        expected = found.foreground * results.painted(found) + (1 - found.foreground) * inputs
+    torch.testing.assert_close(found.image, expected)
+
+
+def test_shipped_weights_are_half_as_large_and_translate_alike(table, monkeypatch, capsys):
     assert train.main([*RUNS[0].flags.split(), "--name", "two"]) == 0
+    drawn = []
+    draw = utils.draw_sheet
+    monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append((columns, o)) or draw(columns, **o))
     assert results.main(["--ship", "two", "--as", "small"]) == 0
+    for direction, (columns, options) in zip(("AtoB", "BtoA"), drawn, strict=True):
+        assert Path(f"docs/small_{direction}.png").exists() and list(columns) == ["1", "2", "3"]
+        for inputs, outputs, attention in columns.values():
+            with torch.no_grad():
+                found = open_generator("two", direction)[0].eval()(inputs[None])
+            assert options["rows"] == ["input", "output", "attention"]
+            torch.testing.assert_close(outputs, found.image[0])
+            torch.testing.assert_close(attention, 2 * found.foreground[0].expand(3, -1, -1) - 1)
     picture = torch.rand(1, 3, 16, 16) * 2 - 1
     assert set(open_generators("small")) == {"AtoB", "BtoA"}
     for direction in ("AtoB", "BtoA"):
@@ -143,6 +194,13 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(table):
         assert said == about and "data_dir" not in about["options"] and next(half.parameters()).dtype == torch.float32
         with torch.no_grad():
             assert (half(picture).image - full(picture).image).abs().max() < 2 / 255
+    assert results.main(["--ship", "two", "--as", "other", "--data_dir", "elsewhere"]) == 2
+    assert "elsewhere/solid2striped: found no testA" in capsys.readouterr().err
+    Path("bare").mkdir()
+    torch.save(pack_generator(AttentionGenerator(3, 4, 1, 3)), "bare/AtoB.pt")
+    assert results.main(["--ship", "bare", "--as", "other"]) == 2
+    assert "--ship bare: says nothing of its data set, expected a run of train.py" in capsys.readouterr().err
+    assert not Path("saved_models/pretrained/other").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,3 +230,21 @@ def test_every_run_has_flags_that_train_takes_and_a_name_of_its_own():
     assert {run.group for run in results.RUNS} == set(results.GROUPS)
     for run in results.RUNS:
         assert train.parse_options(run.flags.split()).dataset_name == run.dataset
+
+
+def test_what_ships_opens_both_ways_and_is_in_its_card():
+    folder = Path(results.__file__).parent / "saved_models" / "pretrained"
+    card = (folder / "README.md").read_text()
+    shipped = [path for path in folder.iterdir() if path.is_dir()]
+    assert shipped
+    for path in shipped:
+        assert f"## {path.name}\n" in card
+        assert sum(file.stat().st_size for file in path.iterdir()) < 50e6
+        opened = open_generators(path)
+        assert set(opened) == {"AtoB", "BtoA"}
+        for direction, (generator, about) in opened.items():
+            picture = torch.rand(1, 3, about["options"]["img_height"], about["options"]["img_width"]) * 2 - 1
+            with torch.no_grad():
+                translation = generator.eval()(picture)
+            assert translation.image.shape == picture.shape and not torch.equal(translation.image, picture)
+            assert translation.image.isfinite().all() and about["direction"] == direction

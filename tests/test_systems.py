@@ -165,13 +165,12 @@ def test_losses_and_gradients_are_the_textbook_steps(name, settings, terms):
 
 def test_the_terms_that_tie_the_output_to_the_input_may_come_later():
     batch = make_batch(1)
-    tying = ("cycle", "identity", "pixel")
+    tying = ("cycle", "pixel")
 
-    def ratios(name, epoch, step, **settings):
+    def ratios(epoch, curriculum):
         """Each loss over its plain one: the common factor of the tying terms, and that of the others."""
-        plain = build(name, pool_size=0, **({"curriculum_epochs": 0} if name == "attentiongan1" else {}))
-        system = build(name, pool_size=0, **settings)
-        system.begin(epoch, step)
+        plain, system = (build("attentiongan1", pool_size=0, curriculum_epochs=n) for n in (0, curriculum))
+        system.begin(epoch)
         expected = plain.generators_losses(batch, plain(batch))
         found = {
             key: (loss / expected[key]).item() for key, loss in system.generators_losses(batch, system(batch)).items()
@@ -180,11 +179,9 @@ def test_the_terms_that_tie_the_output_to_the_input_may_come_later():
         others = {round(v, 9) for k, v in found.items() if not k.startswith(tying)}
         return tied, others
 
-    for step, factor in ((0, 0.05), (10, 0.15), (95, 1.0), (1000, 1.0)):
-        assert ratios("attentiongan", 0, step, lambda_warmup=100) == ({factor}, {1.0})
-    assert ratios("cyclegan", 0, 40, lambda_warmup=100) == ({0.45}, {1.0})
-    assert ratios("attentiongan1", 9, 10**6) == ({0.01}, {0.99})
-    assert ratios("attentiongan1", 10, 0) == ({0.5}, {0.5})
+    assert ratios(9, 10) == ({0.01}, {0.99})
+    assert ratios(10, 10) == ({0.5}, {0.5})
+    assert ratios(9, 0) == ({1.0}, {1.0})
 
 
 def ugatit_discriminators(system, batch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import utils
 from utils import Checkpoints, InputError, Record, draw_sheet, save_atomically
@@ -22,6 +23,20 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.load(path) == {"value": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+class Damaged(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise InputError("a.jpg: damaged")
+
+
+@pytest.mark.parametrize("n_cpu", [0, 1])
+def test_what_is_wrong_is_told_in_a_line_from_a_loaders_process_too(capsys, n_cpu):
+    assert utils.run_script("train.py", lambda: len(list(DataLoader(Damaged(), num_workers=n_cpu)))) == 2
+    assert capsys.readouterr().err == "train.py: error: a.jpg: damaged\n"
 
 
 def test_two_checkpoints_are_kept(tmp_path):
@@ -90,10 +105,17 @@ def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
 
 
 def test_the_rate_is_of_training_alone(monkeypatch):
-    """Images over seconds, those of an evaluation not among them."""
+    """Images over seconds, those of an evaluation and of drawing the page not among them."""
     now = 100.0
+
+    def draw(record):
+        nonlocal now
+        now += 20
+
     monkeypatch.setattr(utils.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(Record, "page", draw)
     record = Record("r", {}, total_steps=4, interval=2)
+    record.bar.disable = True  # which divides by the time since the last line
     for _ in range(2):
         now += 5
         record.note({"G": torch.tensor(1.0)}, 3, 0, 0.1)
