@@ -6,7 +6,7 @@
 
 A run of the table is an ordinary one, ``train.py`` with the flags that stand in ``RUNS``, and its figures are those of
 ``evaluate.py``. They are kept in ``docs/results.json``, so that a run which is not on this machine keeps its rows. The
-table goes into the README, between two marks, sheets of the first test pictures into ``docs/``.
+table goes into the README, between two marks, sheets of each run's pictures into ``docs/``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
     @property
     def group(self) -> tuple[str, int]:
-        """Runs of one are measured, shown and drawn together: figures depend on the size."""
+        """Runs of one are measured and shown together: figures depend on the size."""
         return self.dataset, self.size
 
 
@@ -219,33 +219,26 @@ def write_table(known: Mapping[str, About]) -> None:
 
 
 @torch.no_grad()
-def draw(runs: Sequence[Run], direction: str, data_dir: Path) -> None:
-    """What each run of a group makes of the first test pictures, ``docs/results_<data set>_<size>_<direction>.png``.
+def draw(run: str, direction: str, data_dir: Path) -> None:
+    """What a run makes of the first test pictures, ``docs/<run>_<direction>.png``.
 
-    Beside it, for the first run, ``…_masks.png``: every mask and content of the first picture, and ``…_judged.png``:
-    its best, median and worst translations, the sheet of ``evaluate.py``.
+    Beside it ``…_judged.png``, its best, median and worst translations, the sheet of ``evaluate.py``; and, where it
+    has contents, ``…_masks.png``: every mask and content of the first picture.
     """
-    path = DOCS / f"results_{runs[0].dataset}_{runs[0].size}_{direction}.png"
-    shutil.copyfile(utils.IMAGES / runs[0].name / f"evaluation_{direction}.png", path.with_stem(f"{path.stem}_judged"))
-    columns: dict[str, Tensor] = {}
-    for run in runs:
-        opened = open_generators(run.name)
-        generator, about = opened[direction]
-        pictures = find_side(data_dir / run.dataset, "test", direction[0])[:SHOWN]
-        inputs = compare.read_all(pictures, about["options"])
-        translation = generator.eval()(inputs)
-        parts = {"input": inputs} if not columns else {}
-        if translation.foreground is not None:
-            parts["attention"] = 2 * translation.foreground - 1
-        if translation.content is not None:
-            parts["content"] = painted(translation)
-        parts["output"] = translation.image
-        back, _ = opened[f"{direction[-1]}to{direction[0]}"]
-        parts["recovered"] = back.eval()(translation.image).image
-        whose = run.system.replace("AttentionGAN ", "") + ":\n" if len(runs) > 1 else ""
-        columns |= {name if name == "input" else f"{whose}{name}": part for name, part in parts.items()}
-        if run is runs[0] and translation.content is not None:
-            draw_masks(translation, inputs).save(path.with_stem(f"{path.stem}_masks"))
+    path = DOCS / f"{run}_{direction}.png"
+    shutil.copyfile(utils.IMAGES / run / f"evaluation_{direction}.png", path.with_stem(f"{path.stem}_judged"))
+    opened = open_generators(run)
+    (generator, about), (back, _) = opened[direction], opened[f"{direction[-1]}to{direction[0]}"]
+    pictures = find_side(data_dir / about["options"]["dataset_name"], "test", direction[0])[:SHOWN]
+    columns = {"input": compare.read_all(pictures, about["options"])}
+    translation = generator.eval()(columns["input"])
+    if translation.foreground is not None:
+        columns["attention"] = 2 * translation.foreground - 1
+    if translation.content is not None:
+        columns["content"] = painted(translation)
+        draw_masks(translation, columns["input"]).save(path.with_stem(f"{path.stem}_masks"))
+    columns["output"] = translation.image
+    columns["recovered"] = back.eval()(translation.image).image
     utils.draw_sheet(columns).save(path)
 
 
@@ -327,12 +320,9 @@ def work(options: argparse.Namespace) -> None:
         here = [run for run in RUNS if run.group == group and is_here(run)]
         if here:
             known |= measure(group[0], here, options.data_dir)
-            away = [run.name for run in RUNS if run.group == group and run.name in known and run not in here]
-            if away:
-                print(f"sheets of {group[0]} left as they are: {', '.join(away)} not on this machine")
-                continue
-            for direction in evaluate.DIRECTIONS:
-                draw(here, direction, options.data_dir)
+            for run in here:
+                for direction in evaluate.DIRECTIONS:
+                    draw(run.name, direction, options.data_dir)
     store.write_text(json.dumps(known, indent=1) + "\n")
     write_table(known)
     print(f"{store} and {README} written")

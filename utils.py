@@ -563,7 +563,7 @@ def draw_sheet(
 ) -> Image.Image:
     """A sheet with a heading over each column and a row for each picture; values in [-1, 1].
 
-    Headings may have several lines. ``title`` stands above all of it, the names of the ``rows`` on the left.
+    ``title`` stands above all of it, the names of the ``rows`` on the left.
 
     Small pictures are enlarged by whole pixels to about ``least_width``, so that the headings fit.
     """
@@ -578,14 +578,13 @@ def draw_sheet(
     line, width, height = 18, pictures.shape[-1] + 2, pictures.shape[-2] + 2
     font = ImageFont.load_default(size=12)
     left = 8 + round(max(map(font.getlength, rows))) if rows else 0
-    lines = 1 + max(name.count("\n") for name in batches)
-    above = line * (lines + bool(title))
+    above = line * (2 if title else 1)
     sheet = Image.new("RGB", (left + grid.width, grid.height + above), "white")
     sheet.paste(grid, (left, above))
     draw = ImageDraw.Draw(sheet)
     draw.text((2, 1), title, fill="black", font=font)
     for i, name in enumerate(batches):
-        draw.text((left + 2 + width * i, above - line * (1 + name.count("\n")) + 1), name, fill="black", font=font)
+        draw.text((left + 2 + width * i, above - line + 1), name, fill="black", font=font)
     for i, name in enumerate(rows):
         draw.text((2, above + height * i + height // 2 - line // 2), name, fill="black", font=font)
     return sheet

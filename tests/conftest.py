@@ -14,11 +14,16 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.manual_seed(0)  # for networks that are parameters of tests, made when these are collected
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch, request):
-    """Runs are read and written relative to the working directory; scripts are found from anywhere, a GPU is not."""
+    """Runs are read and written relative to the working directory; scripts are found from anywhere, a GPU is not.
+
+    What a test draws is the same every time.
+    """
+    torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if request.node.get_closest_marker("gpu") is None:  # the bits of the CPU are tested, wherever the tests run
