@@ -94,7 +94,7 @@ RUNS = (
         "results_horse2zebra_attentiongan1_led",
         f"--system attentiongan1 --attn_disc none --curriculum_epochs 14 {SMALL} {SCHEDULES['horse2zebra']}",
     ),
-    # At 64 x 64 stripes came out as checks, perhaps because they are narrower than the 4 x 4 pixels of a feature map.
+    # At 64 x 64 its stripes came out as checks, perhaps because they are narrower than the 4 x 4 pixels of a feature.
     Run(
         "horse2zebra",
         128,
