@@ -57,7 +57,12 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(table):
         "CycleGAN",
         "AttentionGAN I: not trained, `one`",
     ]
-    assert titles == ["**solid → striped, 16 × 16**", *each, "**striped → solid, 16 × 16**", *each]
+    assert titles == [
+        "**solid2striped: solid → striped, 16 × 16**",
+        *each,
+        "**solid2striped: striped → solid, 16 × 16**",
+        *each,
+    ]
     assert lines[6][-1] == "KID 7" and lines[0][-1] == "–"
     for name, start in (("two", 3), ("cycle", 4)):
         report = json.loads(Path(f"images/{name}/evaluation.json").read_text())["rows"]
