@@ -287,7 +287,7 @@ class SpectralNorm(nn.Module):
 
 
 class NoiseDropout(nn.Module):
-    """Half of all values are dropped and the others doubled, in use as in training: pix2pix's only noise (Sec. 2.2).
+    """Half of all values are dropped and the others doubled, in use as in training: pix2pix's only noise (Sec. 3.1).
 
     While training every call draws from torch's random state. In evaluation mode what is kept never changes, is the
     same for every picture, and repeats itself with the period ``side`` in both directions, so that a picture's
@@ -330,7 +330,7 @@ def check_size(x: Tensor, multiple: int, least: int) -> None:
 
 
 class AttentionGenerator(nn.Module):
-    """The generator of AttentionGAN, scheme II (Tang et al., TNNLS 2021, Sec. III-B).
+    """The generator of AttentionGAN, scheme II (Tang et al., TNNLS 2021, Sec. III-A).
 
     A shared encoder feeds a content head (n_masks - 1 pictures, tanh) and an attention head (n_masks masks,
     softmax); the output is the sum of contents × foreground masks + input × background mask.

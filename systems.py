@@ -180,7 +180,7 @@ class TwoWayFakes(NamedTuple):
 
 
 def total_variation(masks: Tensor) -> Tensor:
-    """The sum of |differences| of neighbours in (B, 1, H, W), mean over the batch (AttentionGAN, eq. 8)."""
+    """The sum of |differences| of neighbours in (B, 1, H, W), mean over the batch (AttentionGAN, scheme I)."""
     down, across = masks.diff(dim=2).abs().sum(), masks.diff(dim=3).abs().sum()
     return (down + across) / len(masks)
 
@@ -202,8 +202,8 @@ class TwoWay(System):
     L_G = Σ [ gan · LSGAN + cyc · |recovered - real|₁ + identity · |same - real|₁ + pixel · |fake - real|₁ + tv · TV ],
     L_D = Σ ½ [ (D(real) - 1)² + D(pooled)² ].
 
-    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III-B), which ``guided`` makes
-    and whose terms have the weight of the plain ones: it sees [mask, picture] ("concat") or mask × picture ("mask").
+    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III), whose terms have the
+    weight of the plain ones: it sees [mask, picture] ("concat") or mask × picture ("mask"), see ``guide``.
     A translated picture comes with the foreground mask it was made with; ``attn_grad``: gradients reach the generator
     through the picture and the mask ("both") or through the picture alone ("picture"). A real picture comes with the
     mask that the generator *from* its side makes of it (``attn_real`` "own"), or with the mask of the translation it
@@ -787,7 +787,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
 
 # What a system wants of the options that all systems share, where it is not their usual default.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
-    # 294 epochs of selfie2anime's 3,400 pictures are the official 1,000,000 steps.
+    # 294 epochs of selfie2anime's 3,400 pictures are 999,600 steps, the official 1,000,000 in whole epochs.
     "ugatit": {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"},
     # The epochs are those of pytorch/examples.
     "dcgan": {

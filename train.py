@@ -117,7 +117,7 @@ EPILOG = """\
 The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
 rate falling to zero from epoch 100. The official AttentionGAN script trains instead with
   --batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5
-U-GAT-IT (--system ugatit) has defaults of its own: 294 epochs, on selfie2anime the official 1,000,000 steps.
+U-GAT-IT (--system ugatit) has defaults of its own: 294 epochs, on selfie2anime 999,600 steps.
 DCGAN (--system dcgan), too: 64 x 64, batch 128, 25 epochs at one rate, the middle of each picture (short_side).
 """
 
