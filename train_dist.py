@@ -15,9 +15,11 @@ import inspect
 import os
 import socket
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -81,8 +83,12 @@ def join(
     world_size: int,
     init_method: str,
     listening: utils.StopSignals | None = None,
+    tell: Callable[[Exception], None] = lambda error: None,
 ) -> int:
-    """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns."""
+    """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns.
+
+    What fails here is told before the group breaks and the other ranks fail for that.
+    """
     if pick_kind(options) == "cuda":
         device = options.device if ":" in options.device else f"cuda:{local_rank}"
         torch.cuda.set_device(device)
@@ -97,6 +103,9 @@ def join(
         hold = utils.hold(utils.SAVED_MODELS / options.name) if rank == 0 else nullcontext()
         with train.clear_errors(options), hold:
             return train.train(options, distribute, device, listening)
+    except Exception as error:
+        tell(error)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -116,14 +125,19 @@ def prepare_together(options: argparse.Namespace, rank: int, local_rank: int) ->
             raise InputError(found) if rank == 0 else SystemExit(2)
 
 
-def spawned(rank: int, options: argparse.Namespace, world_size: int) -> None:
+def spawned(rank: int, options: argparse.Namespace, world_size: int, reports: SimpleQueue) -> None:
+    """Report (rank, the signal that ended the run early), or (rank, what failed)."""
+
+    def tell(error: Exception) -> None:
+        expected = isinstance(error, (InputError, OSError))
+        reports.put((rank, utils.in_a_line(error) if expected else traceback.format_exc()))
+
     # From the first moment to the last: Ctrl-C reaches the ranks twice, from the terminal and from ``launch``, and the
     # second time must not end one that has saved already and leaves the group.
     with utils.StopSignals() as listening:
-        try:
-            join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", listening)
-        except OSError as error:  # a full disk, say: no need for a traceback
-            raise InputError(str(error)) from error
+        number = join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", listening, tell)
+        if number:
+            reports.put((rank, number))
 
 
 def pick_kind(options: argparse.Namespace) -> str:
@@ -138,7 +152,11 @@ def pick_kind(options: argparse.Namespace) -> str:
 
 def count_processes(options: argparse.Namespace) -> int:
     """How many ranks to start here. Raises InputError for more than there are GPUs."""
+    if options.n_procs < 0:
+        raise InputError(f"--n_procs {options.n_procs}: expected at least 0")
     if not options.multi_gpu_flag:
+        if options.n_procs > 1:
+            raise InputError(f"--n_procs {options.n_procs} with --multi_gpu_flag False: expected 1, or the flag True")
         return 1
     if ":" in options.device and options.n_procs != 1:
         raise InputError(f"--device {options.device} names one device; expected cuda or cpu, or --n_procs 1 with it")
@@ -174,12 +192,16 @@ def check_port(port: int) -> None:
 
 
 def launch(options: argparse.Namespace) -> int:
-    """Spawn the ranks and wait for them, handing signals on. Raises InputError when one of them fails."""
+    """Spawn the ranks and wait for them, handing signals on. Raises InputError when one of them fails.
+
+    Returns 0, or the number of the signal that ended the run early.
+    """
     world_size = count_processes(options)
     check_batch_norm(options, world_size)
     check_port(options.port_num)
     train.prepare(options)
-    ranks = mp.spawn(spawned, (options, world_size), world_size, join=False)
+    reports = mp.get_context("spawn").SimpleQueue()
+    ranks = mp.spawn(spawned, (options, world_size, reports), world_size, join=False)
     told = False
     with utils.StopSignals() as stop:
         try:
@@ -192,16 +214,12 @@ def launch(options: argparse.Namespace) -> int:
             if stop.signal is not None:  # and the ranks were not ready to save, or not able to
                 print(f"stopped; rank {error.error_index} ended before it had saved", file=sys.stderr)
                 return stop.signal
-            if isinstance(error, mp.ProcessRaisedException):
-                raise InputError(f"rank {error.error_index} failed, all ranks ended: {reason(error)}") from error
+            if isinstance(error, mp.ProcessRaisedException):  # not always that of the first to fail
+                rank, reason = (error.error_index, str(error)) if reports.empty() else reports.get()
+                raise InputError(f"rank {rank} failed, all ranks ended: {reason}") from error
             how = error.signal_name or f"exit code {error.exit_code}"
             raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
-    return stop.signal or 0
-
-
-def reason(error: mp.ProcessRaisedException) -> str:
-    """A rank's InputError in its own words, anything else with its traceback."""
-    return utils.in_a_line(error) if "utils.InputError: " in str(error) else str(error)
+    return stop.signal or (0 if reports.empty() else reports.get()[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -228,6 +229,15 @@ def in_a_line(error: Exception) -> str:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong, which the system does not where a disk is full. Raises OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; the kernel frees it however the process ends.
 
@@ -261,13 +271,12 @@ def save_atomically(state: Any, path: Path) -> None:
     """
     partial_path = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial_path, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_path, path)
-    except RuntimeError as error:  # torch's writer turns a failed write into a RuntimeError
-        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
+        with writing(path):
+            with open(partial_path, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial_path, path)
     finally:
         partial_path.unlink(missing_ok=True)
 
@@ -280,27 +289,33 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.newest = folder / "checkpoint.pt"
         self.previous = folder / "checkpoint_previous.pt"
+        self.fresh = folder / "checkpoint_fresh.pt"  # whole, and newer than both, where a save was killed
+        self.damaged: set[Path] = set()
 
     def save(self, state: Mapping[str, Any]) -> None:
-        fresh = self.newest.with_name("checkpoint_fresh.pt")
-        save_atomically({"format": self.FORMAT, **state}, fresh)
-        if self.newest.exists():
+        save_atomically({"format": self.FORMAT, **state}, self.fresh)
+        if self.newest.exists() and self.newest not in self.damaged:
             os.replace(self.newest, self.previous)
-        os.replace(fresh, self.newest)
+        os.replace(self.fresh, self.newest)
+        self.damaged.clear()
 
     def load(self, quiet: bool = False) -> dict[str, Any]:
-        """The newest readable state, tensors mapped from the file; warns, unless ``quiet``, when it is not the newest.
+        """The newest sound state, tensors mapped from the file; warns of damaged ones that are newer.
 
-        Raises InputError when there is none, or one of another format.
+        ``quiet``: no warning, and no look at what the tensors hold, which takes as long as reading them. Raises
+        InputError when there is none, or one of another format.
         """
         troubles = []
-        for path in (self.newest, self.previous):
+        for path in (self.fresh, self.newest, self.previous):
             if not path.exists():
                 continue
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 found = state["format"]
+                if not quiet:
+                    check_sums(path)
             except Exception as error:  # a damaged file makes the unpickler raise what it likes
+                self.damaged.add(path)
                 troubles.append(f"{path}: damaged ({str(error).splitlines()[0]})")
                 continue
             if found != self.FORMAT:
@@ -309,6 +324,13 @@ class Checkpoints:
                 say(f"warning: {trouble}; going back to {path}, step {state['step']}")
             return state
         raise InputError("; ".join(troubles) or f"{self.newest}: no such checkpoint, nothing to resume")
+
+
+def check_sums(path: Path) -> None:
+    """Raise OSError where a file of ``torch.save`` is not what was written: torch itself does not compare the sums."""
+    with zipfile.ZipFile(path) as archive:
+        if altered := archive.testzip():
+            raise OSError(f"{altered} is not what was written")
 
 
 def find_generator(where: str | Path, direction: str | None) -> Path:
@@ -433,12 +455,12 @@ class Record:
         self.count += 1
         self.images_since += images
         self.bar.update()
-        if self.step % self.interval == 0 or self.step == self.total_steps:
-            self._write_line(epoch, lr)
         now = time.perf_counter()
         if not self.bar.disable and now - self._shown > max(2.0, self.bar.mininterval):
             self._shown = now
             self._show(flat, epoch)
+        if self.step % self.interval == 0 or self.step == self.total_steps:
+            self._write_line(epoch, lr)
 
     def _write_line(self, epoch: int, lr: float) -> None:
         assert self.sums is not None
@@ -466,7 +488,7 @@ class Record:
         say(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with open(self.log_path, "a") as file:
+        with writing(self.log_path), open(self.log_path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def _remember(self, entry: dict[str, Any]) -> None:
@@ -493,7 +515,9 @@ class Record:
 
     def sheet(self, columns: Mapping[str, Tensor]) -> None:
         """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
-        draw_sheet(columns).save(self.folder / f"{self.step:08d}.png")
+        path = self.folder / f"{self.step:08d}.png"
+        with writing(path):
+            draw_sheet(columns).save(path)
 
     def page(self, final: bool = False) -> None:
         """Draw the curves and write ``index.html``; both cost the same however long the run is.
@@ -505,22 +529,24 @@ class Record:
             return
         self._drawn = now
         if self.history:
-            draw_curves(self.history, self.validations, self.folder / "curves.png")
+            with writing(self.folder / "curves.png"):
+                draw_curves(self.history, self.validations, self.folder / "curves.png")
         sheets = sorted(p.name for p in self.folder.glob("[0-9]*.png"))
         shown = sheets[:: max(1, -(-len(sheets) // self.SHEETS_SHOWN))]
         if sheets and shown[-1] != sheets[-1]:
             shown.append(sheets[-1])
         rows = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in self.settings.items())
         state = f"step {self.step} of {self.total_steps}"
-        (self.folder / "index.html").write_text(
-            PAGE.format(
-                name=html.escape(self.name),
-                state=state,
-                sheets=json.dumps(shown),
-                last=max(0, len(shown) - 1),
-                rows=rows,
+        with writing(self.folder / "index.html"):
+            (self.folder / "index.html").write_text(
+                PAGE.format(
+                    name=html.escape(self.name),
+                    state=state,
+                    sheets=json.dumps(shown),
+                    last=max(0, len(shown) - 1),
+                    rows=rows,
+                )
             )
-        )
 
     def close(self) -> None:
         self.bar.close()

@@ -96,6 +96,7 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
         ("--n_epochs 2", "--n_epochs 1 (expected 2)"),
         ("--n_epochs 2 --decay_epoch 2", "--decay_epoch 1 (expected 2), --n_epochs 1 (expected 2)"),
         ("--system cyclegan", "--system attentiongan (expected cyclegan)"),
+        ("--init_from demo", "--init_from None (expected demo)"),
     ],
 )
 @pytest.mark.parametrize("step", [1, 3])
@@ -143,12 +144,13 @@ def stand(name, flags, step=3, lacking=(), **others):
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeypatch, capsys):
-    bad = {"bad": "--system cyclegan --n_layers_D 0", "good": "--system cyclegan"}
+    bad = {"bad": "--system cyclegan --n_layers_D 0", "good": "--system cyclegan", "none": "--dataset_name none"}
     monkeypatch.setitem(compare.COMPARISONS, "systems", compare.Comparison(TINY, bad))
     assert compare.main(["systems", "--seeds", "0"]) == 2
     shown = capsys.readouterr()
     assert "compare_systems_good_0: done" in shown.out and "compare_systems_bad_0: failed" in shown.out
-    assert "1 of 2 runs failed" in shown.err and "--n_layers_D 0: expected at least 1" in shown.err
+    assert "2 of 3 runs failed" in shown.err and "--n_layers_D 0: expected at least 1" in shown.err
+    assert "compare_systems_none_0: data/none: no such folder" in shown.err
     assert compare.is_finished(compare.find_state("compare_systems_good_0"))
 
 

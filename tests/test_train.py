@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -176,8 +177,11 @@ def test_pix2pix_stopped_anywhere_and_resumed_is_straight_through(pairs, monkeyp
     [
         ("--dataset_name small", r"data/small: expected pairs, .*; found 1 without a partner, such as 5"),
         ("--img_height 48", r"--img_height 48: expected a multiple of 32, at least 32"),
-        ("--unet_depth 7", r"--img_height 64: expected a multiple of 128, at least 128"),
+        ("--unet_depth 7", r"--unet_depth 7: expected 2 to 6 at 64 x 64, or 0 for the most"),
         ("--lambda_gan 0 --lambda_L1 0", r"nothing to train by"),
+        ("--unet_depth 18", r"--unet_depth 18: expected 2 to 6 at 64 x 64"),
+        ("--unet_depth 1", r"--unet_depth 1: expected 2 to 6 at 64 x 64"),
+        ("--img_height 2", r"--img_height 2, --img_width \d+: expected at least 4"),
         ("--lambda_L1 -1", r"--lambda_L1 -1.0: expected at least 0"),
         ("--task colorization --channels 1", r"--task colorization makes colours: --channels 1, expected 3"),
         ("--task colorization --dataset_name nothing", r"data/nothing: no such folder. Expected colour pictures"),
@@ -579,6 +583,18 @@ def test_a_run_is_never_overwritten_unasked(small_set, capsys):
     assert checkpoint("r")["options"]["seed"] == 9
 
 
+def test_what_another_process_saves_while_this_one_waits_for_its_end_stays(small_set, capsys, monkeypatch):
+    def hold(folder):
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pt").write_bytes(b"the other's")
+        return nullcontext()
+
+    monkeypatch.setattr(utils, "hold", hold)
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 2
+    assert "a run named r stands already (saved_models/r/checkpoint.pt); go on with it" in capsys.readouterr().err
+    assert Path("saved_models/r/checkpoint.pt").read_bytes() == b"the other's"
+
+
 @pytest.mark.parametrize("place", ["best/AtoB.pt", "kept/00000004/BtoA.pt"])
 def test_a_name_is_taken_where_other_weights_than_the_last_lie(small_set, capsys, place):
     path = Path("saved_models/r") / place
@@ -932,6 +948,8 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file(capsys):
         ("--attention_kernel 3", r"--attention_kernel 3: expected 1 \(official code\) or 7"),
         ("--device nonsense", r"--device nonsense: not usable here"),
         ("--name a/b", r"--name a/b: expected a plain name"),
+        ("--dataset_name small/", r"--dataset_name small/: expected a plain name"),
+        ("--seed 9999999999999999999", r"--seed 9999999999999999999: expected at most 4611686018427387904"),
         ("--name ..", r"--name ..: expected a plain name"),
         ("--name pretrained", r"--name pretrained: expected a plain name"),
         ("--b1 1.5", r"--b1 1.5: expected 0 or more, below 1"),

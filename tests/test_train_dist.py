@@ -206,6 +206,61 @@ def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set):
     assert "Traceback" not in err and err.count("do not fill") == 1
 
 
+class Ranks:
+    """Two that have ended, one of them in an error where there is one."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def join(self, **_):
+        if self.error:
+            raise self.error
+        return True
+
+
+def ended(monkeypatch, reports: list[tuple[int, int | str]], error: Exception | None = None) -> int:
+    def spawn(work, arguments, n, join):
+        for report in reports:
+            arguments[-1].put(report)
+        return Ranks(error)
+
+    monkeypatch.setattr(mp, "spawn", spawn)
+    flags = [*QUICK.split(), "--name", "r", "--n_procs", "2", "--device", "cpu", "--port_num", str(free_port())]
+    return train_dist.main(flags)
+
+
+def test_the_first_rank_to_fail_is_told_not_one_that_fails_for_it(small_set, monkeypatch, capsys):
+    broken = mp.ProcessRaisedException("Connection closed by peer", 1, 99)
+    assert ended(monkeypatch, [(0, "the disk is full"), (1, "Connection closed by peer")], broken) == 2
+    expected = "train_dist.py: error: rank 0 failed, all ranks ended: the disk is full\n"
+    assert capsys.readouterr().err == expected
+    assert ended(monkeypatch, [], broken) == 2  # before it had joined the others
+    assert "rank 1 failed, all ranks ended: Connection closed by peer" in capsys.readouterr().err
+
+
+def test_a_rank_tells_what_fails_before_the_group_breaks(small_set, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    told = []
+
+    def tell(error):
+        assert dist.is_initialized()
+        told.append(str(error))
+
+    options = train.parse_options([*QUICK.split(), "--device", "cpu"])
+    with pytest.raises(OSError, match="the disk is full"):
+        train_dist.join(options, 0, 0, 1, f"tcp://127.0.0.1:{free_port()}", tell=tell)
+    assert told == ["the disk is full"] and not dist.is_initialized()
+
+
+def test_a_signal_to_one_rank_alone_is_the_status_of_all(small_set, monkeypatch):
+    assert ended(monkeypatch, []) == 0
+    assert ended(monkeypatch, [(0, signal.SIGTERM), (1, signal.SIGTERM)]) == 128 + signal.SIGTERM
+
+
 def test_under_torchrun_every_rank_tells_its_own_error(small_set, capsys, monkeypatch):
     def fail(*_):
         raise InputError("out of memory")
@@ -293,7 +348,11 @@ def test_the_number_of_processes(monkeypatch, capsys):
 
     assert count("--multi_gpu_flag True", gpus=8) == 8
     assert count("--multi_gpu_flag True --n_procs 2", gpus=8) == 2
-    assert count("--multi_gpu_flag False", gpus=8) == 1
+    assert count("--multi_gpu_flag False", gpus=8) == count("--multi_gpu_flag False --n_procs 1", gpus=8) == 1
+    with pytest.raises(InputError, match="--n_procs 4 with --multi_gpu_flag False: expected 1"):
+        count("--multi_gpu_flag False --n_procs 4", gpus=8)
+    with pytest.raises(InputError, match="--n_procs -1: expected at least 0"):
+        count("--n_procs -1", gpus=0)
     assert count("--multi_gpu_flag true --n_procs 3", gpus=0) == 3
     assert count("", gpus=0) == 1
     assert "no GPU here: one process on the CPU" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as if the disk were full
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"state\.pt: could not be written"):
             save_atomically({"value": torch.zeros(1_000_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -47,8 +48,40 @@ def test_two_checkpoints_are_kept(tmp_path):
         checkpoints.save({"step": step})
     assert checkpoints.load()["step"] == 3
     assert torch.load(checkpoints.previous)["step"] == 2
-    checkpoints.newest.unlink()  # killed between the two renames
+    os.replace(checkpoints.newest, checkpoints.fresh)  # killed between the two renames
+    assert checkpoints.load()["step"] == 3
+    os.truncate(checkpoints.fresh, 100)
     assert checkpoints.load()["step"] == 2
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_damage_inside_is_noticed_and_never_becomes_what_one_goes_back_to(tmp_path, capsys, step):
+    weights = torch.arange(100_000.0)
+    for at in range(step):
+        Checkpoints(tmp_path).save({"step": at, "weights": weights + at})
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[200_000:200_100] = bytes(100)  # which torch.load does not see
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["weights"], weights + step - 1)
+
+    checkpoints = Checkpoints(tmp_path)
+    state = checkpoints.load()
+    assert state["step"] == step - 2 and torch.equal(state["weights"], weights + step - 2)
+    assert f"{path}: damaged" in (out := capsys.readouterr().out) and f"going back to {checkpoints.previous}" in out
+    checkpoints.save({"step": 9})
+    assert checkpoints.load()["step"] == 9 and torch.load(checkpoints.previous)["step"] == step - 2
+    checkpoints.save({"step": 10})
+    assert torch.load(checkpoints.previous)["step"] == 9
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a disk that is always full")
+def test_a_full_disk_is_told_with_the_file():
+    record = Record("r", {}, total_steps=4, interval=1)
+    record.log_path = Path("/dev/full")
+    with pytest.raises(OSError, match=r"^/dev/full: could not be written \(.*No space left on device"):
+        record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
+    record.close()
 
 
 def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
@@ -127,6 +160,19 @@ def test_the_rate_is_of_training_alone(monkeypatch):
     first, validation, second = map(json.loads, record.log_path.read_text().splitlines())
     assert first["images_per_s"] == 6 / 10 and validation["validation"] == {"KID": 0.5}
     assert second["images_per_s"] == pytest.approx(8 / 3, abs=1e-3)
+
+
+def test_the_bar_shows_the_rate_up_to_this_step(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: now)
+    record = Record("r", {}, total_steps=4, interval=1)
+    record.bar.disable, record.bar.mininterval, shown = False, 0, []
+    monkeypatch.setattr(record.bar, "set_postfix_str", lambda text, **_: shown.append(text))
+    for images in (100, 200):
+        now += 40
+        record.note({"G": torch.tensor(1.0)}, images, 0, 0.1)
+    assert shown == ["2.5 images/s G 1.000", "5.0 images/s G 1.000"]
+    record.bar.disable = True
 
 
 def test_a_resumed_history_is_thinned_as_the_straight_one(monkeypatch):
