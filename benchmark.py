@@ -253,7 +253,7 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
             figures["kernels"] = count_kernels(work)
         pipe.send(figures)
     except (InputError, RuntimeError, MemoryError) as error:
-        pipe.send("out of memory" if utils.is_out_of_memory(error) else str(error).strip().splitlines()[0])
+        pipe.send("out of memory" if utils.is_out_of_memory(error) else utils.first_line(error))
 
 
 def wait_for(device: torch.device) -> None:

@@ -49,7 +49,7 @@ from torchvision.datasets.utils import download_url
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from utils import InputError, check_name
+from utils import InputError, check_name, run_script
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
@@ -117,11 +117,17 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 def find_pictures(folder: Path) -> list[Picture]:
     """All pictures below a folder, linked folders too, in the order of their paths.
 
-    Other and hidden files are passed over; a link whose picture has gone stays in, so that ``check`` names it.
+    Other and hidden files are passed over; a link whose picture has gone stays in, so that ``check`` names it. Raises
+    OSError for a folder that cannot be read.
     """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # no folder has no pictures
+            raise error
+
     found: list[Path] = []
     seen: set[str] = set()  # a linked folder may hold a link back
-    for at, folders, files in os.walk(folder, followlinks=True):
+    for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(at)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
@@ -905,14 +911,15 @@ def import_pictures(
 ) -> None:
     """Make a data set of two folders of pictures: links (or copies), a seeded test share split off.
 
-    Unreadable files are left out, as are all but the first of files with equal bytes (which could otherwise
-    stand in train and test at once); both are reported by name. At least one picture a side stays in train.
+    Unreadable files are left out, as are all but the first of files with equal bytes, on either side (which could
+    otherwise stand in train and test at once); both are reported by name. At least one picture a side stays in train.
     """
     if target.exists():
         raise InputError(f"{target} stands already; choose another --dataset_name or remove it")
     if not 0 <= test_share < 1:
         raise InputError(f"--test_share {test_share}: expected a share from 0 to below 1")
-    sides: dict[str, list[Path]] = {}
+    sides: dict[str, list[Path]] = {"A": [], "B": []}
+    first: dict[bytes, Path] = {}
     for side, source in (("A", from_A), ("B", from_B)):
         pictures = find_pictures(source) if source.is_dir() else []
         if not pictures:
@@ -921,7 +928,6 @@ def import_pictures(
         bad = unreadable(pictures)
         for path, reason in bad.items():
             print(f"left out, unreadable: {path} ({reason})")
-        first: dict[bytes, Path] = {}
         for picture in pictures:
             if picture.path not in bad:
                 digest = hashlib.sha256(picture.path.read_bytes()).digest()
@@ -929,9 +935,10 @@ def import_pictures(
                     print(f"left out, duplicate:  {picture.path} (the same bytes as {first[digest]})")
                 else:
                     first[digest] = picture.path
-        if not first:
-            raise InputError(f"--from_{side} {source}: none of its {len(pictures)} pictures can be read")
-        sides[side] = list(first.values())
+                    sides[side].append(picture.path)
+        if not sides[side]:
+            why = "can be read" if len(bad) == len(pictures) else "is left: all are unreadable or duplicates"
+            raise InputError(f"--from_{side} {source}: none of its {len(pictures)} pictures {why}")
     with whole_or_absent(target) as folder:
         for d, (side, paths) in enumerate(sides.items()):
             n_test = min(round(test_share * len(paths)), len(paths) - 1)
@@ -947,7 +954,7 @@ def import_pictures(
     report_counts(target, {})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Fetch a public data set, draw the built-in one, or make one of your own pictures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -973,7 +980,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mirror", default=MIRROR, help="server to fetch from, with the same paths below it")
     options = parser.parse_args(argv)
     name, root = options.dataset_name, options.data_dir / options.dataset_name
-    try:
+
+    def work() -> int:
         check_name("--dataset_name", name)
         others = ("mirror",) if options.from_A is not None else ("test_share", "seed", "copy")
         for flag in (flag for flag in others if getattr(options, flag) != parser.get_default(flag)):
@@ -990,9 +998,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             report_counts(root, {})
         else:
             fetch(name, options.data_dir, options.mirror)
-    except (InputError, OSError) as error:
-        sys.exit(f"datasets.py: error: {error}")
+        return 0
+
+    return run_script("datasets.py", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

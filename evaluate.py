@@ -44,6 +44,7 @@ from datasets import (
     find_pictures,
     find_side,
     load_masks,
+    missing,
     normalise,
     quantise,
     resize,
@@ -144,8 +145,9 @@ class Exam:
         if extractor is not None and extractor.categories:
             known = dict(zip("AB", CLASSES.get(root.name, (None, None)), strict=True))
             self.classes = {side: given or known[side] for side, given in self.classes.items()}
-            for name in filter(None, self.classes.values()):
-                extractor.class_index(name)
+            for side, name in self.classes.items():
+                if name is not None:
+                    extractor.class_index(name, f"--class_{side}")
         self.folders: dict[str, str] = {}  # where the test pictures of a side lie: "testA", "test", "val", ...
         self.in_test: set[bytes] = set()
         in_train = {digest(p) for side in "AB" for p in find_side(root, "train", side, task)}
@@ -153,7 +155,9 @@ class Exam:
         for side in "AB":
             pictures = find_side(root, "test", side, task)
             if not pictures:
-                raise InputError(f"{root / f'test{side}'}: no test pictures there")
+                raise InputError(
+                    f"{root / f'test{side}'}: no test pictures there" if root.is_dir() else missing(root, side, task)
+                )
             self.folders[side] = pictures[0].path.relative_to(root).parts[0]
             digests = [digest(p) for p in pictures]
             self.in_test.update(digests)
@@ -690,6 +694,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.mask_dir is not None and not any((options.mask_dir / folder).is_dir() for folder in folders):
         expected = " or ".join(folders)
         raise InputError(f"--mask_dir {options.mask_dir}: no folder {expected} in it")
+    for entry in entries:  # what is wrong with truths or masks is told before any work
+        refer(entry)
 
     rows: list[Row] = []
     reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -707,7 +713,7 @@ def evaluate(options: argparse.Namespace) -> None:
             for entry in mine:
                 judged = judge(entry, reference, device)
                 save_pictures(entry, judged, reference)
-                measured.append(Row(entry.label, direction, judged.figures, {}))
+                measured.append(Row(f"{entry.label}{at}", direction, judged.figures, {}))
                 reports[entry.name].append(
                     {
                         "dataset": options.dataset_name,

@@ -16,7 +16,7 @@ from torchvision.models import EfficientNet_B0_Weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from utils import InputError, need
+from utils import InputError, first_line, need
 
 # ----------------------------------------------------------------------------------------------------------
 #  Pictures against pictures, attention against masks: (B,) values, one for each picture
@@ -35,7 +35,10 @@ def peak_signal_to_noise(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def structural_similarity(images: Tensor, targets: Tensor) -> Tensor:
-    """SSIM of each picture, (B,), at most 1 (Wang et al., 2004: Gaussian window of 11 pixels), for [-1, 1]."""
+    """SSIM of each picture, (B,), at most 1 (Wang et al., 2004: Gaussian window of 11 pixels), for [-1, 1].
+
+    torchmetrics averages over the borders, too, where it reflects the picture; the paper's window stays inside.
+    """
     package = need("torchmetrics.functional.image", "SSIM")
     return package.structural_similarity_index_measure(images, targets, data_range=2.0, reduction="none")
 
@@ -120,7 +123,7 @@ def weighted_kernel_distance(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -
     A vector is never compared with itself, nor with its own copies in a draw, which would feign likeness.
     """
     if min(len(x), len(y)) < 2:
-        raise InputError(f"KID of {len(x)} and {len(y)} pictures: expected at least 2 each")
+        raise InputError(f"KID of {len(x)} and {len(y)} pictures: expected at least 2 each, or --extractor none")
 
     def within(vectors: Tensor, counts: Tensor) -> Tensor:
         values = kernel(vectors, vectors).fill_diagonal_(0)
@@ -230,11 +233,13 @@ class Extractor:
         columns = [torch.cat(column).float().cpu() for column in zip(*parts, strict=True)]
         return Features(columns[0], columns[1] if self.categories else None)
 
-    def class_index(self, name: str) -> int:
+    def class_index(self, name: str, flag: str = "class") -> int:
         """The index of an ImageNet class by its name; InputError with the nearest names where there is none."""
         if name not in self.categories:
             near = [c for c in self.categories if name.lower() in c.lower()][:8]
-            raise InputError(f"{name}: no class of {self.name}, expected a name like {', '.join(near) or 'zebra'}")
+            raise InputError(
+                f"{flag} {name}: no class of {self.name}, expected a name like {', '.join(near) or 'zebra'}"
+            )
         return self.categories.index(name)
 
 
@@ -257,7 +262,3 @@ def make_fidelity_extractor(name: str, weights: Path | None) -> nn.Module:
     except Exception as error:  # the network's, the file's or the extractor's own
         hint = "" if weights is not None else f"; --inception PATH takes a file, --extractor {EFFICIENTNET} a package"
         raise InputError(f"--extractor {name}: cannot be made ({first_line(error)}{hint})") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from utils import NOISE, InputError, find_generator, places, say
+from utils import NOISE, InputError, find_generator, first_line, places, say
 
 
 class Translation(NamedTuple):
@@ -978,9 +978,9 @@ def _read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises what it likes: EOFError, RuntimeError, UnpicklingError, ...
-        raise ValueError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dictionary of weights, found {type(content).__name__}")
+        raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
     return content
 
 

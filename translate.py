@@ -11,6 +11,7 @@ overwritten, and a file that cannot be read is reported while all others are don
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import warnings
 from collections import Counter, defaultdict, deque
@@ -30,6 +31,8 @@ from models import Translation, one_size, open_generator, translate_any_size
 from utils import InputError, say
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
+# What says that one file cannot be written, and nothing of the others: too long a name, a folder or file in its place.
+OF_THIS_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 AHEAD = 2  # batches that are decoded, and that may wait to be written, while the generator works
 
 
@@ -47,9 +50,9 @@ class Task(NamedTuple):
 
 
 def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
-    """The pictures to translate: ``source`` itself, or those in it; what lies below ``output`` is none of them.
+    """The pictures to translate: ``source`` itself, or those in it, ``recursive`` below it.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none, and where ``recursive`` would meet the pictures of an earlier output.
     """
     if source.is_file():
         return [Picture(source)]
@@ -58,8 +61,14 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
     inside = output.resolve()
     if source.resolve().is_relative_to(inside):
         raise InputError(f"--output {output}: holds the --input, expected a folder of its own")
-    everywhere = [p for p in find_pictures(source) if not p.path.resolve().is_relative_to(inside)]
+    everywhere = find_pictures(source)
     pictures = [p for p in everywhere if recursive or p.path.parent == source]
+    met = [p.path for p in pictures if p.path.resolve().is_relative_to(inside)]
+    if met:
+        raise InputError(
+            f"--output {output}: lies in --input {source} and holds pictures ({met[0]}), which --recursive would "
+            "translate and overwrite, expected a folder elsewhere or an empty one"
+        )
     if not pictures:
         deeper = "; its sub-folders have some (--recursive)" if everywhere else ""
         raise InputError(f"--input {source}: no pictures in it{deeper}")
@@ -84,8 +93,10 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_m
     for target in targets:
         if counts[str(target).casefold()] > 1:
             raise InputError(f"--input {source}: two pictures would be written to {target}; rename one")
-        if source.is_file() and target.exists() and output.resolve() == source.parent.resolve():
-            raise InputError(f"--output {output}: {target} stands there already, expected a folder of its own")
+        beside = source.is_file() and output.resolve() == source.parent.resolve()
+        for standing in (target, mask_folder(target))[: 1 + with_masks] if beside else ():
+            if standing.exists():
+                raise InputError(f"--output {output}: {standing} stands there already, expected a folder of its own")
     # Files are compared, not paths: links and letter case give one file several.
     inputs = {identity(p.path) for p in pictures} - {None}
     folders = {path.parent.resolve() for path in (*targets, *(p.path for p in pictures))}
@@ -237,10 +248,21 @@ def translate(
 ) -> None:
     """Translate and write every batch; decoding and writing run beside the generator.
 
-    What cannot be decoded or does not fit in memory goes to ``failed``. Raises OSError when a file cannot be written.
+    What cannot be decoded, does not fit in memory or has a name that cannot be written to goes to ``failed``. Raises
+    OSError when no file can be written: the disk is full, say.
     """
     channels = generator.settings["channels"]
-    writing: deque[Future] = deque()
+    writing: deque[tuple[Task, Future]] = deque()
+
+    def finish() -> None:
+        task, written = writing.popleft()
+        try:
+            written.result()
+        except OSError as error:
+            if error.errno not in OF_THIS_NAME:
+                raise
+            failed[task.picture.path] = str(error)
+
     with (
         ThreadPoolExecutor(2) as readers,
         ThreadPoolExecutor(2) as writers,
@@ -255,12 +277,12 @@ def translate(
                     if isinstance(result, str):
                         failed[task.picture.path] = result
                     else:
-                        writing.append(writers.submit(write, task.target, result))
+                        writing.append((task, writers.submit(write, task.target, result)))
             while len(writing) > AHEAD * len(batch):
-                writing.popleft().result()
+                finish()
             bar.update(len(batch))
-        for future in writing:
-            future.result()
+        while writing:
+            finish()
 
 
 # ----------------------------------------------------------------------------------------------------------

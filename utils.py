@@ -11,6 +11,7 @@ import html
 import importlib
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -63,7 +64,7 @@ def pick_device(name: str = "auto") -> torch.device:
             raise RuntimeError("expected cuda, mps or cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--device {name}: not usable here ({first_line(error)})") from error
     return device
 
 
@@ -218,6 +219,12 @@ def run_script(name: str, work: Callable[[], int]) -> int:
         return exit_status(signal.SIGINT)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; of torch's unpickler its name alone, as it advises to open the file unsafely."""
+    lines = [] if isinstance(error, pickle.UnpicklingError) else str(error).strip().splitlines()
+    return (lines or [type(error).__name__])[0]
+
+
 def in_a_line(error: Exception) -> str:
     """What an error says, without the traceback in front of an InputError from a loader's process or a rank's."""
     return str(error).rpartition("InputError: ")[2].strip()
@@ -234,7 +241,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
-        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
+        raise OSError(f"{path}: could not be written ({first_line(error)})") from error
 
 
 @contextmanager
@@ -316,7 +323,7 @@ class Checkpoints:
                     check_sums(path)
             except Exception as error:  # a damaged file makes the unpickler raise what it likes
                 self.damaged.add(path)
-                troubles.append(f"{path}: damaged ({str(error).splitlines()[0]})")
+                troubles.append(f"{path}: damaged ({first_line(error)})")
                 continue
             if found != self.FORMAT:
                 raise InputError(f"{path}: checkpoint format {found}, this code reads format {self.FORMAT}")

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from contextlib import redirect_stderr
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -1409,6 +1410,28 @@ def test_duplicates_and_damaged_files_are_named_and_left_out(own, tmp_path, caps
     assert len(names(tmp_path / "mine" / "trainB")) == 4
 
 
+def test_one_picture_stands_on_one_side_alone(own, tmp_path, capsys):
+    horses, zebras = own
+    (zebras / "q.png").write_bytes((horses / "p3.png").read_bytes())
+    import_pictures(horses, zebras, tmp_path / "mine", test_share=0)
+    expected = f"left out, duplicate:  {zebras}/q.png (the same bytes as {horses}/p3.png)"
+    assert expected in (printed := capsys.readouterr().out) and printed.count("left out") == 1
+    assert f"{tmp_path}/mine/trainA: 10 pictures" in printed
+    with pytest.raises(
+        InputError, match=r"--from_B .*none of its 10 pictures is left: all are unreadable or duplicates"
+    ):
+        import_pictures(horses, horses, tmp_path / "again")
+
+
+def test_a_folder_that_cannot_be_read_is_named(own, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(datasets.os, "scandir", scandir)
+    with pytest.raises(PermissionError, match=str(own[0])):
+        find_pictures(own[0])
+
+
 def test_folder_with_nothing_readable_is_refused(own, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("no")
@@ -1447,10 +1470,9 @@ def test_imported_set_can_be_trained_on(own, tmp_path):
 
 
 def refusal(*argv):
-    with pytest.raises(SystemExit) as stop:
-        datasets.main([str(a) for a in argv])
-    assert isinstance(stop.value.code, str)  # printed to stderr, exit status 1
-    return stop.value.code
+    with redirect_stderr(io.StringIO()) as told:
+        assert datasets.main([str(a) for a in argv]) == 2
+    return told.getvalue().strip()
 
 
 def test_command_draws_the_built_in_set(tmp_path, monkeypatch, capsys):

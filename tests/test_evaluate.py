@@ -1124,8 +1124,11 @@ def test_checkpoints_of_other_sizes_have_rows_of_their_own(small_set, capsys):
     shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
     assert run("one two") == 0
     cells = table(capsys.readouterr().out)
-    assert [label for _, label in cells] == ["untranslated at 32 x 32", "one", "untranslated at 16 x 24", "two"]
-    assert cells["AtoB", "two"]["L1"] == cells["AtoB", "untranslated at 16 x 24"]["L1"]
+    assert [label for _, label in cells] == [
+        *("untranslated at 32 x 32", "one at 32 x 32"),
+        *("untranslated at 16 x 24", "two at 16 x 24"),
+    ]
+    assert cells["AtoB", "two at 16 x 24"]["L1"] == cells["AtoB", "untranslated at 16 x 24"]["L1"]
     assert protocol(name="one")["size"] == [32, 32] and protocol(name="two")["size"] == [16, 24]
     expected = distance(side("testA", size=(16, 24)), side("testA_truth", size=(16, 24)))
     assert figures(name="two")["L1"] == pytest.approx(expected, rel=1e-5)
@@ -1261,7 +1264,11 @@ def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, ca
             "none",
             "--spread: no two checkpoints have direction, size and resize in common",
         ),
-        ("net --data_dir elsewhere", "none", "elsewhere/small/testA: no test pictures there"),
+        (
+            "net --data_dir elsewhere",
+            "none",
+            "elsewhere/small: no such folder. Expected pictures in elsewhere/small/trainA",
+        ),
         ("notes.txt", "none", "notes.txt: not a readable weights file"),
     ],
 )

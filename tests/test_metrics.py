@@ -492,10 +492,10 @@ def test_a_classifier_has_logits_and_names_its_classes():
     vectors, logits = classifier(torch.cat([some_pictures(2, least=200), some_pictures(1) // 3]), batch_size=2)
     assert vectors.shape == (3, 12) and logits.argmax(dim=1).tolist() == [1, 1, 0]
     assert classifier.class_index("zebra") == 1
-    with pytest.raises(InputError, match=r"^Zeb: no class of brightness, expected a name like zebra$"):
+    with pytest.raises(InputError, match=r"^class Zeb: no class of brightness, expected a name like zebra$"):
         classifier.class_index("Zeb")
-    with pytest.raises(InputError, match=r"^horse: no class of brightness, expected a name like zebra$"):
-        classifier.class_index("horse")
+    with pytest.raises(InputError, match=r"^--class_A horse: no class of brightness, expected a name like zebra$"):
+        classifier.class_index("horse", "--class_A")
 
 
 def test_efficientnet_knows_imagenet():

@@ -459,15 +459,36 @@ def test_an_output_inside_the_input_is_no_input(net, capsys, recursive):
     save(noise(0), Path("in/a.png"))
     save(noise(1), Path("in/sub/b.png"))
     n = 2 if recursive else 1
-    after = []
-    for _ in range(2):
-        assert run(f"--input in --output in/out{recursive}") == 0
-        assert capsys.readouterr().out == f"{n} of {n} pictures translated into in/out\n"
-        after.append(below(Path("in")))
-    assert after[0] == after[1]
-    assert [name for name, content in after[0].items() if content and name.startswith("out/")] == (
+    assert run(f"--input in --output in/out{recursive}") == 0
+    assert capsys.readouterr().out == f"{n} of {n} pictures translated into in/out\n"
+    after = below(Path("in"))
+    assert [name for name, content in after.items() if content and name.startswith("out/")] == (
         ["out/a.png", "out/sub/b.png"] if recursive else ["out/a.png"]
     )
+    assert run(f"--input in --output in/out{recursive}") == (2 if recursive else 0)
+    refused = "--output in/out: lies in --input in and holds pictures (in/out/a.png)"
+    assert (refused in capsys.readouterr().err) == bool(recursive)
+    assert below(Path("in")) == after
+
+
+def test_ones_own_pictures_in_the_output_are_not_overwritten(net, capsys):
+    save(noise(0), Path("in/a.jpg"))
+    save(noise(1), Path("in/sub/a.png"))
+    before = below(Path("in"))
+    assert run("--input in --output in/sub --recursive") == 2
+    assert "holds pictures (in/sub/a.png), which --recursive would translate and overwrite" in capsys.readouterr().err
+    assert below(Path("in")) == before
+
+
+def test_a_name_that_cannot_be_written_to_costs_no_other(net, capsys):
+    for i, name in enumerate(("a", "b", "c")):
+        save(noise(i), Path(f"in/{name}.png"))
+    Path("out/b.png").mkdir(parents=True)
+    assert run("--input in --output out") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "2 of 3 pictures translated into out\n"
+    assert shown.err.count("not translated") == 1 and "not translated: in/b.png: " in shown.err
+    assert Path("out/a.png").is_file() and Path("out/c.png").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------
