@@ -373,7 +373,7 @@ def test_settings_reach_the_networks_of_pix2pix():
     assert small.G.settings == dict(channels=1, ngf=8, depth=6) and small.D.layers[0].weight.shape == (4, 2, 4, 4)
     assert (small.size_multiple, small.min_size) == (64, 64)
     assert (make(unet_depth=2).size_multiple, make(unet_depth=2).min_size) == (4, 24)
-    with pytest.raises(InputError, match="--unet_depth 1: expected at least 2, or 0"):
+    with pytest.raises(InputError, match="--unet_depth 1: expected 2 to 8 at 256 x 256, or 0"):
         make(unet_depth=1)
 
 
