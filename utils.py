@@ -522,9 +522,9 @@ class Record:
 
     def sheet(self, columns: Mapping[str, Tensor]) -> None:
         """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
-        path = self.folder / f"{self.step:08d}.png"
+        sheet, path = draw_sheet(columns), self.folder / f"{self.step:08d}.png"
         with writing(path):
-            draw_sheet(columns).save(path)
+            sheet.save(path)
 
     def page(self, final: bool = False) -> None:
         """Draw the curves and write ``index.html``; both cost the same however long the run is.
