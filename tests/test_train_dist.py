@@ -82,6 +82,7 @@ def be_a_rank(rank: int, folder: str) -> None:
         half = slice(2 * rank, 2 * rank + 2)
         results[case] = three_steps(system, train_dist.distribute(system), half)
         assert all("module" not in name for name in system.state_dict())
+    assert utils.any_rank([rank == 0, False, rank == 1, True]) == [True, False, True, True]
     assert utils.mean_over_ranks(torch.tensor([rank, 4.0 * rank])).tolist() == [0.5, 2.0]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -307,6 +308,24 @@ def test_batch_norm_becomes_synchronised_in_place():
     assert system.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(system.state_dict())
     assert torch.equal(system.sheet(batch)["sample 1"], plain.sheet(batch)["sample 1"])
+
+
+def test_distribute_synchronises_batch_norm_on_cuda(monkeypatch):
+    monkeypatch.setattr(train_dist, "DistributedDataParallel", lambda network, **_: network)
+    monkeypatch.setattr(train_dist.dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(nn.Parameter, "device", property(lambda _: torch.device("cuda", 0)), raising=False)
+    for network in train_dist.distribute(build("dcgan")).children():
+        kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        assert kinds == {nn.SyncBatchNorm}
+
+
+def test_ranks_have_buffers_of_their_own(monkeypatch):
+    options, seeds = train.parse_options(QUICK.split()), set()
+    for rank in range(2):
+        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        system = train.build_system(options)
+        seeds |= {system.pool_A.seed, system.pool_B.seed}
+    assert len(seeds) == 4
 
 
 def test_a_port_in_use_is_named(small_set, capsys):

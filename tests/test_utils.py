@@ -50,8 +50,25 @@ def test_two_checkpoints_are_kept(tmp_path):
     assert torch.load(checkpoints.previous)["step"] == 2
     os.replace(checkpoints.newest, checkpoints.fresh)  # killed between the two renames
     assert checkpoints.load()["step"] == 3
+    save_atomically({"format": checkpoints.FORMAT, "step": 1}, checkpoints.newest)  # killed before them
+    assert checkpoints.load()["step"] == 3
+    checkpoints.newest.unlink()
     os.truncate(checkpoints.fresh, 100)
     assert checkpoints.load()["step"] == 2
+
+
+def test_a_save_that_fails_leaves_both_checkpoints(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save({"step": step})
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(utils, "save_atomically", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        checkpoints.save({"step": 3})
+    assert torch.load(checkpoints.newest)["step"] == 2 and torch.load(checkpoints.previous)["step"] == 1
 
 
 @pytest.mark.parametrize("step", [2, 3])
