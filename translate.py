@@ -93,10 +93,10 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_m
     for target in targets:
         if counts[str(target).casefold()] > 1:
             raise InputError(f"--input {source}: two pictures would be written to {target}; rename one")
-        beside = source.is_file() and output.resolve() == source.parent.resolve()
-        for standing in (target, mask_folder(target))[: 1 + with_masks] if beside else ():
-            if standing.exists():
-                raise InputError(f"--output {output}: {standing} stands there already, expected a folder of its own")
+        if source.is_file() and output.resolve() == source.parent.resolve():
+            for place in (target, mask_folder(target)) if with_masks else (target,):
+                if place.exists():
+                    raise InputError(f"--output {output}: {place} stands there already, expected a folder of its own")
     # Files are compared, not paths: links and letter case give one file several.
     inputs = {identity(p.path) for p in pictures} - {None}
     folders = {path.parent.resolve() for path in (*targets, *(p.path for p in pictures))}

@@ -480,6 +480,15 @@ def test_ones_own_pictures_in_the_output_are_not_overwritten(net, capsys):
     assert below(Path("in")) == before
 
 
+def test_masks_beside_the_input_replace_no_folder(net, capsys):
+    save(noise(0), Path("in/a.jpg"))
+    save(noise(1), Path("in/a_masks/attention.png"))
+    before = below(Path("in"))
+    assert run("--input in/a.jpg --output in --masks") == 2
+    assert "--output in: in/a_masks stands there already" in capsys.readouterr().err
+    assert below(Path("in")) == before
+
+
 def test_a_name_that_cannot_be_written_to_costs_no_other(net, capsys):
     for i, name in enumerate(("a", "b", "c")):
         save(noise(i), Path(f"in/{name}.png"))
