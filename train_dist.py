@@ -215,11 +215,17 @@ def launch(options: argparse.Namespace) -> int:
                 print(f"stopped; rank {error.error_index} ended before it had saved", file=sys.stderr)
                 return stop.signal
             if isinstance(error, mp.ProcessRaisedException):  # not always that of the first to fail
-                rank, reason = (error.error_index, str(error)) if reports.empty() else reports.get()
+                failures = (report for report in drain(reports) if isinstance(report[1], str))
+                rank, reason = next(failures, (error.error_index, str(error)))
                 raise InputError(f"rank {rank} failed, all ranks ended: {reason}") from error
             how = error.signal_name or f"exit code {error.exit_code}"
             raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
-    return stop.signal or (0 if reports.empty() else reports.get()[1])
+    return stop.signal or next((number for _, number in drain(reports)), 0)
+
+
+def drain(reports: SimpleQueue) -> list[tuple[int, int | str]]:
+    """What the ranks have reported (see ``spawned``), in that order."""
+    return [reports.get() for _ in iter(reports.empty, True)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

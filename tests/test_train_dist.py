@@ -232,7 +232,8 @@ def ended(monkeypatch, reports: list[tuple[int, int | str]], error: Exception | 
 
 def test_the_first_rank_to_fail_is_told_not_one_that_fails_for_it(small_set, monkeypatch, capsys):
     broken = mp.ProcessRaisedException("Connection closed by peer", 1, 99)
-    assert ended(monkeypatch, [(0, "the disk is full"), (1, "Connection closed by peer")], broken) == 2
+    reports = [(2, signal.SIGTERM), (0, "the disk is full"), (1, "Connection closed by peer")]  # one saved and left
+    assert ended(monkeypatch, reports, broken) == 2
     expected = "train_dist.py: error: rank 0 failed, all ranks ended: the disk is full\n"
     assert capsys.readouterr().err == expected
     assert ended(monkeypatch, [], broken) == 2  # before it had joined the others
