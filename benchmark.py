@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
+from itertools import islice, product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,10 +246,7 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
             timed(1)  # finds the memory and the caches that the others had meanwhile
             pipe.send(timed(times))
             give_back(cuda)
-        figures = {
-            "peak": (torch.cuda.max_memory_allocated() if cuda else peak_resident()) / MIB,
-            "kept": kept_for_backward(work) / MIB,
-        }
+        figures = {"peak": peak_memory(device) / MIB, "kept": kept_for_backward(work) / MIB}
         if cuda:
             figures["kernels"] = count_kernels(work)
         pipe.send(figures)
@@ -294,8 +292,12 @@ def kept_for_backward(work: Callable[[], Any]) -> int:
     return sum(kept.values())
 
 
-def peak_resident() -> int:
-    """The most that this process has ever had in RAM, bytes."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had: of the GPU's memory, or of RAM for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device.type == "mps":  # keeps no peak; but nothing has been given back to Metal
+        return torch.mps.driver_allocated_memory()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -331,7 +333,9 @@ class Server:
             answer = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            answer = f"killed (exit code {self.process.exitcode}), as systems do when memory runs out"
+            code = self.process.exitcode
+            killed = f"killed by signal {-code}, as systems do when memory runs out"
+            answer = killed if code < 0 else f"failed (exit code {code}), its traceback is above"
         if isinstance(answer, str):
             self.trouble = answer
             return None
@@ -369,7 +373,8 @@ def measure(
             server.take_turn()
     for server in servers:
         server.end()
-    peaks = {s.variant.name: 2 * MATMUL**3 / statistics.median(s.seconds) for s in servers if s.variant in rates}
+    rated = [server for server in servers if server.variant in rates and server.trouble is None]
+    peaks = {server.variant.precision: 2 * MATMUL**3 / statistics.median(server.seconds) for server in rated}
     flop = count_flop(variants[0].kind, options)
     rate = "pictures/s" if variants[0].kind == "inference" else "pairs/s"
     rows = []
@@ -381,7 +386,8 @@ def measure(
             continue
         median = statistics.median(seconds)
         row |= {"s": median, "s least": min(seconds), "s most": max(seconds), rate: options.batch_size / median}
-        row |= {"TFLOP/s": flop / median / 1e12, "share of matmul": flop / median / peaks[variant.precision]}
+        peak = peaks.get(variant.precision)
+        row |= {"TFLOP/s": flop / median / 1e12, "share of matmul": flop / median / peak if peak else None}
         rows.append(row | server.figures)
     return rows
 
@@ -405,6 +411,8 @@ def measure_loader(
     found: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(rounds + 1):
         for name, batches in loaders.items():
+            for _ in islice(batches, PREFETCHED * options.n_cpu):  # made while the others had their turns
+                pass
             start, count = time.perf_counter(), 0
             while time.perf_counter() - start < duration:
                 count += len(next(batches)["A"])
@@ -416,14 +424,23 @@ def measure_loader(
     ]
 
 
+PREFETCHED = 2  # batches that each process of a DataLoader has ready
+
+
 def build_loader(
     options: argparse.Namespace, device: torch.device, n_cpu: int, cache_gb: float
 ) -> Iterator[dict[str, Tensor]]:
+    """Batches without end. Raises InputError where the pictures do not fill one, or do not fit into ``cache_gb``."""
     dataset = train.build_dataset(options)
     if not dataset.load(1e9 * cache_gb) and cache_gb:
         raise InputError(f"--cache_gb {cache_gb}: {options.dataset_name} does not fit")
     sampler = EpochSampler(len(dataset), options.seed)
     loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
+    if not len(loader):
+        raise InputError(
+            f"--batch_sizes {options.batch_size}: {len(dataset)} samples in {options.data_dir}/{options.dataset_name} "
+            "do not fill one batch, expected fewer"
+        )
     while True:
         yield from loader
 
@@ -449,7 +466,7 @@ def lay_out(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         "peak memory": lambda row: f"{row['peak']:,.0f} MiB",
         "kept for backward": lambda row: f"{row['kept']:,.0f} MiB",
         "TFLOP/s": lambda row: f"{row['TFLOP/s']:.3f}",
-        "of matmul's rate": lambda row: f"{100 * row['share of matmul']:.0f} %",
+        "of matmul's rate": lambda row: f"{100 * row['share of matmul']:.0f} %" if row["share of matmul"] else "–",
         "warm-up": lambda row: f"{row['warm-up']:.0f} s",
         "kernels": lambda row: str(row["kernels"]),
     }
@@ -474,24 +491,38 @@ def describe(device: torch.device) -> str:
     """The machine in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    unit = "GPU" if device.type == "mps" else f"{torch.get_num_threads()} threads"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {unit}"
+
+
+def read_tables(out: Path) -> dict[str, Any]:
+    """What ``write`` has written to ``out`` before, by titles. Raises InputError where something else stands there."""
+    store, shown = (out.with_name(f"{out.name}.{ending}") for ending in ("json", "md"))
+    if not store.exists():
+        if shown.exists():
+            raise InputError(f"--out {out}: {shown} is not of an earlier benchmark.py, expected another name")
+        return {}
+    try:
+        tables = json.loads(store.read_text())
+        if not all(section.keys() >= {"command", "when", "cells"} for section in tables.values()):
+            raise ValueError("a table lacks its cells")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{store}: not the tables of an earlier benchmark.py ({error}); remove it") from error
+    return tables
 
 
 def write(out: Path, sections: Mapping[str, Any]) -> None:
     """Add the sections to ``out``.json, in the place of older ones of the same titles, and make ``out``.md of all."""
-    store = out.with_suffix(".json")
-    try:
-        kept = json.loads(store.read_text()) if store.exists() else {}
-    except json.JSONDecodeError as error:
-        raise InputError(f"{store}: not the tables of an earlier benchmark.py ({error}); remove it") from error
-    kept |= sections
+    kept = read_tables(out) | dict(sections)
     out.parent.mkdir(parents=True, exist_ok=True)
-    store.write_text(json.dumps(kept, indent=1) + "\n")
+    store, shown = (out.with_name(f"{out.name}.{ending}") for ending in ("json", "md"))
+    with utils.writing(store):
+        store.write_text(json.dumps(kept, indent=1) + "\n")
     parts = [
         "# Benchmarks",
         "Medians of rounds in which the variants took turns. One turn of a training step is a pair",
@@ -500,7 +531,8 @@ def write(out: Path, sections: Mapping[str, Any]) -> None:
     parts[1] += " float32 is PyTorch's default, TF32 in convolutions, and so is the matmul beside it."
     for title, section in kept.items():
         parts += [f"## {title}", f"`{section['command']}`, {section['when']}", markdown(section["cells"])]
-    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    with utils.writing(shown):
+        shown.write_text("\n\n".join(parts) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -563,17 +595,17 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
         raise InputError(f"{flag} is for steps and --inference, expected neither with --memory nor with --loader")
 
 
-def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> dict[str, Any]:
-    """Measure all that was asked for. Returns the sections. Raises InputError."""
+def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> None:
+    """Measure all that was asked for; each table is shown, and written, as it is ready. Raises InputError."""
     device = utils.pick_device(own.device)
     on = describe(device)
     about = {"command": command, "when": f"PyTorch {torch.__version__}, Python {platform.python_version()}, {on}, "}
     about["when"] += f"{date.today():%d %B %Y}"
-    sections: dict[str, Any] = {}
 
     def show(title: str, cells: Sequence[Sequence[str]], rows: Any) -> None:
-        sections[f"{title}, {on}"] = {**about, "cells": cells, "rows": rows}
         print(f"\n{title}, {on}\n\n{markdown(cells)}", flush=True)
+        if own.out is not None:
+            write(own.out, {f"{title}, {on}": {**about, "cells": cells, "rows": rows}})
 
     def options(system: str, size: int, batch_size: int) -> argparse.Namespace:
         shape = ["--img_height", str(size), "--img_width", str(size), "--batch_size", str(batch_size)]
@@ -583,50 +615,54 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> d
                 raise InputError(f"--systems {system}: draws pictures from noise, expected systems that translate")
         return found
 
-    if own.loader:
-        for size in own.sizes:
-            found = options(own.systems[0], size, own.batch_sizes[0])
-            rows = measure_loader(found, device, own.rounds)
-            cells = [["", "pairs/s: median (least–most)"]]
-            cells += [[r["loader"], f"{r['pairs/s']:,.0f} ({r['least']:,.0f}–{r['most']:,.0f})"] for r in rows]
-            show(f"Loader, {found.dataset_name}, {size} × {size}", cells, rows)
-        return sections
+    # What is wrong with one of them is told before any is measured.
+    asked = {key: options(*key) for key in product(own.systems, own.sizes, own.batch_sizes)}
+    variants = {key: pick_variants(own, found, device) for key, found in asked.items()}
+    if own.out is not None:
+        read_tables(own.out)
 
-    for system in own.systems:
-        name = " ".join([system, *others])
-        if own.memory:
-            cells = [["size", *(f"batch {n}" for n in own.batch_sizes)]]
-            table = []
+    if own.memory:
+        for system in own.systems:
+            cells, table = [["size", *(f"batch {n}" for n in own.batch_sizes)]], []
             for size in own.sizes:
                 line = [f"{size} × {size}"]
                 for n in own.batch_sizes:
-                    found = options(system, size, n)
-                    server = Server(pick_own(found, device), found, device)
+                    (variant,) = variants[system, size, n]
+                    server = Server(variant, asked[system, size, n], device)
                     server.end()
                     line.append(f"{server.figures['peak']:,.0f} MiB" if server.trouble is None else server.trouble)
                     table.append({"size": size, "batch": n, "trouble": server.trouble, **server.figures})
                 cells.append(line)
-            show(f"Peak memory of a training step, {name}", cells, table)
+            show(f"Peak memory of a training step, {' '.join([system, *others])}", cells, table)
+        return
+    for (system, size, n), found in asked.items():
+        name = f"{' '.join([system, *others])}, {size} × {size}, batch {n}"
+        if own.loader:
+            rows = measure_loader(found, device, own.rounds)
+            cells = [["", "pairs/s: median (least–most)"]]
+            cells += [[r["loader"], f"{r['pairs/s']:,.0f} ({r['least']:,.0f}–{r['most']:,.0f})"] for r in rows]
+            show(f"Loader, {name}", cells, rows)
             continue
-        for size in own.sizes:
-            for n in own.batch_sizes:
-                found = options(system, size, n)
-                kind = "inference" if own.inference else "step"
-                with torch.device("meta"):
-                    textbook = has_textbook(train.build_system(found))
-                variants = ladder(kind, device, textbook)
-                for number in own.variants or ():
-                    if not 1 <= number <= len(variants):
-                        names = ", ".join(f"{i} {v.name}" for i, v in enumerate(variants, 1))
-                        raise InputError(f"--variants {number}: expected some of {names}")
-                if own.variants:
-                    variants = [variants[i - 1] for i in sorted(own.variants)]
-                elif own.own:
-                    variants = [pick_own(found, device)._replace(kind=kind)]
-                rows = measure(variants, found, device, own.rounds)
-                what = "Inference" if own.inference else "Training step"
-                show(f"{what}, {name}, {size} × {size}, batch {n}", lay_out(rows), rows)
-    return sections
+        rows = measure(variants[system, size, n], found, device, own.rounds)
+        what = "Inference" if own.inference else "Training step"
+        which = " of train.py" if own.own else ""
+        some = f", variants {' '.join(map(str, own.variants))}" if own.variants else ""
+        show(f"{what}{which}, {name}{some}", lay_out(rows), rows)
+
+
+def pick_variants(own: argparse.Namespace, options: argparse.Namespace, device: torch.device) -> list[Variant]:
+    """What is timed of a system. Raises InputError for numbers of variants that there are not."""
+    kind = "inference" if own.inference else "step"
+    if own.own or own.memory:
+        return [pick_own(options, device)._replace(kind=kind)]
+    with torch.device("meta"):
+        textbook = has_textbook(train.build_system(options))
+    variants = ladder(kind, device, textbook)
+    for number in own.variants or ():
+        if not 1 <= number <= len(variants):
+            names = ", ".join(f"{i} {v.name}" for i, v in enumerate(variants, 1))
+            raise InputError(f"--variants {number}: expected some of {names}")
+    return [variants[i - 1] for i in sorted(own.variants)] if own.variants else variants
 
 
 def pick_own(options: argparse.Namespace, device: torch.device) -> Variant:
@@ -646,9 +682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         check_flags(own, others)
         command = " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-        sections = benchmark(own, others, command)
-        if own.out is not None:
-            write(own.out, sections)
+        benchmark(own, others, command)
         return 0
 
     return utils.run_script("benchmark.py", work)

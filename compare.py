@@ -285,7 +285,7 @@ def measure_translations(names: Names, dataset: str, data_dir: Path, extractor: 
     grey: Figures = {}
     for direction in common_directions(measured):
         _, about = open_generator(next(iter(names.values()))[0], direction)
-        truths = find_truths(data_dir / dataset, direction, about["options"])
+        truths = truths_of_pairs(data_dir / dataset, direction, about["options"])
         if truths is not None:
             targets = find_side(data_dir / dataset, "train", direction[-1], find_task(about["options"]))
             level = read_all(targets, about["options"]).mean()
@@ -298,8 +298,8 @@ def find_task(options: Mapping[str, Any]) -> str:
     return options.get("task", TASKS[0])
 
 
-def find_truths(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
-    """The true translations of the first ``n`` test pictures, where they come in pairs; None elsewhere."""
+def truths_of_pairs(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
+    """The true translations of the first ``n`` test pictures, where a run learned from pairs; None elsewhere."""
     task = find_task(options)
     pictures = find_side(root, "test", direction[0], task)[:n]
     truths = true_translations(root, pictures, direction, task, evaluate.takes_pairs(options))
@@ -418,7 +418,7 @@ def show(name: str, direction: str, root: Path, n: int = 4) -> dict[str, Tensor]
     inputs = read_all(find_side(root, "test", direction[0], find_task(options))[:n], options)
     translation = generator(inputs)
     attention = None if translation.foreground is None else 2 * translation.foreground - 1
-    truths = find_truths(root, direction, options, len(inputs))
+    truths = truths_of_pairs(root, direction, options, len(inputs))
     columns = {"input": inputs, "output": translation.image, "attention": attention, "truth": truths}
     return {name: column for name, column in columns.items() if column is not None}
 

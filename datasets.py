@@ -114,8 +114,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def find_pictures(folder: Path) -> list[Picture]:
-    """All pictures below a folder, linked folders too, in the order of their paths.
+def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
+    """All pictures below a folder, linked folders too (or in the folder alone), in the order of their paths.
 
     Other and hidden files are passed over; a link whose picture has gone stays in, so that ``check`` names it. Raises
     OSError for a folder that cannot be read.
@@ -129,7 +129,8 @@ def find_pictures(folder: Path) -> list[Picture]:
     seen: set[str] = set()  # a linked folder may hold a link back
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(at)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        deeper = recursive and real not in seen
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if deeper else []
         if real not in seen:
             found += (Path(at, name) for name in files if not name.startswith("."))
         seen.add(real)

@@ -625,7 +625,9 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     folder.mkdir(parents=True)
     unique = len(set(reference.names)) == len(reference.names)
     for i, (name, image) in enumerate(zip(reference.names, judged.images, strict=True)):
-        to_pil_image(image).save(folder / (f"{name}.png" if unique else f"{i:04d}_{name}.png"))
+        path = folder / (f"{name}.png" if unique else f"{i:04d}_{name}.png")
+        with utils.writing(path):
+            to_pil_image(image).save(path)
     order = judged.scores.argsort(descending=True).tolist()
     n, k = len(order), min(3, len(order))
     chosen = list(dict.fromkeys([*order[:k], *order[(n - k) // 2 :][:k], *order[n - k :]]))
@@ -640,7 +642,9 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
         {name: column[chosen] for name, column in columns.items()},
         title=f"best, median and worst by {judged.rule}",
     )
-    sheet.save(utils.IMAGES / entry.name / f"evaluation_{slug(entry)}.png")
+    path = utils.IMAGES / entry.name / f"evaluation_{slug(entry)}.png"
+    with utils.writing(path):
+        sheet.save(path)
 
 
 def versions(extractor: Extractor | None) -> dict[str, str]:
@@ -664,7 +668,6 @@ def versions(extractor: Extractor | None) -> dict[str, str]:
 def evaluate(options: argparse.Namespace) -> None:
     """Measure every checkpoint, write what belongs to each, print the table. Raises InputError."""
     device = utils.pick_device(options.device)
-    torch.backends.cudnn.allow_tf32 = False
     groups = [find_entries(where, options.direction, device) for where in options.checkpoint]
     extractor = None if options.extractor == "none" else Extractor(options.extractor, options.inception, device)
     classes = {"A": options.class_A, "B": options.class_B}
@@ -764,7 +767,8 @@ def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         before = []
     fresh = {key(row) for row in rows}
     kept = [row for row in before if key(row) not in fresh]
-    path.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
+    with utils.writing(path):
+        path.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
 
 
 def file_digest(path: Path) -> str:
@@ -837,7 +841,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         check_options(options)
-        evaluate(options)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            evaluate(options)
         return 0
 
     return utils.run_script("evaluate.py", work)

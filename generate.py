@@ -86,7 +86,8 @@ def generate(options: argparse.Namespace) -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     for name, sheet in sheets.items():
-        sheet.save(options.output / f"{name}.png")
+        with utils.writing(path := options.output / f"{name}.png"):
+            sheet.save(path)
     print(f"{', '.join(f'{name}.png' for name in sheets)} written to {options.output}")
 
 

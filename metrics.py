@@ -35,12 +35,14 @@ def peak_signal_to_noise(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def structural_similarity(images: Tensor, targets: Tensor) -> Tensor:
-    """SSIM of each picture, (B,), at most 1 (Wang et al., 2004: Gaussian window of 11 pixels), for [-1, 1].
+    """SSIM of each picture in [-1, 1], (B,), at most 1 (Wang et al., 2004: Gaussian window of 11 pixels).
 
-    torchmetrics averages over the borders, too, where it reflects the picture; the paper's window stays inside.
+    The formula is for intensities from 0 on. torchmetrics averages over the borders, too, where it reflects the
+    picture; the paper's window stays inside.
     """
     package = need("torchmetrics.functional.image", "SSIM")
-    return package.structural_similarity_index_measure(images, targets, data_range=2.0, reduction="none")
+    light = ((pictures + 1) / 2 for pictures in (images, targets))
+    return package.structural_similarity_index_measure(*light, data_range=1.0, reduction="none")
 
 
 def change_map(images: Tensor, inputs: Tensor) -> Tensor:

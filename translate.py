@@ -61,8 +61,7 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
     inside = output.resolve()
     if source.resolve().is_relative_to(inside):
         raise InputError(f"--output {output}: holds the --input, expected a folder of its own")
-    everywhere = find_pictures(source)
-    pictures = [p for p in everywhere if recursive or p.path.parent == source]
+    pictures = find_pictures(source, recursive)
     met = [p.path for p in pictures if p.path.resolve().is_relative_to(inside)]
     if met:
         raise InputError(
@@ -70,7 +69,7 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
             "translate and overwrite, expected a folder elsewhere or an empty one"
         )
     if not pictures:
-        deeper = "; its sub-folders have some (--recursive)" if everywhere else ""
+        deeper = "; --recursive looks in its sub-folders, too" if any(p.is_dir() for p in source.iterdir()) else ""
         raise InputError(f"--input {source}: no pictures in it{deeper}")
     return pictures
 
@@ -260,7 +259,7 @@ def translate(
             written.result()
         except OSError as error:
             if error.errno not in OF_THIS_NAME:
-                raise
+                raise OSError(f"{task.target}: could not be written ({error})") from error
             failed[task.picture.path] = str(error)
 
     with (

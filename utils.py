@@ -55,17 +55,19 @@ def check_name(flag: str, name: str) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called ``name``; "auto" takes CUDA, then MPS, then the CPU. InputError where it is not there."""
+    """The device called ``name``, with its index; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises InputError where it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("expected cuda, mps or cpu")
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not usable here ({first_line(error)})") from error
-    return device
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -194,7 +196,7 @@ def need(package: str, what_for: str, how: str = "pip install -r requirements-ex
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python or torch says so; but for CUDA's allocator, torch raises a plain RuntimeError."""
-    words = ("allocate memory", "out of memory", "not enough memory")
+    words = ("allocate memory", "out of memory", "not enough memory", "status_alloc_failed", "invalid buffer size")
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 

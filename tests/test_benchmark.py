@@ -1,5 +1,6 @@
 import itertools
 import json
+import multiprocessing
 import re
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,40 @@ def test_what_does_not_fit_is_a_row_and_no_end():
     assert len({len(line) for line in cells}) == 1
 
 
+class WithoutMatmul:
+    """A server that tells figures of steps, and runs out of memory over matrix products."""
+
+    def __init__(self, variant, *_):
+        self.variant, self.seconds, self.figures = variant, [], {"peak": 1.0, "kept": 1.0, "warm-up": 1.0}
+        self.trouble = "out of memory" if variant.kind == "matmul" else None
+
+    def take_turn(self):
+        self.seconds += [] if self.trouble else [0.5]
+
+    def end(self):
+        pass
+
+
+def test_steps_are_told_without_the_machines_own_rate(monkeypatch):
+    monkeypatch.setattr(benchmark, "Server", WithoutMatmul)
+    (row,) = benchmark.measure([benchmark.Variant("plain")], options(), torch.device("cpu"), rounds=1)
+    assert row["pairs/s"] == 2 and row["share of matmul"] is None
+    heads, cells = benchmark.lay_out([row])
+    assert cells[heads.index("of matmul's rate")] == "–"
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [(1, "failed (exit code 1), its traceback is above"), (-9, "killed by signal 9, as systems do when memory runs")],
+)
+def test_a_process_that_fails_is_not_called_killed(code, message):
+    server = benchmark.Server.__new__(benchmark.Server)
+    server.pipe, theirs = multiprocessing.Pipe()
+    server.process, server.trouble = SimpleNamespace(join=lambda: None, exitcode=code), None
+    theirs.close()
+    assert server.ask(1) is None and server.trouble.startswith(message)
+
+
 def test_peak_memory_grows_with_the_picture(capsys):
     command = "--memory --systems cyclegan --sizes 32 256 --batch_sizes 1 --ngf 16 --ndf 16 --n_residual_blocks 1"
     assert benchmark.main(command.split()) == 0
@@ -146,9 +181,57 @@ def test_loaders_take_turns(capsys, monkeypatch):
     assert [row["loader"] for row in rows] == [*names, "the same, ready for a step"]
     assert rows[2]["pairs/s"] > 2 * rows[0]["pairs/s"]
     assert set(converted) == {torch.uint8}  # by the last one
-    command = f"--loader --sizes 16 --cache_gb 0.0000001 --dataset_name solid2striped {TINY}"
-    assert benchmark.main(command.split()) == 2
-    assert "--cache_gb 1e-07: solid2striped does not fit" in capsys.readouterr().err
+    command = f"--loader --sizes 16 --dataset_name solid2striped {TINY}"
+    for flag, message in (
+        ("--cache_gb 0.0000001", "--cache_gb 1e-07: solid2striped does not fit"),
+        ("--batch_sizes 5", "--batch_sizes 5: 4 samples in data/solid2striped do not fill one batch, expected fewer"),
+    ):
+        assert benchmark.main(f"{command} {flag}".split()) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_was_made_before_the_clock_started_is_not_counted(monkeypatch):
+    """Each of the loader's processes has batches ready that it made while others were timed."""
+    monkeypatch.setattr(benchmark, "draw_built_in", lambda root: draw_built_in(root, n_train=4, n_test=1))
+    taken, built = [], []
+
+    def batches(found, device, n_cpu, cache_gb):
+        built.append(n_cpu)
+        while True:
+            taken.append(benchmark.time.perf_counter())
+            yield {"A": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}
+
+    monkeypatch.setattr(benchmark, "build_loader", batches)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    rows = benchmark.measure_loader(options("--n_cpu 3"), torch.device("cpu"), rounds=1, duration=1)
+    assert built == [0, 3, 0] and len(rows) == 4
+    assert len(taken) >= 2 * 4 * benchmark.PREFETCHED * 3
+
+
+def test_tables_are_written_as_they_are_ready_and_to_no_others_file(monkeypatch, capsys):
+    def measure(variants, found, *_):
+        if found.img_height == 32:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "lay_out", lambda rows: [["cells"]])
+    command = f"--sizes 16 32 --variants 1 {TINY} --out".split()
+    assert benchmark.main([*command, "docs/torch2.15"]) == 130
+    (title,) = json.loads(Path("docs/torch2.15.json").read_text())
+    assert title.startswith(f"Training step, attentiongan {TINY}, 16 × 16, batch 1, variants 1, ")
+    assert "## Training step" in Path("docs/torch2.15.md").read_text()
+    for name, content, message in (
+        ("README.md", "mine", "--out README: README.md is not of an earlier benchmark.py"),
+        ("list.json", "[1]", "list.json: not the tables of an earlier benchmark.py"),
+        ("other.json", '{"a": {}}', "other.json: not the tables of an earlier benchmark.py (a table lacks its cells)"),
+    ):
+        Path(name).write_text(content)
+        capsys.readouterr()
+        assert benchmark.main([*command, Path(name).stem]) == 2
+        shown = capsys.readouterr()
+        assert message in shown.err and not shown.out and Path(name).read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -156,7 +239,7 @@ def test_loaders_take_turns(capsys, monkeypatch):
     [
         ("--rounds 0", "--rounds 0: expected at least 1"),
         ("--sizes 16 --variants 9", "--variants 9: expected some of 1 textbook, float32, 2 calls batched"),
-        ("--sizes 18", "--img_height 18: expected a multiple of 4"),
+        ("--sizes 16 18", "--img_height 18: expected a multiple of 4"),
         ("--system cyclegan", "--system is set by --systems here"),
         ("--memory --batch_size=4", "--batch_size is set by --batch_sizes here"),
         ("--img_height 64", "--img_height is set by --sizes here"),
@@ -200,6 +283,7 @@ def test_the_peak_memory_is_that_of_the_precision_asked_for(monkeypatch):
     assert [(v.precision, v.compile) for v in asked] == [("bf16", False), ("float32", True)]
 
 
-def test_systems_that_translate_nothing_are_refused(capsys):
-    assert benchmark.main(["--systems", "dcgan", "--sizes", "64", "--ngf", "4", "--ndf", "4"]) == 2
-    assert "--systems dcgan: draws pictures from noise, expected systems that translate" in capsys.readouterr().err
+def test_systems_that_translate_nothing_are_refused_before_others_are_measured(capsys):
+    assert benchmark.main(["--systems", "cyclegan", "dcgan", "--sizes", "64", "--ngf", "4", "--ndf", "4"]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and "--systems dcgan: draws pictures from noise, expected systems that translate" in shown.err

@@ -184,13 +184,13 @@ def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_p
 @pytest.mark.parametrize("system", ["pix2pix", "cyclegan"])
 def test_pictures_of_equal_names_are_truths_where_the_system_takes_pairs(small_set, system):
     options = vars(train.parse_options(f"--system {system} --img_height 64 --img_width 64 --channels 1".split()))
-    truths = compare.find_truths(small_set, "BtoA", options, 1)
+    truths = compare.truths_of_pairs(small_set, "BtoA", options, 1)
     if system == "cyclegan":
         assert truths is None
     else:
         expected = unaugmented(Picture(small_set / "testA" / "0.png"), (64, 64), 1)
         assert torch.equal(quantise(truths), expected[None])
-        assert len(compare.find_truths(small_set, "BtoA", options)) == 2
+        assert len(compare.truths_of_pairs(small_set, "BtoA", options)) == 2
 
 
 def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(in_this_process, monkeypatch, capsys):

@@ -31,6 +31,14 @@ from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGener
 SMALL = Path("data/small")
 
 
+def test_figures_are_of_whole_float32_and_training_keeps_its_own(monkeypatch):
+    """On CUDA PyTorch convolves in TF32 otherwise."""
+    seen, own = [], torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: seen.append(torch.backends.cudnn.allow_tf32))
+    assert evaluate.main(["--checkpoint", "net", "--extractor", "none"]) == 0
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 is own is True
+
+
 def tiny(seed=0, network=AttentionGenerator, **settings):
     """A small generator, far from the start, where all masks are alike; of two masks neither is always the larger."""
     torch.manual_seed(seed)

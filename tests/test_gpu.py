@@ -12,6 +12,7 @@ import benchmark
 import train
 from datasets import draw_built_in
 from train import parse_options, play, set_up, trained_parameters
+from utils import pick_device
 
 DEVICE = "cuda"
 pytestmark = [
@@ -25,7 +26,7 @@ def prepare(flags):
     """A system as ``train.py`` sets it up, its optimizers and autocast, and a batch of random pictures."""
     options = parse_options(f"{SMALL} --device {DEVICE} {flags}".split())
     batch = {key: value.float().to(DEVICE) for key, value in make_batch(1, size=64).items()}
-    return *set_up(options, torch.device(DEVICE)), batch
+    return *set_up(options, pick_device(DEVICE)), batch
 
 
 @pytest.mark.parametrize("name, settings, terms", TEXTBOOK)
@@ -130,10 +131,11 @@ def test_resuming_goes_on_as_if_nothing_had_happened():
 
 
 def test_the_benchmark_counts_kernels_and_memory():
-    found = []
+    found, device = [], pick_device(DEVICE)
+    assert device.index == torch.cuda.current_device()
     for kind in ("textbook", "step"):
         options = parse_options(f"{SMALL} --device {DEVICE}".split())
-        server = benchmark.Server(benchmark.Variant(kind, kind, fused=kind == "step"), options, torch.device(DEVICE))
+        server = benchmark.Server(benchmark.Variant(kind, kind, fused=kind == "step"), options, device)
         server.end()
         assert server.trouble is None
         found.append(server.figures)

@@ -87,10 +87,13 @@ def test_psnr_is_by_its_formula_on_a_range_of_two():
 
 
 def ssim_by_windows(x, y):
-    """Wang et al. (2004): windows of 11 pixels about every pixel, weighted by a Gaussian of 1.5; edges mirror."""
+    """Wang et al. (2004): windows of 11 pixels about every pixel, weighted by a Gaussian of 1.5; edges mirror.
+
+    For intensities from 0 to 1.
+    """
     bell = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     weights = np.outer(bell, bell) / np.outer(bell, bell).sum()
-    first, second = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    first, second = 0.01**2, 0.03**2
     values = []
     for a, b in zip(x.double().numpy(), y.double().numpy(), strict=True):
         a, b = (np.lib.stride_tricks.sliding_window_view(np.pad(f, 5, "reflect"), (11, 11)) for f in (a, b))
@@ -109,8 +112,11 @@ def test_ssim_is_by_its_formula_for_each_picture():
     y = x.clone()
     y[0] = (0.7 * x[0] + 0.3 * drawn(1, 24, 20, seed=1)).clamp(-1, 1)
     found = metrics.structural_similarity(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)).tolist()
-    assert found == pytest.approx(ssim_by_windows(x[:, 0], y[:, 0]), abs=1e-4)
+    assert found == pytest.approx(ssim_by_windows((x[:, 0] + 1) / 2, (y[:, 0] + 1) / 2), abs=1e-4)
     assert found[1] == pytest.approx(1) and 0.3 < found[0] < 0.9
+    dark, light = (torch.full((1, 1, 16, 16), level / 127.5 - 1) for level in (100, 155))
+    luminance = (2 * 100 * 155 + 2.55**2) / (100**2 + 155**2 + 2.55**2)  # mid-grey is no zero
+    assert metrics.structural_similarity(dark, light).item() == pytest.approx(luminance, abs=1e-3)
 
 
 def test_intersection_over_union():

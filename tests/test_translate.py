@@ -1,8 +1,11 @@
 """Pictures of any kind and size from files to files, and the export to ONNX."""
 
+import errno
+import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -573,6 +576,36 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
     assert read("out/0.png").shape == (3, 13, 16)
 
 
+def test_sub_folders_are_left_alone_where_they_are_not_wanted(net, monkeypatch, capsys):
+    """One that may not be read, such as a disk's lost+found, hinders nothing."""
+    for place in ("in/a.png", "in/lost+found/b.png"):
+        save(noise(0), Path(place))
+    scandir = os.scandir
+
+    def refuse(path):
+        if "lost+found" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert run("--input in --output out") == 0
+    assert capsys.readouterr().out == "1 of 1 pictures translated into out\n"
+    assert run("--input in --output out2 --recursive") == 2
+    assert "Permission denied: 'in/lost+found'" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(net, monkeypatch, capsys):
+    save(noise(0), Path("in/a.png"))
+    monkeypatch.setattr(translate, "to_pil_image", lambda _: SimpleNamespace(save=fail_to_write))
+    assert run("--input in --output out") == 2
+    expected = "translate.py: error: out/a.png: could not be written ([Errno 28] No space left on device)\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+def fail_to_write(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # Pillow's has no name
+
+
 def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
     save(noise(0), Path("in/a.png"))
     limited = Limited(net, most=0, error=RuntimeError("shapes do not fit"))
@@ -608,7 +641,7 @@ def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
         ("--input nowhere --output out", "--input nowhere: no such file or folder"),
         ("--input empty --output out", "--input empty: no pictures in it\n"),
         ("--input empty --output out --recursive", "--input empty: no pictures in it\n"),
-        ("--input outer --output out", "no pictures in it; its sub-folders have some (--recursive)\n"),
+        ("--input outer --output out", "no pictures in it; --recursive looks in its sub-folders, too\n"),
         ("--input alike --output out", "--input alike: two pictures would be written to out/a.jpg.png; rename one\n"),
     ],
 )

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,3 +206,25 @@ def test_unknown_devices_are_refused_by_name():
     with pytest.raises(InputError, match="--device quantum"):
         utils.pick_device("quantum")
     assert utils.pick_device("cpu").type == "cpu"
+
+
+def test_a_device_is_picked_with_its_index(monkeypatch):
+    """torch.cuda.set_device takes no other."""
+    asked = []
+    second = SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: asked.append(device) or second)
+    assert utils.pick_device("cuda") == torch.device("cuda:1") and asked == [torch.device("cuda")]
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("Invalid buffer size: 54.00 GiB"), True),  # MPS
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, expected):
+    assert utils.is_out_of_memory(error) is expected
