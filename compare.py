@@ -312,6 +312,7 @@ def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
     return normalise(torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures]))
 
 
+@utils.whole_float32()
 @torch.no_grad()
 def measure_samples(names: Names, dataset: str, data_dir: Path, extractor: str, n: int = 500) -> Measured:
     """The KID to the test pictures of ``n`` samples of each run; beside it that of the training pictures, its floor."""

@@ -665,6 +665,7 @@ def versions(extractor: Extractor | None) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------
 
 
+@utils.whole_float32()
 def evaluate(options: argparse.Namespace) -> None:
     """Measure every checkpoint, write what belongs to each, print the table. Raises InputError."""
     device = utils.pick_device(options.device)
@@ -841,8 +842,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         check_options(options)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            evaluate(options)
+        evaluate(options)
         return 0
 
     return utils.run_script("evaluate.py", work)

@@ -614,6 +614,7 @@ class Validation:
     Test pictures take no part, so generators may be chosen by it. Raises InputError when the extractor cannot be had.
     """
 
+    @utils.whole_float32()
     def __init__(self, options: argparse.Namespace, dataset: PictureDataset, device: torch.device):
         self.device = device
         with torch.random.fork_rng(devices=[]):  # building a network draws weights; the run must not notice
@@ -624,6 +625,7 @@ class Validation:
         }
         self.features = {side: self.extractor(images).vectors for side, images in self.images.items()}
 
+    @utils.whole_float32()
     @torch.no_grad()
     def __call__(self, system: System) -> dict[str, float]:
         """The KID of every direction, in float32."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import math
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -34,6 +36,7 @@ from utils import InputError
 
 # The others wait while rank 0 saves and draws.
 TIMEOUT = timedelta(hours=1)
+GRACE = 30  # seconds for ranks to end, once one of them has failed
 # Broadcasting buffers at each of the several calls of one step would change tensors that the backward pass still
 # needs. torch has renamed the switch.
 NAMES = inspect.signature(DistributedDataParallel).parameters
@@ -60,7 +63,7 @@ def distribute(system: System) -> System:
 
     It shares every network and buffer with ``system``, which stays bare: sheets and checkpoints use that one, on
     one rank alone and under plain names. Every network starts from rank 0's weights. BatchNorm sees the batch of all
-    ranks on CUDA (for the CPU see ``check_batch_norm``).
+    ranks on CUDA, for which it waits for the device in every layer (for the CPU see ``check_batch_norm``).
     """
     twin = copy.copy(system)
     twin._modules = dict(system._modules)  # the copy would share the very table, and wrap both
@@ -102,12 +105,12 @@ def join(
             prepare_together(options, rank, local_rank)
         hold = utils.hold(utils.SAVED_MODELS / options.name) if rank == 0 else nullcontext()
         with train.clear_errors(options), hold:
-            return train.train(options, distribute, device, listening)
+            number = train.train(options, distribute, device, listening)
     except Exception as error:
         tell(error)
-        raise
-    finally:
-        dist.destroy_process_group()
+        raise  # without leaving the group: NCCL would wait for the others, who wait for this one
+    dist.destroy_process_group()
+    return number
 
 
 def prepare_together(options: argparse.Namespace, rank: int, local_rank: int) -> None:
@@ -202,30 +205,42 @@ def launch(options: argparse.Namespace) -> int:
     train.prepare(options)
     reports = mp.get_context("spawn").SimpleQueue()
     ranks = mp.spawn(spawned, (options, world_size, reports), world_size, join=False)
-    told = False
+    told, deadline = False, math.inf
+    heard: list[tuple[int, int | str]] = []  # the reports, in their order
     with utils.StopSignals() as stop:
         try:
-            while not ranks.join(timeout=0.5, grace_period=30):
+            while not ranks.join(timeout=0.5, grace_period=GRACE):
                 if stop.signal is not None and not told:
                     told = True
                     for process in ranks.processes:
                         process.terminate()  # SIGTERM: save and leave
+                heard += drain(reports)
+                if deadline == math.inf and any(is_failure(report) for report in heard):
+                    deadline = time.monotonic() + GRACE
+                if time.monotonic() > deadline:  # a rank that has failed should have ended long since
+                    for process in ranks.processes:
+                        process.kill()
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            failures = [*filter(is_failure, heard + drain(reports))]  # the first to fail need not be the first to end
             if stop.signal is not None:  # and the ranks were not ready to save, or not able to
-                print(f"stopped; rank {error.error_index} ended before it had saved", file=sys.stderr)
+                rank, reason = failures[0] if failures else (error.error_index, "")
+                print(f"stopped; rank {rank} ended before it had saved{reason and f': {reason}'}", file=sys.stderr)
                 return stop.signal
-            if isinstance(error, mp.ProcessRaisedException):  # not always that of the first to fail
-                failures = (report for report in drain(reports) if isinstance(report[1], str))
-                rank, reason = next(failures, (error.error_index, str(error)))
+            if isinstance(error, mp.ProcessRaisedException) or time.monotonic() > deadline:
+                rank, reason = failures[0] if failures else (error.error_index, str(error))
                 raise InputError(f"rank {rank} failed, all ranks ended: {reason}") from error
             how = error.signal_name or f"exit code {error.exit_code}"
             raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
-    return stop.signal or next((number for _, number in drain(reports)), 0)
+    return stop.signal or next((number for _, number in heard + drain(reports)), 0)
 
 
 def drain(reports: SimpleQueue) -> list[tuple[int, int | str]]:
-    """What the ranks have reported (see ``spawned``), in that order."""
+    """What the ranks have reported since (see ``spawned``), in that order."""
     return [reports.get() for _ in iter(reports.empty, True)]
+
+
+def is_failure(report: tuple[int, int | str]) -> bool:
+    return isinstance(report[1], str)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +87,11 @@ def make_autocast(device: torch.device, precision: str = "auto") -> Callable[[],
     """
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+
+def whole_float32() -> AbstractContextManager:
+    """For figures: convolutions without the TF32 that is PyTorch's default on CUDA. A decorator, too."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def pick_layout(device: torch.device) -> torch.memory_format:
@@ -197,6 +202,7 @@ def need(package: str, what_for: str, how: str = "pip install -r requirements-ex
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python or torch says so; but for CUDA's allocator, torch raises a plain RuntimeError."""
     words = ("allocate memory", "out of memory", "not enough memory", "status_alloc_failed", "invalid buffer size")
+    words += ("unable to find an engine",)  # cuDNN's, where no way to convolve finds room for its workspace
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
@@ -662,6 +668,7 @@ def to_device(
 ) -> Iterator[dict[str, Tensor]]:
     """Move batches to the device as they come from the loader, then convert them there."""
     layouts = {4: pick_layout(device)}  # of pictures
+    pinned = device.type == "cuda"  # what MPS still reads must not be freed meanwhile, and nothing tells it
     for batch in batches:
-        moved = {key: convert(value.to(device, non_blocking=True)) for key, value in batch.items()}
+        moved = {key: convert(value.to(device, non_blocking=pinned)) for key, value in batch.items()}
         yield {k: v.contiguous(memory_format=layouts.get(v.ndim, torch.contiguous_format)) for k, v in moved.items()}

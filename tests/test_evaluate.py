@@ -27,6 +27,7 @@ from datasets import Picture, draw_built_in, find_pictures, load_masks, unaugmen
 from evaluate import Exam, Reading, find_entries, judge
 from metrics import EFFICIENTNET, Extractor, Features
 from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator, pack_generator
+from utils import InputError
 
 SMALL = Path("data/small")
 
@@ -34,8 +35,13 @@ SMALL = Path("data/small")
 def test_figures_are_of_whole_float32_and_training_keeps_its_own(monkeypatch):
     """On CUDA PyTorch convolves in TF32 otherwise."""
     seen, own = [], torch.backends.cudnn.allow_tf32
-    monkeypatch.setattr(evaluate, "evaluate", lambda _: seen.append(torch.backends.cudnn.allow_tf32))
-    assert evaluate.main(["--checkpoint", "net", "--extractor", "none"]) == 0
+
+    def find(*_):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        raise InputError("enough")
+
+    monkeypatch.setattr(evaluate, "find_entries", find)
+    assert evaluate.main(["--checkpoint", "net", "--extractor", "none"]) == 2
     assert seen == [False] and torch.backends.cudnn.allow_tf32 is own is True
 
 

@@ -61,7 +61,7 @@ def first_turn(flags, contiguous=False):
 def test_precision_and_layout_change_no_more_than_rounding(system):
     """Near the start the signs of L1's gradients are easily turned; in bf16 on the CPU the cosine is 0.92."""
     losses, plain = first_turn(f"--system {system} --precision float32", contiguous=True)
-    for precision, alike, near in (("float32", 0.99, 0.002), ("bf16", 0.85, 0.02)):
+    for precision, alike, near in (("float32", 0.98, 0.002), ("bf16", 0.85, 0.02)):
         found, gradient = first_turn(f"--system {system} --precision {precision}")
         assert found == pytest.approx(losses, rel=near), precision
         assert torch.cosine_similarity(gradient, plain, dim=0) > alike, precision

@@ -731,12 +731,14 @@ class PixelExtractor:
     """Stands for metrics.Extractor: means and deviations of the colours; building it draws random numbers."""
 
     suffix = "-pixels"
+    tf32: set[bool] = set()  # whether it has been asked with and without
 
     def __init__(self, name, weights, device):
         assert (name, weights) == ("some", None)
         torch.rand(3)
 
     def __call__(self, images):
+        self.tf32.add(torch.backends.cudnn.allow_tf32)
         pixels = images.float().flatten(2) / 255
         return Features(torch.cat([pixels.mean(2), pixels.std(2)], dim=1), None)
 
@@ -746,7 +748,9 @@ EVALUATE = f"{QUICK} --n_epochs 3 --decay_epoch 3 --eval_interval 1 --keep_evalu
 
 def test_held_out_pictures_choose_the_best_generators(small_set, monkeypatch):
     monkeypatch.setattr(train, "Extractor", PixelExtractor)
+    monkeypatch.setattr(PixelExtractor, "tf32", set())
     assert run(f"{EVALUATE} --name r") == 0
+    assert PixelExtractor.tf32 == {False}
     dataset = UnpairedDataset(small_set, (12, 12), hold_out=True)
     reals = {
         side: torch.stack([unaugmented(p, (12, 12)) for p in pictures]) for side, pictures in dataset.held_out.items()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,22 +209,28 @@ def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set):
 
 
 class Ranks:
-    """Two that have ended, one of them in an error where there is one."""
+    """Two that have ended, one of them in an error where there is one; ``stuck`` only once they are killed."""
 
-    def __init__(self, error: Exception | None):
-        self.error = error
+    def __init__(self, error: Exception | None, stuck: bool = False):
+        self.error, self.stuck, self.killed = error, stuck, 0
+        self.processes = [SimpleNamespace(kill=self.kill)] * 2
+
+    def kill(self):
+        self.killed += 1
 
     def join(self, **_):
+        if self.stuck and self.killed < 2:
+            return False
         if self.error:
             raise self.error
         return True
 
 
-def ended(monkeypatch, reports: list[tuple[int, int | str]], error: Exception | None = None) -> int:
+def ended(monkeypatch, reports: list[tuple[int, int | str]], error: Exception | None = None, stuck=False) -> int:
     def spawn(work, arguments, n, join):
         for report in reports:
             arguments[-1].put(report)
-        return Ranks(error)
+        return Ranks(error, stuck)
 
     monkeypatch.setattr(mp, "spawn", spawn)
     flags = [*QUICK.split(), "--name", "r", "--n_procs", "2", "--device", "cpu", "--port_num", str(free_port())]
@@ -238,6 +245,14 @@ def test_the_first_rank_to_fail_is_told_not_one_that_fails_for_it(small_set, mon
     assert capsys.readouterr().err == expected
     assert ended(monkeypatch, [], broken) == 2  # before it had joined the others
     assert "rank 1 failed, all ranks ended: Connection closed by peer" in capsys.readouterr().err
+
+
+def test_a_rank_that_has_failed_and_does_not_end_is_killed_after_a_while(small_set, monkeypatch, capsys):
+    """It may wait for the others, and they for it."""
+    monkeypatch.setattr(train_dist, "GRACE", 0.05)
+    killed = mp.ProcessExitedException("", 0, 99, exit_code=-9, signal_name="SIGKILL")
+    assert ended(monkeypatch, [(1, "the disk is full")], killed, stuck=True) == 2
+    assert capsys.readouterr().err == "train_dist.py: error: rank 1 failed, all ranks ended: the disk is full\n"
 
 
 def test_a_rank_tells_what_fails_before_the_group_breaks(small_set, monkeypatch):
@@ -255,7 +270,8 @@ def test_a_rank_tells_what_fails_before_the_group_breaks(small_set, monkeypatch)
     options = train.parse_options([*QUICK.split(), "--device", "cpu"])
     with pytest.raises(OSError, match="the disk is full"):
         train_dist.join(options, 0, 0, 1, f"tcp://127.0.0.1:{free_port()}", tell=tell)
-    assert told == ["the disk is full"] and not dist.is_initialized()
+    assert told == ["the disk is full"]
+    dist.destroy_process_group()
 
 
 def test_a_signal_to_one_rank_alone_is_the_status_of_all(small_set, monkeypatch):
