@@ -153,9 +153,10 @@ def kernel_distance_in_blocks(x: Tensor, y: Tensor, most: int = 10) -> tuple[flo
 
 
 def ugatit_kernel_distance(fakes: Tensor, targets: Tensor, sources: Tensor) -> float:
-    """What the U-GAT-IT paper prints as KID (``mean_KID`` of its code): (0.02 target + 0.98 source) / 2, in blocks.
+    """``mean_KID`` in a version of U-GAT-IT's code that fits its paper: (0.02 target + 0.98 source) / 2, in blocks.
 
     Nearly all of it is the distance to the pictures translated *from*, so it is no smaller for a better translation.
+    ``sources`` in the order of ``fakes``: what shares a block with its own input makes it smaller, below 0 for a copy.
     """
     target, source = (kernel_distance_in_blocks(real, fakes)[0] for real in (targets, sources))
     return (0.02 * target + 0.98 * source) / 2

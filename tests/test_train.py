@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -731,7 +732,7 @@ class PixelExtractor:
     """Stands for metrics.Extractor: means and deviations of the colours; building it draws random numbers."""
 
     suffix = "-pixels"
-    tf32: set[bool] = set()  # whether it has been asked with and without
+    tf32: ClassVar[set[bool]] = set()  # whether it has been asked with and without
 
     def __init__(self, name, weights, device):
         assert (name, weights) == ("some", None)
