@@ -50,6 +50,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 .venv/installed: requirements.txt requirements-extras.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=python3.12 names another")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements-extras.txt
 	touch $@

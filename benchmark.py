@@ -298,6 +298,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     if device.type == "mps":  # keeps no peak; but nothing has been given back to Metal
         return torch.mps.driver_allocated_memory()
+    status = Path("/proc/self/status")  # on Linux getrusage counts the process that started this one, too
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -532,7 +537,7 @@ def write(out: Path, sections: Mapping[str, Any]) -> None:
     for title, section in kept.items():
         parts += [f"## {title}", f"`{section['command']}`, {section['when']}", markdown(section["cells"])]
     with utils.writing(shown):
-        shown.write_text("\n\n".join(parts) + "\n")
+        shown.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def train_all(runs: Mapping[str, str], jobs: int, extra: Sequence[str]) -> None:
     troubles = [trouble for name, state in standing.items() if (trouble := differs(name, state, commands[name]))]
     if troubles:
         raise InputError("\n".join(troubles))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, utils.usable_cores() // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
     def work(name: str) -> str | None:
@@ -479,7 +479,7 @@ def compare(options: argparse.Namespace) -> None:
     root = options.data_dir / flags.dataset_name
     draw(comparison, options.seeds[0], directions[0], root, out / f"compare_{comparison}.png")
     (out / f"compare_{comparison}.md").write_text(
-        "\n".join(lines) + f"\n\n![A row for each setting](compare_{comparison}.png)\n"
+        "\n".join(lines) + f"\n\n![A row for each setting](compare_{comparison}.png)\n", encoding="utf-8"
     )
     print(f"{out / f'compare_{comparison}.md'} written")
 

@@ -49,7 +49,7 @@ from torchvision.datasets.utils import download_url
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from utils import InputError, check_name, run_script
+from utils import InputError, check_name, run_script, usable_cores
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
@@ -190,8 +190,7 @@ def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
 
 def decoders() -> ThreadPoolExecutor:
     """Threads that decode, one per core that this process may use; not many, as each may hold a large photograph."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(min(8, cores))
+    return ThreadPoolExecutor(min(8, usable_cores()))
 
 
 def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
@@ -591,7 +590,10 @@ class EpochSampler(Sampler):
 
 
 def outlive_signals(_worker: int) -> None:
-    """Ctrl-C, systemd and batch systems signal whole groups; a loader process ends when its own parent says so."""
+    """Ctrl-C, systemd and batch systems signal whole groups; a loader process ends when its own parent says so.
+
+    macOS cannot tell who sent a SIGTERM: there it ends the process.
+    """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -878,17 +880,26 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
 
 def unpack(archive: Path, folder: Path) -> None:
     """Extract a .zip or .tar.gz; InputError when it is damaged or a member would land outside ``folder``."""
+
+    def refuse_outside(members: Sequence[str]) -> None:
+        for member in members:
+            if not (folder / member).resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{archive.name}: {member} would land outside its folder")
+
     folder.mkdir()
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
-                for member in file.namelist():
-                    if not (folder / member).resolve().is_relative_to(folder.resolve()):
-                        raise InputError(f"{archive.name}: {member} would land outside its folder")
+                refuse_outside(file.namelist())
                 file.extractall(folder)
         else:
             with tarfile.open(archive) as file:
-                file.extractall(folder, filter="data")  # refuses links and paths that lead outside
+                refuse_outside(file.getnames())
+                for member in file.getmembers():
+                    if not (member.isfile() or member.isdir()):  # a link may lead outside, too
+                        raise InputError(f"{archive.name}: {member.name} is no file and no folder")
+                file.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+                file.extractall(folder)
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
         raise InputError(f"{archive.name}: cannot be unpacked ({error})") from error
 

@@ -217,12 +217,13 @@ def cells(figures: Mapping[str, float | None]) -> list[str]:
 
 def write_table(known: Mapping[str, About]) -> None:
     """Put the table into the README. Raises InputError where its marks are not there."""
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     before, opening, rest = text.partition(MARKS[0])
     _, closing, after = rest.partition(MARKS[1])
     if not (opening and closing):
         raise InputError(f"{README}: expected {MARKS[0].strip()} and {MARKS[1].strip()} around the table")
-    README.write_text(before + opening + "\n" + "\n".join(make_table(known)) + "\n\n" + closing + after)
+    table = "\n".join(make_table(known))
+    README.write_text(f"{before}{opening}\n{table}\n\n{closing}{after}", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------

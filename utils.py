@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,11 @@ def make_autocast(device: torch.device, precision: str = "auto") -> Callable[[],
 def whole_float32() -> AbstractContextManager:
     """For figures: convolutions without the TF32 that is PyTorch's default on CUDA. A decorator, too."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_layout(device: torch.device) -> torch.memory_format:
@@ -216,6 +222,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def run_script(name: str, work: Callable[[], int]) -> int:
     """Do a script's work and return its exit status; what the user can mend is told in a line, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without "×" must not end it
+            stream.reconfigure(errors="replace")
     try:
         return work()
     except (InputError, OSError) as error:
@@ -560,7 +569,8 @@ class Record:
                     sheets=json.dumps(shown),
                     last=max(0, len(shown) - 1),
                     rows=rows,
-                )
+                ),
+                encoding="utf-8",
             )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -933,7 +934,7 @@ class Pids(Dataset):
 def test_workers_outlive_signals_to_the_group_and_end_when_their_parent_says_so():
     batches = iter(make_loader(Pids(), EpochSampler(40, 0), 1, n_cpu=1))
     pid = int(next(batches))
-    for name in ("INT", "HUP", "TERM"):  # from a process that is not the parent
+    for name in ("INT", "HUP", *(["TERM"] if hasattr(signal, "sigwaitinfo") else [])):  # not from the parent
         subprocess.run([sys.executable, "-c", f"import os, signal; os.kill({pid}, signal.SIG{name})"], check=True)
     assert {int(batch) for batch in batches} == {pid}
     batches = iter(make_loader(Pids(), EpochSampler(40, 0), 1, n_cpu=1))
@@ -1275,7 +1276,7 @@ def test_tar_that_leads_outside_is_refused(web, monkeypatch, tmp_path, kind):
         members |= {link: b"", "facades/link/evil.txt": b"evil"}
     before = below(tmp_path)
     publish(web, monkeypatch, members, "facades")
-    with pytest.raises(InputError, match="cannot be unpacked"):
+    with pytest.raises(InputError, match=r"would land outside its folder|facades/link is no file and no folder"):
         fetch("facades", tmp_path / "data", web.url)
     assert below(tmp_path) == {**before, "data": None}
 

@@ -58,7 +58,7 @@ def run(command: str) -> int:
 
 
 def script(command: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *command.split()]
+    return [sys.executable, str(ROOT / "train.py"), *command.split(), "--device", "cpu"]
 
 
 def checkpoint(name: str) -> dict:

@@ -149,7 +149,7 @@ def test_every_rank_draws_its_own_dropout_and_resumes_it_and_counts_epochs(pairs
 def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(small_set):
     command = "--n_epochs 6 --precision float32 --log_interval 1"
     code, out, err = finish(launch(f"{command} --name straight --n_procs 2 --port_num {free_port()}"))
-    assert (code, "Warning" in err) == (0, False), err
+    assert (code, re.search(r"\w+Warning:", err)) == (0, None), err  # gloo's own have no such name
     assert "batch 1 x 2 process(es) = 2" in out and out.count("done:") == 1
 
     stopped = launch(f"{command} --name stopped --n_procs 2 --port_num {free_port()}")
