@@ -108,7 +108,7 @@ MACHINE = (
 # What a resumed run may change without ceasing to be the same run.
 FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
 # What a run leaves that has saved nothing yet.
-TRACES = re.compile(r"log\.jsonl|\d{8}\.png|curves\.png|index\.html|\..*\.partial")
+TRACES = re.compile(r"log\.(jsonl|partial)|\d{8}\.png|curves\.png|index\.html|\..*\.partial")
 MOST_SEED = 2**62  # torch takes less than 2 ** 64, and ranks add to it
 DEFAULT_SYSTEM, DEFAULT_DATASET = "attentiongan", "horse2zebra"
 # What says how to start and is no property of the run.
@@ -564,6 +564,8 @@ class Run:
         self.saved_at = time.monotonic()
         if ranks is None:
             return
+        # First: a run whose checkpoint says that it is done has all its generators.
+        self.save_generators(SAVED_MODELS / self.options.name, record.step)
         self.checkpoints.save(
             {
                 "options": self.own_options(),
@@ -576,7 +578,6 @@ class Run:
                 "ranks": ranks,
             }
         )
-        self.save_generators(SAVED_MODELS / self.options.name, record.step)
 
     def load(self) -> dict[str, Any]:
         """Restore everything but the record; returns the checkpoint. Raises InputError where it does not fit."""

@@ -105,6 +105,7 @@ def join(
             prepare_together(options, rank, local_rank)
         hold = utils.hold(utils.SAVED_MODELS / options.name) if rank == 0 else nullcontext()
         with train.clear_errors(options), hold:
+            utils.barrier()  # whoever had the run may have saved while rank 0 waited for it
             number = train.train(options, distribute, device, listening)
     except Exception as error:
         tell(error)

@@ -450,12 +450,13 @@ class Record:
         """Drop the lines that a stopped run wrote past its checkpoint; read the others for the curves."""
         kept = []
         if self.log_path.exists():
-            for line in self.log_path.read_text().splitlines():
+            for line in self.log_path.read_text(errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:  # the half line of a killed run
+                    past = entry["step"] > step
+                except (ValueError, TypeError, KeyError):  # the half line of a killed run, or what a disk made of it
                     break
-                if entry["step"] > step:
+                if past:
                     break
                 kept.append(line)
                 if "validation" in entry:
@@ -463,7 +464,8 @@ class Record:
                 else:
                     self._remember(entry)
         fresh = self.log_path.with_suffix(".partial")
-        fresh.write_text("".join(line + "\n" for line in kept))
+        with writing(fresh):
+            fresh.write_text("".join(line + "\n" for line in kept))
         os.replace(fresh, self.log_path)
 
     # -- each step ---------------------------------------------------------------------------------------

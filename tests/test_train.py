@@ -728,6 +728,18 @@ def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
     assert "checkpoint format 99, this code reads format 2" in capsys.readouterr().err
 
 
+def test_generators_are_written_before_the_checkpoint_that_says_so(small_set, monkeypatch):
+    """Else a run that ends between the two is done, with the generators of an earlier step."""
+    steps = []
+
+    def save(self, state):
+        steps.append((state["step"], load_generator(self.newest.with_name("BtoA.pt"))[1]["step"]))
+
+    monkeypatch.setattr(train.utils.Checkpoints, "save", save)
+    assert run(f"{QUICK} --n_epochs 2 --decay_epoch 2 --name r") == 0
+    assert steps == [(6, 6), (12, 12)]
+
+
 class PixelExtractor:
     """Stands for metrics.Extractor: means and deviations of the colours; building it draws random numbers."""
 

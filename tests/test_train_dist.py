@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +273,27 @@ def test_a_rank_tells_what_fails_before_the_group_breaks(small_set, monkeypatch)
         train_dist.join(options, 0, 0, 1, f"tcp://127.0.0.1:{free_port()}", tell=tell)
     assert told == ["the disk is full"]
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_reads_a_checkpoint_before_the_first_has_the_run(small_set, monkeypatch, rank):
+    """Another process may be saving there as long as it has."""
+    done = []
+
+    @contextmanager
+    def hold(folder):
+        done.append("held")
+        yield
+
+    monkeypatch.setattr(utils, "hold", hold)
+    monkeypatch.setattr(utils, "barrier", lambda: done.append("met"))
+    monkeypatch.setattr(train, "train", lambda *_: done.append("trained") or 0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    options = train.parse_options([*QUICK.split(), "--device", "cpu"])
+    assert train_dist.join(options, rank, rank, 2, "tcp://nowhere") == 0
+    assert done == (["held", "met", "trained"] if rank == 0 else ["met", "trained"])
 
 
 def test_a_signal_to_one_rank_alone_is_the_status_of_all(small_set, monkeypatch):

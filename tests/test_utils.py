@@ -202,6 +202,16 @@ def test_a_resumed_history_is_thinned_as_the_straight_one(monkeypatch):
     assert [e["step"] for e in resumed.history] == [e["step"] for e in straight.history]
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 2, "G"', b"5\n", b"\xff\xfe\x00\n", b'{"epoch": 1}\n'])
+def test_a_damaged_log_is_cut_where_the_damage_begins(damage):
+    path = Path("saved_models/r/log.jsonl")
+    path.parent.mkdir(parents=True)
+    sound = b'{"step": 1, "G": 0.5}\n'
+    path.write_bytes(sound + damage)
+    record = Record("r", {}, total_steps=100, interval=1, start=50)
+    assert path.read_bytes() == sound and [entry["step"] for entry in record.history] == [1]
+
+
 def test_unknown_devices_are_refused_by_name():
     with pytest.raises(InputError, match="--device quantum"):
         utils.pick_device("quantum")
