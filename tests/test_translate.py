@@ -59,6 +59,12 @@ def net():
     return generator
 
 
+@pytest.fixture
+def onnxruntime():
+    """For the newest Python it comes late."""
+    return pytest.importorskip("onnxruntime")
+
+
 def run(command: str) -> int:
     return translate.main(["--checkpoint", "net", "--device", "cpu", *command.split()])
 
@@ -689,14 +695,13 @@ def test_a_checkpoint_is_asked_for(capsys):
         (dict(network=UNetGenerator), ["translation"]),
     ],
 )
-def test_onnx_computes_the_same_at_any_size(made_with, names, capsys):
+def test_onnx_computes_the_same_at_any_size(onnxruntime, made_with, names, capsys):
     generator = tiny(**made_with)
     store(AtoB=generator)
     assert run("--export model.onnx") == 0
     assert capsys.readouterr().out.startswith("model.onnx: image to translation")
     assert {p.name for p in Path().iterdir()} == {"net", "model.onnx"}  # the weights are in it
 
-    onnxruntime = pytest.importorskip("onnxruntime")  # for the newest Python it comes late
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
@@ -716,12 +721,11 @@ def test_onnx_computes_the_same_at_any_size(made_with, names, capsys):
             assert np.abs(found - part.numpy()).max() < 1e-4
 
 
-def test_onnx_of_the_full_u_gat_it_has_its_size(capsys):
+def test_onnx_of_the_full_u_gat_it_has_its_size(onnxruntime, capsys):
     generator = tiny(network=UGATITGenerator, size=(16, 24))
     store(AtoB=generator)
     assert run("--export model.onnx") == 0
     assert "any batch, pictures of 16 x 24" in capsys.readouterr().out
-    onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, 16, 24]
     images = torch.rand(3, 3, 16, 24)
@@ -731,12 +735,11 @@ def test_onnx_of_the_full_u_gat_it_has_its_size(capsys):
         assert found.std() > 0.02 and np.abs(found - part.numpy()).max() < 1e-4
 
 
-def test_onnx_of_colourisation_makes_its_own_grey():
+def test_onnx_of_colourisation_makes_its_own_grey(onnxruntime):
     generator = tiny(network=ResNetGenerator)
     store(more={"options": {"task": "colorization"}}, AtoB=generator)
     source = save(noise(0, (48, 32)), Path("a.png"))
     assert run("--export model.onnx") == 0 and run("--input a.png --output out") == 0
-    onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"image": (tensor(noise(0, (48, 32)))[None] / 255).float().numpy()})
     with torch.no_grad():

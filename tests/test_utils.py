@@ -226,6 +226,15 @@ def test_a_device_is_picked_with_its_index(monkeypatch):
     assert utils.pick_device("cuda") == torch.device("cuda:1") and asked == [torch.device("cuda")]
 
 
+@pytest.mark.parametrize("device, waits", [("cuda", False), ("mps", True), ("cpu", True)])
+def test_batches_are_copied_at_once_where_nothing_keeps_their_memory(device, waits):
+    """On CUDA the loader's pages are pinned, and kept until the copy is done."""
+    asked = []
+    picture = SimpleNamespace(to=lambda device, non_blocking: asked.append(non_blocking))
+    batches = utils.to_device([{"A": picture}], torch.device(device), lambda _: torch.zeros(1, 3, 4, 4))
+    assert next(batches)["A"].shape == (1, 3, 4, 4) and asked == [not waits]
+
+
 @pytest.mark.parametrize(
     "error, expected",
     [
