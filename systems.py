@@ -1,7 +1,7 @@
-"""How networks train one another: one class per kind of game, the loss terms, and the table ``SYSTEMS``.
+"""How networks train one another: the loss terms, one class per kind of game, its options, and the table ``SYSTEMS``.
 
-A system owns its networks and prices each player's turn; the training loop pays (see ``train.py``). It knows no
-optimizer, no device, no file and no rank.
+A system owns its networks and computes the losses of each player's turn; the training loop takes the optimizer steps
+(see ``train.py``). A system knows no optimizer, no device, no file and no rank.
 
 Notation: pictures of domains A and B, ``fake_B = G_AB(real_A)``, ``recovered_A = G_BA(fake_B)``,
 ``same_A = G_BA(real_A)``; ``D_A`` judges pictures of domain A. Everything is (B, channels, H, W) in [-1, 1].
@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,13 @@ from torch import Tensor, nn
 
 from models import (
     ILN,
+    NOISE,
     AdaLIN,
     AttentionGenerator,
     CAMDiscriminator,
     DCGANDiscriminator,
     DCGANGenerator,
+    Generator,
     PatchDiscriminator,
     ReplayBuffer,
     ResNetGenerator,
@@ -33,20 +37,20 @@ from models import (
     UGATITGenerator,
     UNetGenerator,
     depths,
-    in_use,
+    evaluation_mode,
 )
-from utils import NOISE, InputError
+from utils import InputError, option
 
 Batch = Mapping[str, Tensor]
 
 
 class Turn(NamedTuple):
-    """One player's move.
+    """One player's turn in a training step.
 
     player: "G" or "D", also the key of its optimizer.
-    networks: the names of what the move may change (names, so that a wrapped network leaves no stale reference).
-    losses: (batch, fakes) to named, already weighted scalars; calling it twice changes nothing (but that the power
-        iteration of a spectral norm and the running statistics of BatchNorm go on).
+    networks: the names of the networks that the turn changes. Names, because a network may be wrapped later.
+    losses: (batch, fakes) to named scalars that are already weighted. Calling it twice changes nothing but the power
+        iteration of a spectral norm and the running statistics of BatchNorm.
     """
 
     player: str
@@ -57,22 +61,30 @@ class Turn(NamedTuple):
 class System(nn.Module, ABC):
     """The interface between a game and the loop.
 
-    Children with parameters are the same on every rank; others (replay buffers) are each rank's own.
+    Children with parameters are equal on all ranks; every rank has others (replay buffers) of its own.
     """
 
-    data = "unpaired"  # the kind of samples it plays with: a key of ``datasets.KINDS``
-    generators: dict[str, str]  # direction ("AtoB", or ``NOISE``) to the name of the network that translates so
+    data: ClassVar[str] = "unpaired"  # the kind of samples it learns from: a key of ``datasets.KINDS``
+    generators: dict[str, str]  # direction ("AtoB", "BtoA" or ``NOISE``) to the name of its generator
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
+
+    def __init__(self, options: Any, size: tuple[int, int], seed: Sequence[int]):
+        """Takes its ``NetworkOptions``, the size (height, width) of training pictures, a seed for replay buffers."""
+        super().__init__()
 
     @property
     @abstractmethod
     def turns(self) -> tuple[Turn, ...]:
-        """The players' moves, in order of play."""
+        """The players' turns in their order."""
+
+    def generator(self, direction: str) -> Generator:
+        """The generator of a direction; never a wrapped one."""
+        return cast(Generator, self.get_submodule(self.generators[direction]))
 
     @abstractmethod
     def forward(self, batch: Batch) -> Any:
-        """Run every generator once. The graph is kept for the generators' turn; the pools take and hand back."""
+        """Run every generator and the replay buffers once. The graph is kept for the generators' turn."""
 
     @abstractmethod
     def measures(self, batch: Batch, fakes: Any) -> dict[str, Tensor]:
@@ -82,11 +94,55 @@ class System(nn.Module, ABC):
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         """Named columns of a picture sheet, each (B, channels or 1, H, W), masks too in [-1, 1]."""
 
-    def begin(self, epoch: int) -> None:
-        """Called before each step, epochs counted from 0, for systems whose weights change as they train."""
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each step, epochs counted from 0, for systems whose loss weights change during training."""
 
-    def settle(self) -> None:
+    def after_step(self) -> None:
         """Called after all turns of a step, for systems that keep parameters within bounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Options of every system. A subclass is a row of ``SYSTEMS``: the game, and its flags, each declared once."""
+
+    game: ClassVar[type[System]]
+    presets: ClassVar[Mapping[str, Any]] = {}  # defaults of train.py's own options, where this system has others
+
+    channels: int = option(3, "colour channels of the pictures: 3 RGB, 1 grey", choices=(1, 3))
+    ngf: int = option(
+        64,
+        "channels of the generators' first convolution; for dcgan, which runs the other way, before the last",
+        least=1,
+    )
+    ndf: int = option(64, "channels of the discriminators' first convolution", least=1)
+
+    def build(self, size: tuple[int, int] = (256, 256), seed: Sequence[int] = (0,)) -> System:
+        """The system for training pictures of ``size`` (height, width); the weights come from torch's random state.
+
+        ``seed`` is the key of the replay buffers' randomness. Raises InputError for options that do not fit together.
+        """
+        return self.game(self, size, seed)
+
+
+# Options of several games, which may differ in the default.
+N_RESIDUAL_BLOCKS = partial(option, help="residual blocks of each generator", least=0)
+N_LAYERS_D = partial(
+    option, help="stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34", least=1
+)
+UPSAMPLE = partial(
+    option,
+    help="how generators enlarge: transposed convolutions as in the papers, or nearest neighbour and convolution",
+    choices=("transposed", "nearest"),
+)
+LAMBDA_GAN = partial(
+    option, help="weight of each adversarial term; 0 for pix2pix: only L1, without discriminator", least=0
+)
+LAMBDA_CYC = partial(option, help="weight of each direction's cycle loss", least=0)
+LAMBDA_ID = partial(
+    option,
+    help="weight of each direction's identity loss (AttentionGAN: 0.5 in the paper, 5 in the official code)",
+    least=0,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -131,6 +187,12 @@ def mask_measures(attention: Tensor) -> dict[str, Tensor]:
     return {"mean": attention.mean(dim=(0, 2, 3)), "entropy": bits.mean(dim=(0, 2, 3))}
 
 
+def mask_of(translation: Translation) -> Tensor:
+    """(B, 1, H, W) in [0, 1]: the foreground mask of a generator that has one."""
+    assert translation.foreground is not None
+    return translation.foreground
+
+
 def split(both: Translation) -> tuple[Translation, Translation]:
     """Undo the concatenation of two equal batches."""
     halves = [(None, None) if part is None else part.chunk(2) for part in both]
@@ -144,9 +206,9 @@ def two_way_sheet(
     G_BA: nn.Module,
     seen: Callable[[str, Tensor], dict[str, Tensor]] = lambda domain, images: {},
 ) -> dict[str, Tensor]:
-    """For both directions the input, its translation, where the generator is at work, and the way back.
+    """Columns for both directions: input, translation, attention or heat map, and the translation translated back.
 
-    ``seen``: what discriminators have to show of translations to a domain.
+    ``seen``: further columns from the discriminators of a domain, given its name and the translations to it.
     """
     columns = {}
     for source, target, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
@@ -166,8 +228,8 @@ def two_way_sheet(
 
 
 class TwoWayFakes(NamedTuple):
-    """same_* are None where the identity terms have no weight; pooled_* are what the replay buffers handed back,
-    (B, channels, H, W), with the mask as one channel more where a guided discriminator wants it."""
+    """same_* are None where the identity terms have no weight. pooled_* come from the replay buffers:
+    (B, channels, H, W), with the mask as one channel more for an attention-guided discriminator."""
 
     fake_A: Translation
     fake_B: Translation
@@ -186,13 +248,17 @@ def total_variation(masks: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """Weights of the terms of each direction; of weight 0 identity, pixel and tv are left out, the others are zero."""
+    """Weights of the terms of each direction. identity, pixel and tv are not computed where their weight is 0.
+
+    curriculum: see ``TwoWay``.
+    """
 
     gan: float = 1.0
     cyc: float = 10.0
     identity: float = 0.0
     pixel: float = 0.0
     tv: float = 0.0
+    curriculum: int = 0
 
 
 class TwoWay(System):
@@ -202,50 +268,41 @@ class TwoWay(System):
     L_G = Σ [ gan · LSGAN + cyc · |recovered - real|₁ + identity · |same - real|₁ + pixel · |fake - real|₁ + tv · TV ],
     L_D = Σ ½ [ (D(real) - 1)² + D(pooled)² ].
 
-    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III), whose terms have the
-    weight of the plain ones: it sees [mask, picture] ("concat") or mask × picture ("mask"), see ``guide``.
-    A translated picture comes with the foreground mask it was made with; ``attn_grad``: gradients reach the generator
-    through the picture and the mask ("both") or through the picture alone ("picture"). A real picture comes with the
-    mask that the generator *from* its side makes of it (``attn_real`` "own"), or with the mask of the translation it
-    stands against ("partner", the paper's letter).
+    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III). Its terms have the same
+    weight as the plain ones. It sees [mask, picture] ("concat") or mask × picture ("mask"), see ``guide``.
+    A translated picture comes with the foreground mask it was made with. ``attn_grad``: gradients reach the generator
+    through the picture and the mask ("both") or only through the picture ("picture"). A real picture comes with the
+    mask that the generator *from* its side makes of it (``attn_real`` "own"), or with the mask of the translation it is
+    compared with ("partner", the literal reading of the paper).
 
-    ``curriculum``: for so many epochs the adversarial terms lead, as in the official code of scheme I: the terms that
-    tie the output to the input (cycle, identity, pixel) are weighed 0.01 and the others 0.99, then all 0.5.
+    ``curriculum``: for so many epochs the adversarial terms lead, as in the official code of scheme I. The terms that
+    tie the output to the input (cycle, identity, pixel) have the factor 0.01 and the others 0.99; later all have 0.5.
 
-    Raises InputError for ways of guidance without an attention-guided discriminator.
+    Raises InputError for guidance options without an attention-guided discriminator.
     """
 
-    def __init__(
-        self,
-        generator: Callable[[], nn.Module],
-        discriminator: Callable[[int], nn.Module],
-        weights: Weights,
-        pool_size: int,
-        seed: Sequence[int],
-        channels: int,
-        attn_disc: str = "none",
-        attn_real: str = "own",
-        attn_grad: str = "both",
-        curriculum: int = 0,
-    ):
-        super().__init__()
-        for flag, value, default in (("attn_real", attn_real, "own"), ("attn_grad", attn_grad, "both")):
-            if attn_disc == "none" and value != default:
-                raise InputError(f"--{flag} {value} is for guidance, expected --attn_disc concat or mask with it")
-        self.G_AB, self.G_BA = generator(), generator()
-        self.D_A, self.D_B = discriminator(channels), discriminator(channels)
-        if attn_disc != "none":
-            inputs = channels + 1 if attn_disc == "concat" else channels
+    def __init__(self, options: TwoWayOptions, size: tuple[int, int], seed: Sequence[int]):
+        super().__init__(options, size, seed)
+        self.weights, self.channels = options.weights(), options.channels
+        self.attn_disc, self.attn_real, self.attn_grad = options.guidance()
+        for flag, value, default in (("attn_real", self.attn_real, "own"), ("attn_grad", self.attn_grad, "both")):
+            if self.attn_disc == "none" and value != default:
+                raise InputError(f"--{flag} {value} needs --attn_disc concat or mask")
+
+        def discriminator(inputs: int) -> PatchDiscriminator:
+            return PatchDiscriminator(inputs, options.ndf, options.n_layers_D)
+
+        self.G_AB, self.G_BA = options.generator(), options.generator()
+        self.D_A, self.D_B = discriminator(self.channels), discriminator(self.channels)
+        if self.attn_disc != "none":
+            inputs = self.channels + 1 if self.attn_disc == "concat" else self.channels
             self.guided_D_A, self.guided_D_B = discriminator(inputs), discriminator(inputs)
         self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
-        self.pool_A = ReplayBuffer(pool_size, (*seed, 0))
-        self.pool_B = ReplayBuffer(pool_size, (*seed, 1))
-        self.weights, self.channels = weights, channels
-        self.attn_disc, self.attn_real, self.attn_grad = attn_disc, attn_real, attn_grad
-        self.curriculum = curriculum
+        self.pool_A = ReplayBuffer(options.pool_size, (*seed, 0))
+        self.pool_B = ReplayBuffer(options.pool_size, (*seed, 1))
         self.min_size = max(self.G_AB.min_size, self.D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
-        self.begin(0)
+        self.set_epoch(0)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -255,16 +312,16 @@ class TwoWay(System):
             Turn("D", judges, self.discriminators_losses),
         )
 
-    def begin(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:
         self.leading = self.tying = 1.0
-        if self.curriculum:
-            self.leading, self.tying = (0.99, 0.01) if epoch < self.curriculum else (0.5, 0.5)
+        if self.weights.curriculum:
+            self.leading, self.tying = (0.99, 0.01) if epoch < self.weights.curriculum else (0.5, 0.5)
 
     def forward(self, batch: Batch) -> TwoWayFakes:
         real_A, real_B = batch["A"], batch["B"]
         same_A = same_B = None
         if self.weights.identity:
-            # Translation and identity in one call: exact, as InstanceNorm sees each picture alone.
+            # Translation and identity in one call: exact, because InstanceNorm treats each picture by itself.
             fake_B, (same_B, *_) = split(self.G_AB(torch.cat([real_A, real_B])))
             fake_A, (same_A, *_) = split(self.G_BA(torch.cat([real_B, real_A])))
         else:
@@ -276,20 +333,20 @@ class TwoWay(System):
             recovered_B=self.G_AB(fake_A.image),
             same_A=same_A,
             same_B=same_B,
-            pooled_A=self.pool_A(self.remembered(fake_A)),
-            pooled_B=self.pool_B(self.remembered(fake_B)),
+            pooled_A=self.pool_A(self.to_pool(fake_A)),
+            pooled_B=self.pool_B(self.to_pool(fake_B)),
         )
 
-    def remembered(self, fake: Translation) -> Tensor:
-        """What the replay buffer keeps of a translation: the picture, and its mask where a discriminator wants it."""
-        return fake.image if self.attn_disc == "none" else torch.cat([fake.image, fake.foreground], dim=1)
+    def to_pool(self, fake: Translation) -> Tensor:
+        """What the replay buffer stores of a translation: the picture, and its mask for a guided discriminator."""
+        return fake.image if self.attn_disc == "none" else torch.cat([fake.image, mask_of(fake)], dim=1)
 
     def guide(self, images: Tensor, masks: Tensor) -> Tensor:
         """What a guided discriminator sees of (B, channels, H, W) pictures and (B, 1, H, W) masks in [0, 1]."""
         return torch.cat([masks, images], dim=1) if self.attn_disc == "concat" else masks * images
 
     def generators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        gan, cyc, identity, pixel, tv = self.weights
+        gan, cyc, identity, pixel, tv, _ = self.weights
         ways = (
             ("A", "B", batch["A"], fakes.fake_B, fakes.recovered_A, fakes.same_A),
             ("B", "A", batch["B"], fakes.fake_A, fakes.recovered_B, fakes.same_B),
@@ -301,11 +358,11 @@ class TwoWay(System):
             losses[f"G_{way}"] = self.leading * gan * least_squares(judge(fake.image), 1.0)
             if self.attn_disc != "none":
                 judge = self.get_submodule(f"guided_D_{target}")
-                mask = fake.foreground if self.attn_grad == "both" else fake.foreground.detach()
+                mask = mask_of(fake) if self.attn_grad == "both" else mask_of(fake).detach()
                 logits = judge(self.guide(fake.image, mask))
                 losses[f"guided_G_{way}"] = self.leading * gan * least_squares(logits, 1.0)
             if tv:
-                losses[f"tv_{way}"] = self.leading * tv * total_variation(fake.foreground)
+                losses[f"tv_{way}"] = self.leading * tv * total_variation(mask_of(fake))
             losses[f"cycle_{source}"] = self.tying * cyc * F.l1_loss(recovered.image, real)
             if same is not None:
                 losses[f"identity_{source}"] = self.tying * identity * F.l1_loss(same, real)
@@ -319,7 +376,7 @@ class TwoWay(System):
             images, masks = pooled[:, : self.channels], pooled[:, self.channels :]
             losses[f"D_{side}"] = real_against_fake(self.get_submodule(f"D_{side}"), batch[side], images)
             if self.attn_disc != "none":
-                real_masks = translated.foreground.detach() if self.attn_real == "own" else masks
+                real_masks = mask_of(translated).detach() if self.attn_real == "own" else masks
                 real = self.guide(batch[side], real_masks)
                 judge = self.get_submodule(f"guided_D_{side}")
                 losses[f"guided_D_{side}"] = real_against_fake(judge, real, self.guide(images, masks))
@@ -327,7 +384,7 @@ class TwoWay(System):
 
     @torch.no_grad()
     def measures(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        """``change_*``: mean |output - input| in [0, 2], near 0 when a generator copies; ``mask_*``: every mask."""
+        """``change_*``: mean |output - input| in [0, 2], near 0 for a copy. ``mask_*``: see ``mask_measures``."""
         measures = {}
         for way, real, fake in (("AB", batch["A"], fakes.fake_B), ("BA", batch["B"], fakes.fake_A)):
             measures[f"change_{way}"] = F.l1_loss(fake.image, real)
@@ -338,22 +395,132 @@ class TwoWay(System):
 
     @torch.no_grad()
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
-        G_AB, G_BA = (self.get_submodule(self.generators[direction]) for direction in ("AtoB", "BtoA"))
-        return two_way_sheet(batch, G_AB, G_BA)
+        return two_way_sheet(batch, self.generator("AtoB"), self.generator("BtoA"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoWayOptions(NetworkOptions, ABC):
+    """Options of all two-way games."""
+
+    game = TwoWay
+
+    n_residual_blocks: int = N_RESIDUAL_BLOCKS(9)
+    n_layers_D: int = N_LAYERS_D(3)
+    upsample: str = UPSAMPLE("transposed")
+    lambda_cyc: float = LAMBDA_CYC(10.0)
+    pool_size: int = option(50, "generated pictures that each replay buffer stores; 0 turns it off", least=0)
+
+    @abstractmethod
+    def generator(self) -> Generator:
+        """A new generator."""
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """The weights of the loss terms."""
+
+    def guidance(self) -> tuple[str, str, str]:
+        """``attn_disc``, ``attn_real`` and ``attn_grad``."""
+        return "none", "own", "both"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleGANOptions(TwoWayOptions):
+    """CycleGAN (Zhu et al., ICCV 2017)."""
+
+    lambda_id: float = LAMBDA_ID(5.0)
+
+    def generator(self) -> ResNetGenerator:
+        return ResNetGenerator(self.channels, self.ngf, self.n_residual_blocks, self.upsample)
+
+    def weights(self) -> Weights:
+        return Weights(cyc=self.lambda_cyc, identity=self.lambda_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedOptions(TwoWayOptions, ABC):
+    """Options of the games that can have attention-guided discriminators."""
+
+    attn_disc: str = option(
+        "none",
+        "attention-guided discriminator beside the plain one: it sees [mask, picture] (concat) or their product (mask)",
+        choices=("none", "concat", "mask"),
+    )
+    attn_real: str = option(
+        "own",
+        "the mask it sees beside a real picture: the one that the generator from that side makes of it (own), or that "
+        "of the translation it is compared with, as the paper writes (partner)",
+        choices=("own", "partner"),
+    )
+    attn_grad: str = option(
+        "both",
+        "whether its gradients reach the generator through picture and mask (both), or only through the picture",
+        choices=("both", "picture"),
+    )
+
+    def guidance(self) -> tuple[str, str, str]:
+        return self.attn_disc, self.attn_real, self.attn_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionGANOptions(GuidedOptions):
+    """AttentionGAN, scheme II (Tang et al., TNNLS 2021)."""
+
+    n_masks: int = option(10, "attention masks; the last one is the background, unless --no_background", least=2)
+    attention_kernel: int = option(
+        1, "last kernel of the attention head: 1 as in the official code, 7 as in the paper", choices=(1, 7)
+    )
+    no_background: bool = option(
+        False, "give every mask a content and keep nothing of the input, for changes of shape (selfie2anime)"
+    )
+    lambda_id: float = LAMBDA_ID(0.5)
+
+    def generator(self) -> AttentionGenerator:
+        if self.no_background and self.attn_disc != "none":
+            raise InputError(
+                f"--attn_disc {self.attn_disc} needs the background mask, which --no_background leaves out"
+            )
+        return AttentionGenerator(
+            self.channels,
+            self.ngf,
+            self.n_residual_blocks,
+            self.n_masks,
+            self.attention_kernel,
+            not self.no_background,
+            self.upsample,
+        )
+
+    def weights(self) -> Weights:
+        return Weights(cyc=self.lambda_cyc, identity=self.lambda_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionGAN1Options(GuidedOptions):
+    """AttentionGAN, scheme I, with the attention-guided discriminator that the paper describes."""
+
+    attn_disc: str = "concat"
+    lambda_gan: float = LAMBDA_GAN(0.5)
+    lambda_pixel: float = option(1.0, "weight of each direction's |output - input|", least=0)
+    lambda_tv: float = option(1e-6, "weight of each mask's total variation, a sum over its pixels", least=0)
+    curriculum_epochs: int = option(
+        10,
+        "epochs in which the adversarial terms lead (0.99 to 0.01), as in scheme I's official code, then 0.5 to 0.5; "
+        "0: plain weights; as many as --n_epochs: to the end",
+        least=0,
+    )
+
+    def generator(self) -> SingleMaskGenerator:
+        if not self.lambda_gan:
+            raise InputError("--lambda_gan 0: only a copy is left to train for, expected a weight above 0")
+        return SingleMaskGenerator(self.channels, self.ngf, self.n_residual_blocks, self.upsample)
+
+    def weights(self) -> Weights:
+        gan, cyc, pixel, tv = self.lambda_gan, self.lambda_cyc, self.lambda_pixel, self.lambda_tv
+        return Weights(gan, cyc, pixel=pixel, tv=tv, curriculum=self.curriculum_epochs)
 
 
 # ----------------------------------------------------------------------------------------------------------
 #  U-GAT-IT
 # ----------------------------------------------------------------------------------------------------------
-
-
-class UGATITWeights(NamedTuple):
-    """Weights of the terms of each direction."""
-
-    gan: float = 1.0
-    cyc: float = 10.0
-    identity: float = 10.0
-    cam: float = 1000.0
 
 
 class UGATITFakes(NamedTuple):
@@ -368,30 +535,31 @@ class UGATITFakes(NamedTuple):
 class UGATIT(System):
     """U-GAT-IT (Kim et al., ICLR 2020, Sec. 2.2), with the terms of the official PyTorch code.
 
-    Two generators with a CAM; for each domain a global and a local discriminator, each with a CAM, whose logits are
-    judged by least squares like the logit map. Summed over both directions,
+    Two generators with a CAM; for each domain a global and a local discriminator, each with a CAM, whose logits have a
+    least-squares term like the logit map. Summed over both directions,
     L_D = Σ gan · [ Σ (D(real) - 1)² + D(fake)² ], not halved,
     L_G = Σ [ gan · Σ (D(fake) - 1)² + cyc · |recovered - real|₁ + identity · |same - real|₁ + cam · CAM ],
-    the inner sums over both scales, logit map and CAM logits. CAM is the cross-entropy of the generator's own CAM
-    logits, which are to say whether its input is of the source (a translation) or of the target (the identity).
+    with the inner sums over both scales, logit map and CAM logits. CAM is the cross-entropy of the generator's own CAM
+    logits, which classify its input: source domain (translation) or target domain (identity).
 
-    The discriminators move first. No replay buffer. ``settle`` brings every ρ back to [0, 1].
+    The discriminators' turn is first. No replay buffer. ``after_step`` brings every ρ back to [0, 1].
     """
 
     SCALES = ("global", "local")
 
-    def __init__(
-        self,
-        generator: Callable[[], nn.Module],
-        discriminator: Callable[[int], nn.Module],
-        layers: tuple[int, int],
-        weights: UGATITWeights,
-    ):
-        super().__init__()
+    def __init__(self, options: UGATITOptions, size: tuple[int, int], seed: Sequence[int]):
+        super().__init__(options, size, seed)
+        channels, ngf, ndf, init = options.channels, options.ngf, options.ndf, options.init
+        fixed_size = None if options.light else size
+
+        def generator() -> UGATITGenerator:
+            return UGATITGenerator(channels, ngf, options.n_residual_blocks, fixed_size, init)
+
+        n_global, n_local = depths(min(size))
         self.G_AB, self.G_BA = generator(), generator()
-        self.global_D_A, self.global_D_B = discriminator(layers[0]), discriminator(layers[0])
-        self.local_D_A, self.local_D_B = discriminator(layers[1]), discriminator(layers[1])
-        self.weights = weights
+        self.global_D_A, self.global_D_B = (CAMDiscriminator(channels, ndf, n_global, init) for _ in "AB")
+        self.local_D_A, self.local_D_B = (CAMDiscriminator(channels, ndf, n_local, init) for _ in "AB")
+        self.options = options
         self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.min_size = max(self.G_AB.min_size, self.global_D_A.min_size, self.local_D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
@@ -404,7 +572,7 @@ class UGATIT(System):
         )
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_step(self) -> None:
         for network in (self.G_AB, self.G_BA):
             for norm in network.modules():
                 if isinstance(norm, (AdaLIN, ILN)):
@@ -412,8 +580,8 @@ class UGATIT(System):
 
     def forward(self, batch: Batch) -> UGATITFakes:
         real_A, real_B = batch["A"], batch["B"]
-        # Translation and identity in one call: exact, as all norms and the CAM see each picture alone. One forward
-        # serves both players: the generators do not change in between.
+        # Translation and identity in one call: exact, because all norms and the CAM treat each picture by itself. One
+        # forward pass serves both players: the generators do not change in between.
         fake_B, same_B = split(self.G_AB(torch.cat([real_A, real_B])))
         fake_A, same_A = split(self.G_BA(torch.cat([real_B, real_A])))
         recovered_A, recovered_B = self.G_BA(fake_B.image), self.G_AB(fake_A.image)
@@ -428,11 +596,11 @@ class UGATIT(System):
         for side, fake in (("A", fakes.fake_A), ("B", fakes.fake_B)):
             on_real = least_squares(self.judge(side, batch[side]), 1.0)
             on_fake = least_squares(self.judge(side, fake.image.detach()), 0.0)
-            losses[f"D_{side}"] = self.weights.gan * (on_real + on_fake)
+            losses[f"D_{side}"] = self.options.lambda_gan * (on_real + on_fake)
         return losses
 
     def generators_losses(self, batch: Batch, fakes: UGATITFakes) -> dict[str, Tensor]:
-        gan, cyc, identity, cam = self.weights
+        weights = self.options
         ways = (
             ("A", "B", fakes.fake_B, fakes.recovered_A, fakes.same_A, fakes.same_B),
             ("B", "A", fakes.fake_A, fakes.recovered_B, fakes.same_B, fakes.same_A),
@@ -440,12 +608,13 @@ class UGATIT(System):
         losses = {}
         for source, target, fake, recovered, same, same_target in ways:
             way, real = f"{source}{target}", batch[source]
-            losses[f"G_{way}"] = gan * least_squares(self.judge(target, fake.image), 1.0)
-            losses[f"cycle_{source}"] = cyc * F.l1_loss(recovered.image, real)
-            losses[f"identity_{source}"] = identity * F.l1_loss(same.image, real)
+            losses[f"G_{way}"] = weights.lambda_gan * least_squares(self.judge(target, fake.image), 1.0)
+            losses[f"cycle_{source}"] = weights.lambda_cyc * F.l1_loss(recovered.image, real)
+            losses[f"identity_{source}"] = weights.lambda_id * F.l1_loss(same.image, real)
             # Both went through the generator of this way.
+            assert fake.cam_logits is not None and same_target.cam_logits is not None
             entropy = F.softplus(-fake.cam_logits).mean() + F.softplus(same_target.cam_logits).mean()
-            losses[f"cam_{way}"] = cam * entropy
+            losses[f"cam_{way}"] = weights.lambda_cam * entropy
         return losses
 
     @torch.no_grad()
@@ -462,10 +631,33 @@ class UGATIT(System):
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         def seen(side: str, images: Tensor) -> dict[str, Tensor]:
             judges = {scale: self.get_submodule(f"{scale}_D_{side}") for scale in self.SCALES}
-            return {f"{scale} D_{side}": 2 * judge.heat_map(images) - 1 for scale, judge in judges.items()}
+            maps = {scale: cast(CAMDiscriminator, judge).heat_map(images) for scale, judge in judges.items()}
+            return {f"{scale} D_{side}": 2 * heat - 1 for scale, heat in maps.items()}
 
-        G_AB, G_BA = (self.get_submodule(self.generators[direction]) for direction in ("AtoB", "BtoA"))
-        return two_way_sheet(batch, G_AB, G_BA, seen)
+        return two_way_sheet(batch, self.generator("AtoB"), self.generator("BtoA"), seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UGATITOptions(NetworkOptions):
+    """U-GAT-IT, full or light."""
+
+    game = UGATIT
+    # 294 epochs of selfie2anime's 3,400 pictures are 999,600 steps, the official 1,000,000 in whole epochs.
+    presets: ClassVar[Mapping[str, Any]] = {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"}
+
+    n_residual_blocks: int = N_RESIDUAL_BLOCKS(4)
+    light: bool = option(
+        False, "small generators, whose MLP reads averages over the picture; later they take pictures of any size"
+    )
+    init: str = option(
+        "normal",
+        "first weights: N(0, 0.02) as the paper says (normal), or torch's own as in the official code (default)",
+        choices=("normal", "default"),
+    )
+    lambda_gan: float = LAMBDA_GAN(1.0)
+    lambda_cyc: float = LAMBDA_CYC(10.0)
+    lambda_id: float = LAMBDA_ID(10.0)
+    lambda_cam: float = option(1000.0, "weight of the cross-entropy of the generators' class activation maps", least=0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -480,32 +672,32 @@ class Paired(System):
     L_D = ½ [ GAN(D([x, y]), 1) + GAN(D([x, G(x)]), 0) ],
     L_G = lambda_gan · GAN(D([x, G(x)]), 1) + lambda_L1 · |G(x) - y|₁.
 
-    The discriminator moves first. A term of weight 0 is left out: without the adversarial one (the paper's "L1") there
-    is no discriminator. InputError where no term is left. No replay buffer.
+    The discriminator's turn is first. A term of weight 0 is not computed. Without the adversarial one (the paper's
+    "L1") there is no discriminator. Raises InputError where no term is left. No replay buffer.
     """
 
     data = "paired"
 
-    def __init__(
-        self,
-        generator: Callable[[], nn.Module],
-        discriminator: Callable[[], nn.Module],
-        direction: str,
-        gan_loss: GanLoss,
-        lambda_gan: float,
-        lambda_L1: float,
-    ):
-        super().__init__()
-        if not (lambda_gan or lambda_L1):
+    def __init__(self, options: Pix2PixOptions, size: tuple[int, int], seed: Sequence[int]):
+        super().__init__(options, size, seed)
+        if not (options.lambda_gan or options.lambda_L1):
             raise InputError("--lambda_gan 0 --lambda_L1 0: nothing to train by, expected one of them above 0")
-        self.G = generator()
+        most = int(math.log2(min(size)))
+        if most < 2:
+            raise InputError(f"--img_height {size[0]}, --img_width {size[1]}: expected at least 4")
+        depth = options.unet_depth or most
+        if not 2 <= depth <= most:
+            raise InputError(f"--unet_depth {depth}: expected 2 to {most} at {size[0]} x {size[1]}, or 0 for the most")
+        channels = options.channels
+        self.G = UNetGenerator(channels, options.ngf, depth)
         self.min_size, self.size_multiple = self.G.min_size, self.G.size_multiple
-        if lambda_gan:
-            self.D = discriminator()
+        if options.lambda_gan:
+            self.D = PatchDiscriminator(2 * channels, options.ndf, options.n_layers_D, affine=True)
             self.min_size = max(self.min_size, self.D.min_size)
-        self.generators = {direction: "G"}
-        self.source, self.target = direction[0], direction[-1]
-        self.gan_loss, self.lambda_gan, self.lambda_L1 = gan_loss, lambda_gan, lambda_L1
+        self.source, self.target = options.direction[0], options.direction[-1]
+        self.generators = {options.direction: "G"}
+        self.gan_loss = GAN_LOSSES[options.gan_loss]
+        self.lambda_gan, self.lambda_L1 = options.lambda_gan, options.lambda_L1
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -536,13 +728,36 @@ class Paired(System):
 
     @torch.no_grad()
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
-        with in_use(self.G) as generator:
+        with evaluation_mode(self.G) as generator:
             fake = generator(batch[self.source]).image
         return {
             f"real {self.source}": batch[self.source],
             f"fake {self.target}": fake,
             f"real {self.target}": batch[self.target],
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixOptions(NetworkOptions):
+    """pix2pix."""
+
+    game = Paired
+
+    unet_depth: int = option(
+        0,
+        "how often the U-Net halves the picture, whose sides are multiples of 2 to its power; "
+        "0: log2 of the smaller side",
+        least=0,
+    )
+    n_layers_D: int = N_LAYERS_D(3)
+    direction: str = option(
+        "AtoB", "which side is translated into the other; of facades the labels are B", choices=("AtoB", "BtoA")
+    )
+    gan_loss: str = option(
+        "bce", "adversarial loss: cross-entropy as in the paper (bce) or least squares", choices=tuple(GAN_LOSSES)
+    )
+    lambda_gan: float = LAMBDA_GAN(1.0)
+    lambda_L1: float = option(100.0, "weight of |output - truth|; 0: only the conditional GAN", least=0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -553,18 +768,25 @@ class Paired(System):
 class DCGAN(System):
     """DCGAN (Radford et al., ICLR 2016): pictures from noise, one generator against one discriminator.
 
-    L_D = CE(D(real), 1) + CE(D(G(noise)), 0), L_G = CE(D(G(noise)), 1), CE the binary cross-entropy; the discriminator
-    moves first. A batch is {"image": (B, channels, size, size), "noise": (B, nz)}. Real and generated pictures go
-    through the discriminator in calls of their own, because BatchNorm sees the batch.
+    L_D = CE(D(real), 1) + CE(D(G(noise)), 0), L_G = CE(D(G(noise)), 1), with CE the binary cross-entropy. The
+    discriminator's turn is first. A batch is {"image": (B, channels, size, size), "noise": (B, nz)}. Real and generated
+    pictures go through the discriminator in separate calls, because BatchNorm depends on the batch.
     """
 
     data = "plain"
 
-    def __init__(self, generator: Callable[[], nn.Module], discriminator: Callable[[], nn.Module]):
-        super().__init__()
-        self.G, self.D = generator(), discriminator()
+    def __init__(self, options: DCGANOptions, size: tuple[int, int], seed: Sequence[int]):
+        super().__init__(options, size, seed)
+        height, width = size
+        if height != width or height not in DCGANGenerator.sizes:
+            raise InputError(
+                f"--img_height {height} --img_width {width}: dcgan makes square pictures, expected both to be one of "
+                f"{', '.join(map(str, DCGANGenerator.sizes))}"
+            )
+        self.G = DCGANGenerator(options.nz, options.ngf, options.channels, height, options.upsample)
+        self.D = DCGANDiscriminator(options.channels, options.ndf, height)
         self.generators = {NOISE: "G"}
-        self.min_size = self.size_multiple = self.G.settings["size"]
+        self.min_size = self.size_multiple = height
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -591,214 +813,34 @@ class DCGAN(System):
     @torch.no_grad()
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         """A column of real pictures and as many columns of samples as there are noise vectors for each of them."""
-        with in_use(self.G) as generator:
+        with evaluation_mode(self.G) as generator:
             samples = generator(batch["noise"]).split(len(batch["image"]))
         return {"real": batch["image"]} | {f"sample {i}": column for i, column in enumerate(samples, 1)}
 
 
-# ----------------------------------------------------------------------------------------------------------
-#  The table
-# ----------------------------------------------------------------------------------------------------------
-
-
-def attentiongan(
-    *,
-    channels: int = 3,
-    ngf: int = 64,
-    ndf: int = 64,
-    n_residual_blocks: int = 9,
-    n_layers_D: int = 3,
-    n_masks: int = 10,
-    attention_kernel: int = 1,
-    no_background: bool = False,
-    upsample: str = "transposed",
-    attn_disc: str = "none",
-    attn_real: str = "own",
-    attn_grad: str = "both",
-    lambda_cyc: float = 10.0,
-    lambda_id: float = 0.5,
-    pool_size: int = 50,
-    seed: Sequence[int] = (0,),
-) -> TwoWay:
-    """AttentionGAN, scheme II. Raises InputError for guidance by the background mask where there is none."""
-    if no_background and attn_disc != "none":
-        raise InputError(f"--attn_disc {attn_disc} needs the background mask, which --no_background leaves out")
-    return TwoWay(
-        lambda: AttentionGenerator(
-            channels, ngf, n_residual_blocks, n_masks, attention_kernel, not no_background, upsample
-        ),
-        lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
-        Weights(cyc=lambda_cyc, identity=lambda_id),
-        pool_size,
-        seed,
-        channels,
-        attn_disc,
-        attn_real,
-        attn_grad,
-    )
-
-
-def attentiongan1(
-    *,
-    channels: int = 3,
-    ngf: int = 64,
-    ndf: int = 64,
-    n_residual_blocks: int = 9,
-    n_layers_D: int = 3,
-    upsample: str = "transposed",
-    attn_disc: str = "concat",
-    attn_real: str = "own",
-    attn_grad: str = "both",
-    lambda_gan: float = 0.5,
-    lambda_cyc: float = 10.0,
-    lambda_pixel: float = 1.0,
-    lambda_tv: float = 1e-6,
-    curriculum_epochs: int = 10,
-    pool_size: int = 50,
-    seed: Sequence[int] = (0,),
-) -> TwoWay:
-    """AttentionGAN, scheme I, with the attention-guided discriminator that the paper describes."""
-    if not lambda_gan:
-        raise InputError("--lambda_gan 0: nothing but a copy to train for, expected a weight above 0")
-    return TwoWay(
-        lambda: SingleMaskGenerator(channels, ngf, n_residual_blocks, upsample),
-        lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
-        Weights(lambda_gan, lambda_cyc, pixel=lambda_pixel, tv=lambda_tv),
-        pool_size,
-        seed,
-        channels,
-        attn_disc,
-        attn_real,
-        attn_grad,
-        curriculum=curriculum_epochs,
-    )
-
-
-def cyclegan(
-    *,
-    channels: int = 3,
-    ngf: int = 64,
-    ndf: int = 64,
-    n_residual_blocks: int = 9,
-    n_layers_D: int = 3,
-    upsample: str = "transposed",
-    lambda_cyc: float = 10.0,
-    lambda_id: float = 5.0,
-    pool_size: int = 50,
-    seed: Sequence[int] = (0,),
-) -> TwoWay:
-    """CycleGAN."""
-    return TwoWay(
-        lambda: ResNetGenerator(channels, ngf, n_residual_blocks, upsample),
-        lambda inputs: PatchDiscriminator(inputs, ndf, n_layers_D),
-        Weights(cyc=lambda_cyc, identity=lambda_id),
-        pool_size,
-        seed,
-        channels,
-    )
-
-
-def ugatit(
-    *,
-    channels: int = 3,
-    ngf: int = 64,
-    ndf: int = 64,
-    n_residual_blocks: int = 4,
-    light: bool = False,
-    init: str = "normal",
-    lambda_gan: float = 1.0,
-    lambda_cyc: float = 10.0,
-    lambda_id: float = 10.0,
-    lambda_cam: float = 1000.0,
-    img_height: int = 256,
-    img_width: int = 256,
-) -> UGATIT:
-    """U-GAT-IT, full or light."""
-    size = None if light else (img_height, img_width)
-    return UGATIT(
-        lambda: UGATITGenerator(channels, ngf, n_residual_blocks, size, init),
-        lambda n_layers: CAMDiscriminator(channels, ndf, n_layers, init),
-        depths(min(img_height, img_width)),
-        UGATITWeights(lambda_gan, lambda_cyc, lambda_id, lambda_cam),
-    )
-
-
-def pix2pix(
-    *,
-    channels: int = 3,
-    ngf: int = 64,
-    ndf: int = 64,
-    unet_depth: int = 0,
-    n_layers_D: int = 3,
-    direction: str = "AtoB",
-    gan_loss: str = "bce",
-    lambda_gan: float = 1.0,
-    lambda_L1: float = 100.0,
-    img_height: int = 256,
-    img_width: int = 256,
-) -> Paired:
-    """pix2pix."""
-    most = int(math.log2(min(img_height, img_width)))
-    if most < 2:
-        raise InputError(f"--img_height {img_height}, --img_width {img_width}: expected at least 4")
-    depth = unet_depth or most
-    if not 2 <= depth <= most:
-        raise InputError(f"--unet_depth {depth}: expected 2 to {most} at {img_height} x {img_width}, or 0 for the most")
-    return Paired(
-        lambda: UNetGenerator(channels, ngf, depth),
-        lambda: PatchDiscriminator(2 * channels, ndf, n_layers_D, affine=True),
-        direction,
-        GAN_LOSSES[gan_loss],
-        lambda_gan,
-        lambda_L1,
-    )
-
-
-def dcgan(
-    *,
-    channels: int = 3,
-    nz: int = 100,
-    ngf: int = 64,
-    ndf: int = 64,
-    upsample: str = "transposed",
-    img_height: int = 64,
-    img_width: int = 64,
-) -> DCGAN:
+@dataclass(frozen=True, kw_only=True)
+class DCGANOptions(NetworkOptions):
     """DCGAN."""
-    if img_height != img_width or img_height not in DCGANGenerator.sizes:
-        raise InputError(
-            f"--img_height {img_height} --img_width {img_width}: dcgan makes square pictures, expected both to be one "
-            f"of {', '.join(map(str, DCGANGenerator.sizes))}"
-        )
-    return DCGAN(
-        lambda: DCGANGenerator(nz, ngf, channels, img_height, upsample),
-        lambda: DCGANDiscriminator(channels, ndf, img_height),
-    )
 
-
-# Name to builder. A builder's keywords are the system's options and their defaults its presets; ``seed`` is the
-# key of the replay buffers' randomness, ``img_height`` and ``img_width`` are the size of the training pictures.
-# ``train.py`` makes the flags from here.
-SYSTEMS: dict[str, Callable[..., System]] = {
-    "attentiongan": attentiongan,
-    "attentiongan1": attentiongan1,
-    "cyclegan": cyclegan,
-    "ugatit": ugatit,
-    "pix2pix": pix2pix,
-    "dcgan": dcgan,
-}
-
-# What a system wants of the options that all systems share, where it is not their usual default.
-TRAINING_PRESETS: dict[str, dict[str, Any]] = {
-    # 294 epochs of selfie2anime's 3,400 pictures are 999,600 steps, the official 1,000,000 in whole epochs.
-    "ugatit": {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"},
-    # The epochs are those of pytorch/examples.
-    "dcgan": {
+    game = DCGAN
+    presets: ClassVar[Mapping[str, Any]] = {
         "img_height": 64,
         "img_width": 64,
         "resize": "short_side",
-        "n_epochs": 25,
+        "n_epochs": 25,  # as pytorch/examples
         "batch_size": 128,
         "decay_by": "never",
-    },
+    }
+
+    nz: int = option(100, "length of a noise vector", least=1)
+    upsample: str = UPSAMPLE("transposed")
+
+
+SYSTEMS: dict[str, type[NetworkOptions]] = {
+    "attentiongan": AttentionGANOptions,
+    "attentiongan1": AttentionGAN1Options,
+    "cyclegan": CycleGANOptions,
+    "ugatit": UGATITOptions,
+    "pix2pix": Pix2PixOptions,
+    "dcgan": DCGANOptions,
 }

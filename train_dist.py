@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,16 +32,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 import utils
+from checkpoints import SAVED_MODELS
 from systems import System
 from utils import InputError
 
-# The others wait while rank 0 saves and draws.
+# How long ranks wait for rank 0, which saves and draws.
 TIMEOUT = timedelta(hours=1)
-GRACE = 30  # seconds for ranks to end, once one of them has failed
+GRACE = 30  # seconds that ranks have to end after one of them has failed
 # Broadcasting buffers at each of the several calls of one step would change tensors that the backward pass still
 # needs. torch has renamed the switch.
 NAMES = inspect.signature(DistributedDataParallel).parameters
-OWN_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers": False}
+OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers": False}
 
 
 def boolean(text: str) -> bool:
@@ -61,20 +63,20 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
 def distribute(system: System) -> System:
     """A twin of ``system`` whose networks average their gradients over all ranks.
 
-    It shares every network and buffer with ``system``, which stays bare: sheets and checkpoints use that one, on
-    one rank alone and under plain names. Every network starts from rank 0's weights. BatchNorm sees the batch of all
-    ranks on CUDA, for which it waits for the device in every layer (for the CPU see ``check_batch_norm``).
+    It shares every network and buffer with ``system``, which is not wrapped: sheets and checkpoints use it on one rank
+    and under plain names. Every network starts from rank 0's weights. On CUDA BatchNorm sees the batch of all ranks,
+    for which it waits for the device in every layer (for the CPU see ``check_batch_norm``).
     """
     twin = copy.copy(system)
-    twin._modules = dict(system._modules)  # the copy would share the very table, and wrap both
+    twin._modules = dict(system._modules)  # the copy would share this table, and wrap the networks of both
     for name in (name for turn in system.turns for name in turn.networks):
         network = system.get_submodule(name)
         device = next(network.parameters()).device
-        for buffer in network.buffers():  # torch 2.11 leaves them as they are
+        for buffer in network.buffers():  # torch 2.11 does not synchronise them
             dist.broadcast(buffer, 0)
         ids = [device] if device.type == "cuda" else None
         if ids:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place: ``system`` has them too
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place, so also in ``system``
         setattr(twin, name, DistributedDataParallel(network, device_ids=ids, **OWN_BUFFERS))
     return twin
 
@@ -90,12 +92,12 @@ def join(
 ) -> int:
     """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns.
 
-    What fails here is told before the group breaks and the other ranks fail for that.
+    ``tell`` takes an error before the group breaks and the other ranks fail because of that.
     """
     if pick_kind(options) == "cuda":
         device = options.device if ":" in options.device else f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # what ranks agree on each step travels without waiting for the GPU
+        backend = "cpu:gloo,cuda:nccl"  # ranks agree through gloo without waiting for the GPU
     else:
         device, backend = "cpu", "gloo"
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
@@ -103,9 +105,9 @@ def join(
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             prepare_together(options, rank, local_rank)
-        hold = utils.hold(utils.SAVED_MODELS / options.name) if rank == 0 else nullcontext()
-        with train.clear_errors(options), hold:
-            utils.barrier()  # whoever had the run may have saved while rank 0 waited for it
+        lock = utils.lock_folder(SAVED_MODELS / options.name) if rank == 0 else nullcontext()
+        with train.explain_out_of_memory(options), lock:
+            utils.barrier()  # another process may have saved while rank 0 waited for the lock
             number = train.train(options, distribute, device, listening)
     except Exception as error:
         tell(error)
@@ -115,11 +117,11 @@ def join(
 
 
 def prepare_together(options: argparse.Namespace, rank: int, local_rank: int) -> None:
-    """``train.prepare`` once on every machine; what one of them finds wrong ends all, told by rank 0 alone."""
+    """``train.prepare_run`` once on every machine. An error on one of them ends all; only rank 0 prints it."""
     problem = None
     if local_rank == 0:
         try:
-            train.prepare(options)
+            train.prepare_run(options)
         except (InputError, OSError) as error:
             problem = str(error)
     problems: list[str | None] = [None] * utils.world_size()
@@ -134,10 +136,10 @@ def spawned(rank: int, options: argparse.Namespace, world_size: int, reports: Si
 
     def tell(error: Exception) -> None:
         expected = isinstance(error, (InputError, OSError))
-        reports.put((rank, utils.in_a_line(error) if expected else traceback.format_exc()))
+        reports.put((rank, utils.one_line(error) if expected else traceback.format_exc()))
 
-    # From the first moment to the last: Ctrl-C reaches the ranks twice, from the terminal and from ``launch``, and the
-    # second time must not end one that has saved already and leaves the group.
+    # From beginning to end: Ctrl-C reaches the ranks twice, from the terminal and from ``launch``. The second one must
+    # not end a rank that has saved already and is leaving the group.
     with utils.StopSignals() as listening:
         number = join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", listening, tell)
         if number:
@@ -179,8 +181,8 @@ def check_batch_norm(options: argparse.Namespace, world_size: int) -> None:
             system = train.build_system(options)
         if any(isinstance(module, nn.BatchNorm2d) for module in system.modules()):
             raise InputError(
-                f"--system {options.system} has BatchNorm, whose statistics {world_size} processes can share on CUDA "
-                "alone (SyncBatchNorm), expected one process on the CPU"
+                f"--system {options.system} has BatchNorm, whose statistics {world_size} processes can share only on "
+                "CUDA (SyncBatchNorm), expected one process on the CPU"
             )
 
 
@@ -203,7 +205,7 @@ def launch(options: argparse.Namespace) -> int:
     world_size = count_processes(options)
     check_batch_norm(options, world_size)
     check_port(options.port_num)
-    train.prepare(options)
+    train.prepare_run(options)
     reports = mp.get_context("spawn").SimpleQueue()
     ranks = mp.spawn(spawned, (options, world_size, reports), world_size, join=False)
     told, deadline = False, math.inf
@@ -218,12 +220,12 @@ def launch(options: argparse.Namespace) -> int:
                 heard += drain(reports)
                 if deadline == math.inf and any(is_failure(report) for report in heard):
                     deadline = time.monotonic() + GRACE
-                if time.monotonic() > deadline:  # a rank that has failed should have ended long since
+                if time.monotonic() > deadline:  # the failed rank should have ended by now
                     for process in ranks.processes:
                         process.kill()
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             failures = [*filter(is_failure, heard + drain(reports))]  # the first to fail need not be the first to end
-            if stop.signal is not None:  # and the ranks were not ready to save, or not able to
+            if stop.signal is not None:  # the ranks could not save
                 rank, reason = failures[0] if failures else (error.error_index, "")
                 print(f"stopped; rank {rank} ended before it had saved{reason and f': {reason}'}", file=sys.stderr)
                 return stop.signal
@@ -232,7 +234,7 @@ def launch(options: argparse.Namespace) -> int:
                 raise InputError(f"rank {rank} failed, all ranks ended: {reason}") from error
             how = error.signal_name or f"exit code {error.exit_code}"
             raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
-    return stop.signal or next((number for _, number in heard + drain(reports)), 0)
+    return stop.signal or next((n for _, n in heard + drain(reports) if isinstance(n, int)), 0)
 
 
 def drain(reports: SimpleQueue) -> list[tuple[int, int | str]]:
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return utils.exit_status(join(options, rank, local_rank, size, "env://"))
         except (InputError, OSError) as error:
             if local_rank:  # for the first, ``run_script`` tells it
-                print(f"train_dist.py: error on rank {rank}: {utils.in_a_line(error)}", file=sys.stderr)
+                print(f"train_dist.py: error on rank {rank}: {utils.one_line(error)}", file=sys.stderr)
             raise
 
     return utils.run_script("train_dist.py", work)

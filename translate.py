@@ -26,9 +26,10 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import utils
+from checkpoints import open_generator
 from datasets import TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, takes_grey, to_tensor
-from models import Translation, one_size, open_generator, translate_any_size
-from utils import InputError, say
+from models import Translation, fixed_size_message, translate_any_size
+from utils import InputError, print0
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
 # What says that one file cannot be written, and nothing of the others: too long a name, a folder or file in its place.
@@ -139,7 +140,7 @@ def plan(
             scale = max_size / max(height, width)
             height, width = max(1, round(scale * height)), max(1, round(scale * width))
         if only_size is not None and (height, width) != only_size:
-            failed[picture.path] = f"picture of {height} x {width} pixels: {one_size(only_size)}"
+            failed[picture.path] = f"picture of {height} x {width} pixels: {fixed_size_message(only_size)}"
             continue
         tasks.append(Task(picture, (height, width), target))
     return tasks
@@ -321,8 +322,8 @@ def export(generator: nn.Module, path: Path, grey: bool) -> None:
     Input "image"; outputs "translation" and, where the generator has it, "attention". Raises InputError when the
     packages for it are not there.
     """
-    utils.need("onnx", "--export")
-    utils.need("onnxscript", "--export")
+    utils.import_optional("onnx", "--export")
+    utils.import_optional("onnxscript", "--export")
     only_size = generator.settings.get("size")
     # Sizes that fit no multiple, so that nothing is taken for a constant.
     example = torch.rand(2, generator.settings["channels"], *(only_size or (62, 74)))
@@ -349,12 +350,8 @@ def export(generator: nn.Module, path: Path, grey: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Translate pictures with a trained generator, or export it to ONNX.",
-        formatter_class=utils.HelpFormatter,
-        allow_abbrev=False,
-    )
+def make_parser() -> utils.Parser:
+    parser = utils.Parser("Translate pictures with a trained generator, or export it to ONNX.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, official ones too")
     add("--direction", choices=("AtoB", "BtoA"), help="(default: the file's own, else AtoB, else BtoA)")
@@ -368,12 +365,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch_size",
-        type=int,
+        type=utils.at_least(1),
         help="pictures of equal size that are translated at once, fewer of large ones (default: 8)",
     )
     add(
         "--max_size",
-        type=int,
+        type=utils.at_least(1),
         help="shrink pictures whose longer side is above this, and their translations with them. A default generator "
         "needs about 1.1 kB of memory per pixel of a batch: 13 GB for one picture of 4000 x 3000",
     )
@@ -399,16 +396,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("expected --input and --output, or --export")
     elif options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output {options.output}: is a file, expected a folder")
-    for name in ("batch_size", "max_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
-
     def work() -> int:
+        options = make_parser().parse_args(argv)
         check_options(options)
         device = utils.pick_device(options.device)
         generator, about = open_generator(options.checkpoint, options.direction)
@@ -433,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             for path, reason in failed.items():
                 print(f"not translated: {path}: {reason}", file=sys.stderr)
-        say(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
+        print0(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
         return 1 if failed else 0
 
     return utils.run_script("translate.py", work)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_systems import build, make_batch
+from common import build, make_batch
 
 import benchmark
 from datasets import draw_built_in, normalise
 from systems import SYSTEMS
-from train import parse_options, play, trained_parameters
+from train import parse_options, trained_parameters, training_step
 
 TINY = "--ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2"
 
@@ -36,7 +36,7 @@ def test_the_textbook_step_is_ours(name):
     textbook = benchmark.Textbook(book, optimizers[1])
     for step in range(3):  # the replay buffers are not full: what they hand back is what they get
         batch = make_batch(step)
-        shown = play(ours, optimizers[0], lambda: torch.autocast("cpu", enabled=False), batch)
+        shown = training_step(ours, optimizers[0], lambda: torch.autocast("cpu", enabled=False), batch)
         for key, loss in textbook.step(batch).items():
             assert abs(loss - shown[key].item()) < 1e-9, key
     for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):

@@ -46,7 +46,7 @@ def cells(line: str) -> list[str]:
 
 def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, monkeypatch, capsys):
     drawn = {}
-    draw = utils.draw_sheet
+    draw = record.draw_sheet
     monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.update(columns) or draw(columns, **o))
     assert compare.main(["systems", "--seeds", "3", "4"]) == 0
     text = Path("docs/compare_systems.md").read_text()
@@ -140,7 +140,9 @@ def stand(name, flags, step=3, lacking=(), **others):
     options = {k: v for k, v in options.items() if k not in (*train.HOW_TO_START, *lacking)}
     folder = Path("saved_models") / name
     folder.mkdir(parents=True)
-    utils.Checkpoints(folder).save({"options": options, "step": step, "steps_per_epoch": 3, "pictures": pictures})
+    checkpoints.CheckpointFiles(folder).save(
+        {"options": options, "step": step, "steps_per_epoch": 3, "pictures": pictures}
+    )
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeypatch, capsys):

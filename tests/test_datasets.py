@@ -1,96 +1,50 @@
-"""Pictures on disk and what becomes of them: decoding, folders, samples, loading, fetching, importing."""
+"""Pictures on disk and what becomes of them: decoding, folders, samples, loading."""
 
-import functools
-import hashlib
-import io
 import itertools
 import multiprocessing
 import os
-import re
+import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tarfile
-import threading
-import time
-import zipfile
-from contextlib import redirect_stderr
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
+from common import BLUE, GREEN, RED, make_set, noise, plain, save
+from conftest import ROOT
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 
 import datasets
 from datasets import (
+    BUILT_IN,
     RESIZE,
     EpochSampler,
     PairedDataset,
     Picture,
     PlainDataset,
-    PublicSet,
     UnpairedDataset,
     as_input,
-    draw_built_in,
-    fetch,
     find_pictures,
     find_plain,
     find_side,
     fixed_batch,
     fixed_noise,
-    import_pictures,
     make_loader,
     normalise,
     resize,
     to_tensor,
     true_translations,
     unaugmented,
-    unpack,
-    whole_or_absent,
 )
 from utils import InputError
-
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-
-
-def save(image, path, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
-    return path
-
-
-def plain(path, colour=RED, size=(8, 8)):
-    return save(Image.new("RGB", size, colour), path)
-
-
-def noise(seed, size=(40, 36)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def pixels(path, channels=3, half=None):
     return np.asarray(Picture(path, half).open(channels)).tolist()
-
-
-def below(folder):
-    """Everything in a folder, links and hidden files included: relative path to bytes (None for folders)."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def make_set(root, nA=3, nB=2, size=(40, 36), tests=0):
-    for side, n in (("A", nA), ("B", nB)):
-        for i in range(n):
-            save(noise(i + 100 * (side == "B"), size), root / f"train{side}" / f"{i}.png")
-        for i in range(tests):
-            save(noise(i + 200 + 100 * (side == "B"), size), root / f"test{side}" / f"{i}.png")
-    return root
 
 
 def names_below(pictures, root):
@@ -106,45 +60,37 @@ def same(a, b):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_grey_becomes_three_equal_channels(tmp_path):
-    image = Image.new("L", (2, 1))
-    image.putdata([10, 200])
-    assert pixels(save(image, tmp_path / "grey.png")) == [[[10, 10, 10], [200, 200, 200]]]
+COLOURS = [1, 2, 3, 40, 50, 60]  # of a palette
+PIXELS = {
+    "grey becomes three equal channels": ("L", [10, 200], {}, 3, [[10] * 3, [200] * 3]),
+    "a palette is looked up": ("P", [1, 0], {}, 3, [COLOURS[3:], COLOURS[:3]]),
+    "a transparent palette entry is white": ("P", [1, 0], {"transparency": 0}, 3, [COLOURS[3:], [255] * 3]),
+    "a palette of transparencies": ("P", [1, 0], {"transparency": b"\x00\xff"}, 3, [COLOURS[3:], [255] * 3]),
+    "grey with alpha is laid on white": ("LA", [(10, 255), (10, 0), (0, 51)], {}, 1, [10, 255, 204]),
+    "alpha is laid on white": (
+        "RGBA",
+        [(10, 20, 30, 255), (10, 20, 30, 0), (255, 0, 0, 51)],
+        {},
+        3,
+        [[10, 20, 30], [255, 255, 255], [255, 204, 204]],
+    ),
+    "a colour named transparent is white": (
+        "RGB",
+        [(1, 2, 3), (9, 9, 9)],
+        {"transparency": (1, 2, 3)},
+        3,
+        [[255] * 3, [9] * 3],
+    ),
+}
 
 
-def test_palette_is_looked_up(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([1, 2, 3, 40, 50, 60])
-    image.putdata([1, 0])
-    assert pixels(save(image, tmp_path / "palette.png")) == [[[40, 50, 60], [1, 2, 3]]]
-
-
-@pytest.mark.parametrize("transparency", [0, b"\x00\xff"])
-def test_transparent_palette_entry_is_white(tmp_path, transparency):
-    image = Image.new("P", (2, 1))
-    image.putpalette([1, 2, 3, 40, 50, 60])
-    image.putdata([1, 0])
-    path = save(image, tmp_path / "palette.png", transparency=transparency)
-    assert pixels(path) == [[[40, 50, 60], [255, 255, 255]]]
-
-
-def test_grey_with_alpha_is_laid_on_white(tmp_path):
-    image = Image.new("LA", (3, 1))
-    image.putdata([(10, 255), (10, 0), (0, 51)])
-    assert pixels(save(image, tmp_path / "la.png"), channels=1) == [[10, 255, 204]]
-
-
-def test_alpha_is_laid_on_white(tmp_path):
-    image = Image.new("RGBA", (3, 1))
-    image.putdata([(10, 20, 30, 255), (10, 20, 30, 0), (255, 0, 0, 51)])
-    assert pixels(save(image, tmp_path / "rgba.png")) == [[[10, 20, 30], [255, 255, 255], [255, 204, 204]]]
-
-
-def test_colour_named_transparent_is_white(tmp_path):
-    image = Image.new("RGB", (2, 1))
-    image.putdata([(1, 2, 3), (9, 9, 9)])
-    path = save(image, tmp_path / "trns.png", transparency=(1, 2, 3))
-    assert pixels(path) == [[[255, 255, 255], [9, 9, 9]]]
+@pytest.mark.parametrize("mode, values, options, channels, expected", PIXELS.values(), ids=PIXELS)
+def test_every_mode_becomes_8_bits_without_transparency(tmp_path, mode, values, options, channels, expected):
+    image = Image.new(mode, (len(values), 1))
+    if mode == "P":
+        image.putpalette(COLOURS)
+    image.putdata(values)
+    assert pixels(save(image, tmp_path / "a.png", **options), channels) == [expected]
 
 
 def test_cmyk_jpeg_keeps_its_colours(tmp_path):
@@ -224,6 +170,25 @@ def test_a_hidden_folder_above_hides_nothing(tmp_path):
     assert len(find_pictures(tmp_path / ".data")) == 1
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(datasets.os, "scandir", scandir)
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        find_pictures(tmp_path)
+
+
+def test_linked_folders_are_walked_once(tmp_path):
+    for name in ("side/a.png", "elsewhere/c.png", "elsewhere/deep/b.png", "elsewhere/.hidden/d.png"):
+        plain(tmp_path / name)
+    (tmp_path / "side" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "side")
+    (tmp_path / "side" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    names = [str(p.path.relative_to(tmp_path)) for p in find_pictures(tmp_path / "side")]
+    assert names == ["side/a.png", "side/gone.png", "side/more/c.png", "side/more/deep/b.png"]
+
+
 def test_side_folders_come_before_halves(tmp_path):
     path = plain(tmp_path / "trainA" / "a.png")
     plain(tmp_path / "train" / "pair.png", size=(16, 8))
@@ -285,10 +250,12 @@ def test_tensor_holds_the_pixels_channels_first(mode):
     assert np.array_equal(tensor.numpy().transpose(1, 2, 0), expected)
 
 
-def test_normalise_maps_0_to_minus_1_and_255_to_1():
+def test_normalise_maps_0_to_minus_1_and_255_to_1_and_leaves_noise_alone():
     values = normalise(torch.tensor([0, 51, 255], dtype=torch.uint8))
-    assert values.dtype == torch.float32
+    assert values.dtype == torch.float32 and values[0] == -1 and values[2] == 1
     torch.testing.assert_close(values, torch.tensor([-1.0, -0.6, 1.0]))
+    vectors = fixed_noise(2, 3, 0)
+    assert normalise(vectors) is vectors
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -391,7 +358,7 @@ def test_missing_public_set_says_how_to_fetch_it(tmp_path):
     message = str(error.value)
     assert message.startswith(f"{root}: no such folder")
     assert f"{root}/trainA and {root}/trainB" in message
-    assert f"python datasets.py --dataset_name horse2zebra --data_dir {tmp_path}\n" in message
+    assert f"python prepare.py --dataset_name horse2zebra --data_dir {tmp_path}\n" in message
     assert "--from_A FOLDER --from_B FOLDER --dataset_name horse2zebra" in message
     assert "make demo" in message
 
@@ -483,6 +450,57 @@ def test_fixed_batch_takes_the_middle_when_the_aspect_is_kept(tmp_path):
         save(image, tmp_path / f"train{side}" / "0.png")
     batch = fixed_batch(tmp_path, 1, (16, 16), how="short_side")["A"][0]
     assert torch.equal(batch, torch.tensor(BLUE, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+
+
+def test_pictures_are_enlarged_before_the_crop_as_in_the_official_code(tmp_path):
+    assert UnpairedDataset(make_set(tmp_path, 1, 1), (256, 128)).scaled == (286, 143)
+
+
+def test_a_damaged_picture_is_named_wherever_it_is_read(tmp_path):
+    root = make_set(tmp_path, 2, 2)
+    path = next((root / "trainA").iterdir())
+    path.write_bytes(path.read_bytes()[:60])
+    for read in (Picture(path).read, lambda: unaugmented(Picture(path), (16, 16))):
+        with pytest.raises(InputError, match=rf"{path}: cannot be read \(.+\)"):
+            read()
+    with pytest.raises(InputError, match=rf"{path}: cannot be read"):
+        UnpairedDataset(root, (16, 16)).load(1e9)
+
+
+def test_the_digest_is_of_the_names_held_out_or_not(tmp_path):
+    root = make_set(tmp_path / "set", 5, 4)
+    digest = UnpairedDataset(root, (16, 16)).digest()
+    root.rename(tmp_path / "moved")
+    assert UnpairedDataset(tmp_path / "moved", (32, 32), how="short_side").digest() == digest
+    held = {UnpairedDataset(tmp_path / "moved", (16, 16), seed=s, hold_out=True).digest() for s in range(4)}
+    assert len(held) > 1 and digest not in held
+    picture = next((tmp_path / "moved" / "trainB").iterdir())
+    picture.rename(picture.with_stem("another"))
+    assert UnpairedDataset(tmp_path / "moved", (16, 16)).digest() != digest
+
+
+def test_a_seeded_tenth_is_held_out_of_training(tmp_path):
+    root = make_set(tmp_path, 30, 6)
+    dataset = UnpairedDataset(root, (16, 16), seed=1, hold_out=True)
+    assert {side: len(pictures) for side, pictures in dataset.held_out.items()} == {"A": 3, "B": 2}
+    for side in "AB":
+        assert sorted(dataset.sides[side] + dataset.held_out[side]) == find_side(root, "train", side)
+    assert len(dataset) == 27
+    again, other = (UnpairedDataset(root, (16, 16), seed=seed, hold_out=True).held_out for seed in (1, 2))
+    assert dataset.held_out == again != other
+    assert UnpairedDataset(root, (16, 16), seed=1).held_out == {"A": [], "B": []}
+    with pytest.raises(InputError, match=r"trainB: 2 pictures, --eval_interval needs 3"):
+        UnpairedDataset(make_set(tmp_path / "few", 5, 2), (16, 16), hold_out=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_halves_of_a_picture_are_held_out(tmp_path, seed):
+    for i in range(30):
+        plain(tmp_path / "train" / f"{i}.png", size=(16, 8))
+    dataset = UnpairedDataset(tmp_path, (16, 16), seed=seed, hold_out=True)
+    for sides, n in ((dataset.held_out, 3), (dataset.sides, 27)):
+        assert [p.path for p in sides["A"]] == [p.path for p in sides["B"]] and len(sides["A"]) == n
+        assert {p.half for p in sides["A"]} == {"left"} and {p.half for p in sides["B"]} == {"right"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -602,9 +620,8 @@ def test_unpaired_test_folders_of_a_paired_set_are_refused_too(tmp_path):
 
 
 def test_the_built_in_set_has_equal_names_and_no_pairs(tmp_path):
-    draw_built_in(tmp_path / "solid2striped", n_train=2, n_test=1)
     with pytest.raises(InputError, match="expected pairs, found the built-in set, whose equal names are different"):
-        PairedDataset(tmp_path / "solid2striped", (16, 16))
+        PairedDataset(make_set(tmp_path / BUILT_IN, 2, 2), (16, 16))
 
 
 def test_a_pair_of_two_aspects_needs_squash(tmp_path):
@@ -802,12 +819,6 @@ def test_the_fixed_batch_of_a_plain_set_has_test_pictures_and_noise_of_the_seed(
     assert len(batch["image"]) == 3 and len(batch["noise"]) == 3 * PlainDataset.SAMPLES
 
 
-def test_normalising_leaves_noise_alone():
-    vectors = fixed_noise(2, 3, 0)
-    assert normalise(vectors) is vectors
-    assert torch.equal(normalise(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
-
-
 # ----------------------------------------------------------------------------------------------------------
 #  Sampler and loader
 # ----------------------------------------------------------------------------------------------------------
@@ -944,651 +955,9 @@ def test_workers_outlive_signals_to_the_group_and_end_when_their_parent_says_so(
     assert worker.exitcode == 0
 
 
-# ----------------------------------------------------------------------------------------------------------
-#  The built-in set
-# ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def built_in(tmp_path_factory):
-    root = tmp_path_factory.mktemp("built_in") / "solid2striped"
-    draw_built_in(root, n_train=3, n_test=4)
-    return root
-
-
-def test_built_in_set_is_the_same_each_time(built_in, tmp_path):
-    draw_built_in(tmp_path / "again", n_train=3, n_test=4)
-    assert below(tmp_path / "again") == below(built_in)
-    assert below(tmp_path).keys() == {"again", *(f"again/{name}" for name in below(built_in))}  # no leftovers
-
-
-def test_built_in_set_has_its_folders_and_no_picture_twice(built_in):
-    counts = {folder.name: len(find_pictures(folder)) for folder in built_in.iterdir()}
-    test_folders = {f"test{side}{view}": 4 for side in "AB" for view in ("", "_mask", "_truth")}
-    assert counts == {"trainA": 3, "trainB": 3, **test_folders}
-    contents = [p.path.read_bytes() for p in find_pictures(built_in)]
-    assert len(set(contents)) == len(contents)
-
-
-def test_a_smaller_built_in_set_is_the_start_of_a_larger_one(built_in, tmp_path):
-    draw_built_in(tmp_path / "small", n_train=1, n_test=1)
-    small, larger = below(tmp_path / "small"), below(built_in)
-    assert small == {name: larger[name] for name in small}
-
-
-@pytest.mark.parametrize("side", ["A", "B"])
-def test_truth_differs_from_the_test_picture_on_the_objects_and_nowhere_else(built_in, side):
-    for i in range(4):
-        mask_image = Image.open(built_in / f"test{side}_mask" / f"{i:03d}.png")
-        mask = np.asarray(mask_image)
-        assert mask_image.mode == "L" and set(np.unique(mask)) == {0, 255}
-        picture, truth = (
-            np.asarray(Image.open(built_in / folder / f"{i:03d}.png")).astype(int)
-            for folder in (f"test{side}", f"test{side}_truth")
-        )
-        assert picture.shape == truth.shape == (128, 128, 3) and mask.shape == (128, 128)
-        differs = np.abs(picture - truth).max(axis=-1) > 0
-        around = np.asarray(mask_image.filter(ImageFilter.MaxFilter(5))) == 255  # the soft edge, 2 pixels
-        assert not differs[~around].any()
-        assert differs[mask == 255].mean() > 0.8
-
-
-def test_B_is_striped_and_A_is_not(built_in):
-    def darkest_and_lightest(picture, mask):
-        grey = np.asarray(Image.open(built_in / picture / "000.png").convert("L"))
-        inside = grey[np.asarray(Image.open(built_in / mask / "000.png")) == 255]
-        return np.percentile(inside, [10, 90])
-
-    dark, light = darkest_and_lightest("testB", "testB_mask")
-    assert dark < 40 and light > 130
-    dark, light = darkest_and_lightest("testA", "testA_mask")
-    assert light - dark < 60
-
-
-def test_existing_folder_is_left_alone_and_nothing_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.delattr(datasets, "draw_scene")
-    (tmp_path / "solid2striped").mkdir()
-    draw_built_in(tmp_path / "solid2striped", 1, 1)
-    assert below(tmp_path) == {"solid2striped": None}
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_whole_or_absent_leaves_nothing_when_the_block_fails(tmp_path, error):
-    with pytest.raises(error), whole_or_absent(tmp_path / "set") as folder:
-        (folder / "half").write_text("x")
-        raise error
-    assert below(tmp_path) == {}
-
-
-def test_whole_or_absent_shows_the_folder_only_at_the_end(tmp_path):
-    with whole_or_absent(tmp_path / "new" / "set") as folder:
-        (folder / "a").write_text("x")
-        assert not (tmp_path / "new" / "set").exists()
-    assert below(tmp_path) == {"new": None, "new/set": None, "new/set/a": b"x"}
-
-
-def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    here = whole_or_absent(tmp_path / "set").prefix
-    dead, living = (tmp_path / f"{here}{pid}" for pid in (process.pid, os.getppid()))
-    other = tmp_path / f".other.partial.{process.pid}"
-    elsewhere = tmp_path / f".set.partial.another-machine.{process.pid}"
-    for folder in (dead, living, other, elsewhere):
-        (folder / "sub").mkdir(parents=True)
-    with whole_or_absent(tmp_path / "set"):
-        pass
-    assert not dead.exists()
-    assert living.exists() and other.exists() and elsewhere.exists()
-
-
-def test_a_faster_process_keeps_its_folder(tmp_path):
-    with whole_or_absent(tmp_path / "set") as folder:
-        (folder / "mine").write_text("x")
-        (tmp_path / "set").mkdir()
-        (tmp_path / "set" / "theirs").write_text("y")
-    assert below(tmp_path) == {"set": None, "set/theirs": b"y"}
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Public sets, from a server on the loopback interface
-# ----------------------------------------------------------------------------------------------------------
-
-
-class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; ``server.cut`` bytes are missing at the end of every answer."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            return self.send_error(404)
-        content = path.read_bytes()
-        self.send_response(200)
-        if self.server.chunked:  # a cut then shows as a missing last chunk
-            self.send_header("Transfer-Encoding", "chunked")
-        else:
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        sent = content[: len(content) - self.server.cut]
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), sent) if self.server.chunked else sent)
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):  # a client that hangs up early is none of the tests' business
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _past_any_proxy(monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "*")
-
-
-@pytest.fixture
-def web(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("web")
-    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
-    server.asked, server.cut, server.chunked = [], 0, False
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def png_bytes(seed, size=(16, 8)):
-    stream = io.BytesIO()
-    noise(seed, size).save(stream, "PNG")
-    return stream.getvalue()
-
-
-ZIPPED = {f"apple2orange/{f}/{i}.png": png_bytes(i) for f in ("trainA", "trainB", "testA") for i in range(2)}
-TARRED = {f"facades/{f}/{i}.png": png_bytes(i) for f in ("train", "val") for i in range(2)}
-
-
-def publish(web, monkeypatch, members, name="apple2orange", checksum=False, counts=None):
-    """Put an archive of ``members`` where ``name`` is fetched from; no checksum is expected unless asked for."""
-    archive = datasets.PUBLIC_SETS[name].archive
-    path = web.folder / archive
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for member, content in members.items():
-                file.writestr(member, content)
-    else:
-        with tarfile.open(path, "w:gz") as file:
-            for member, content in members.items():
-                entry = tarfile.TarInfo(member) if isinstance(member, str) else member
-                entry.size = len(content)
-                file.addfile(entry, io.BytesIO(content))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if checksum else None
-    monkeypatch.setitem(datasets.PUBLIC_SETS, name, PublicSet(archive, sha256, counts or {}))
-    return path
-
-
-def inside(data, name):
-    """The files below data/name under the names they have in the archive; nothing else may stand in data."""
-    assert [p.name for p in data.iterdir()] == [name]
-    return {member: content for member, content in below(data).items() if content is not None}
-
-
-def test_fetched_set_stands_whole_and_its_counts_are_compared(web, monkeypatch, tmp_path, capsys):
-    publish(web, monkeypatch, ZIPPED, checksum=True, counts={"trainA": 2, "trainB": 7, "testA": 2, "testB": 3})
-    data = tmp_path / "data"
-    fetch("apple2orange", data, web.url + "/")
-    assert inside(data, "apple2orange") == ZIPPED
-    printed = capsys.readouterr().out
-    assert f"fetching {web.url}/cyclegan/datasets/apple2orange.zip" in printed
-    root = data / "apple2orange"
-    for line in (
-        f"{root}/trainA: 2 pictures, as expected",
-        f"{root}/trainB: 2 pictures, EXPECTED 7",
-        f"{root}/testB: 0 pictures, EXPECTED 3",
-    ):
-        assert line in printed
-
-
-def test_counts_that_are_not_known_are_printed_alone(web, monkeypatch, tmp_path, capsys):
-    publish(web, monkeypatch, ZIPPED)
-    fetch("apple2orange", tmp_path, web.url)
-    assert f"{tmp_path}/apple2orange/trainB: 2 pictures\n" in capsys.readouterr().out
-
-
-def test_fetching_again_asks_no_server(web, monkeypatch, tmp_path, capsys):
-    publish(web, monkeypatch, ZIPPED, counts={"trainA": 2})
-    fetch("apple2orange", tmp_path, web.url)
-    asked = len(web.asked)
-    capsys.readouterr()
-    fetch("apple2orange", tmp_path, web.url)
-    printed = capsys.readouterr().out
-    assert "stands already" in printed and "trainA: 2 pictures, as expected" in printed
-    assert len(web.asked) == asked > 0
-
-
-def test_pix2pix_set_serves_its_halves(web, monkeypatch, tmp_path, capsys):
-    publish(web, monkeypatch, TARRED, "facades", counts={"train": 2, "val": 2})
-    fetch("facades", tmp_path, web.url)
-    assert inside(tmp_path, "facades") == TARRED
-    assert capsys.readouterr().out.count("as expected") == 2
-    pair = np.asarray(noise(1, (16, 8)))
-    for side, half in (("A", pair[:, :8]), ("B", pair[:, 8:])):
-        assert np.array_equal(np.asarray(find_side(tmp_path / "facades", "train", side)[1].open()), half)
-    assert UnpairedDataset(tmp_path / "facades", (8, 8))[0, 1]["B"].shape == (3, 8, 8)
-
-
-def test_wrong_checksum_is_told_and_leaves_nothing(web, monkeypatch, tmp_path):
-    path = publish(web, monkeypatch, ZIPPED, checksum=True)
-    expected = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(InputError) as error:
-        fetch("apple2orange", tmp_path, web.url)
-    assert f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, expected {expected}" in str(error.value)
-    assert below(tmp_path) == {}
-
-
-@pytest.mark.parametrize("name, members", [("apple2orange", ZIPPED), ("facades", TARRED)])
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
-def test_truncated_archive_without_checksum_is_refused(web, monkeypatch, tmp_path, name, members, kept):
-    path = publish(web, monkeypatch, members, name)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(InputError, match="cannot be unpacked"):
-        fetch(name, tmp_path, web.url)
-    assert below(tmp_path) == {}
-
-
-def test_however_a_tar_is_cut_no_picture_is_lost_unnoticed(tmp_path, web, monkeypatch):
-    content = publish(web, monkeypatch, TARRED, "facades").read_bytes()
-    archive, refused = tmp_path / "cut.tar.gz", 0
-    for length in range(0, len(content), 7):
-        archive.write_bytes(content[:length])
-        try:
-            unpack(archive, tmp_path / f"{length}")
-        except InputError:
-            refused += 1
-        else:  # only padding is missing
-            assert {k: v for k, v in below(tmp_path / f"{length}").items() if v is not None} == TARRED
-    assert refused > 100
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("checksum", [False, True])
-def test_connection_closed_midway_is_refused_and_the_second_try_succeeds(web, monkeypatch, tmp_path, checksum, chunked):
-    publish(web, monkeypatch, ZIPPED, checksum=checksum)
-    web.cut, web.chunked = 100, chunked
-    with pytest.raises(InputError, match=r"apple2orange\.zip"):
-        fetch("apple2orange", tmp_path, web.url)
-    assert below(tmp_path) == {}
-    web.cut, web.chunked = 0, False
-    fetch("apple2orange", tmp_path, web.url)
-    assert inside(tmp_path, "apple2orange") == ZIPPED
-
-
-def test_missing_archive_names_the_address(web, tmp_path):
-    with pytest.raises(InputError, match=f"{web.url}/cyclegan/datasets/apple2orange.zip.*404"):
-        fetch("apple2orange", tmp_path, web.url)
-    assert below(tmp_path) == {}
-
-
-@pytest.mark.parametrize("mirror", ["efrosgans.eecs.berkeley.edu", "http://127.0.0.1:port", "http://a b"])
-def test_address_that_is_none_is_refused(tmp_path, mirror):
-    with pytest.raises(InputError, match=re.escape(mirror)):
-        fetch("apple2orange", tmp_path, mirror)
-    assert below(tmp_path) == {}
-
-
-def test_silent_server_is_given_up(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        start = time.monotonic()
-        with pytest.raises(InputError, match="could not be fetched"):
-            fetch("apple2orange", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
-    assert time.monotonic() - start < 5
-    assert socket.getdefaulttimeout() is None
-    assert below(tmp_path) == {}
-
-
-@pytest.mark.parametrize("outside", ["../../../evil.txt", "apple2orange/../../../../evil.txt", "{tmp}/evil.txt"])
-def test_zip_that_leads_outside_is_refused(web, monkeypatch, tmp_path, outside):
-    publish(web, monkeypatch, {**ZIPPED, outside.format(tmp=tmp_path): b"evil"})
-    with pytest.raises(InputError, match="outside"):
-        fetch("apple2orange", tmp_path / "data", web.url)
-    assert below(tmp_path) == {"data": None}
-
-
-@pytest.mark.parametrize("kind", ["path", "symlink", "hardlink"])
-def test_tar_that_leads_outside_is_refused(web, monkeypatch, tmp_path, kind):
-    members = dict(TARRED)
-    if kind == "path":
-        members["../../../evil.txt"] = b"evil"
-    else:
-        (tmp_path / "secret").mkdir()
-        link = tarfile.TarInfo("facades/link")
-        link.type = tarfile.SYMTYPE if kind == "symlink" else tarfile.LNKTYPE
-        link.linkname = "../../../../secret" if kind == "symlink" else "../../../secret"
-        members |= {link: b"", "facades/link/evil.txt": b"evil"}
-    before = below(tmp_path)
-    publish(web, monkeypatch, members, "facades")
-    with pytest.raises(InputError, match=r"would land outside its folder|facades/link is no file and no folder"):
-        fetch("facades", tmp_path / "data", web.url)
-    assert below(tmp_path) == {**before, "data": None}
-
-
-def test_archive_of_something_else_says_what_it_holds(web, monkeypatch, tmp_path):
-    publish(web, monkeypatch, {"pears/trainA/0.png": b"", "readme": b""})
-    with pytest.raises(InputError, match="expected a folder apple2orange in the archive, found pears, readme"):
-        fetch("apple2orange", tmp_path, web.url)
-    assert below(tmp_path) == {}
-
-
-def test_unknown_set_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match=r"cat2dog: not a public set, expected one of apple2orange, .*maps"):
-        fetch("cat2dog", tmp_path)
-
-
-def test_a_set_that_a_browser_must_fetch_says_where_it_is_and_is_counted(tmp_path, capsys):
-    page = "https://drive.google.com/file/d/1xOWj1UVgp6NKMT3HbPhBbtq2A4EDkghF/view"
-    with pytest.raises(InputError, match=re.escape(f"{page} and unpack it to {tmp_path / 'selfie2anime'} (trainA, ")):
-        fetch("selfie2anime", tmp_path)
-    assert below(tmp_path) == {}
-    assert "python datasets.py --dataset_name selfie2anime" in datasets.missing(tmp_path / "selfie2anime", "A")
-    save(noise(0), tmp_path / "selfie2anime" / "trainA" / "0.png")
-    fetch("selfie2anime", tmp_path)
-    printed = capsys.readouterr().out
-    assert f"{tmp_path}/selfie2anime/trainA: 1 pictures, EXPECTED 3400\n" in printed and "testB: 0 pictures" in printed
-
-
-def test_every_public_set_has_a_well_formed_entry():
-    for name, entry in datasets.PUBLIC_SETS.items():
-        assert Path(entry.archive).name in (f"{name}.zip", f"{name}.tar.gz")
-        assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Your own pictures
-# ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own(tmp_path):
-    """Two folders of 10 and 4 pictures."""
-    folders = tmp_path / "horses", tmp_path / "zebras"
-    for seed, (folder, n) in enumerate(zip(folders, (10, 4), strict=True)):
-        for i in range(n):
-            save(noise(100 * seed + i), folder / f"p{i}.png")
-    return folders
-
-
-def names(folder):
-    return [p.path.name for p in find_pictures(folder)]
-
-
-def test_own_pictures_are_linked(own, tmp_path):
-    import_pictures(*own, tmp_path / "mine")
-    links = [p.path for p in find_pictures(tmp_path / "mine")]
-    assert len(links) == 14 and all(path.is_symlink() for path in links)
-    sources = {p.path.resolve() for folder in own for p in find_pictures(folder)}
-    assert {path.resolve() for path in links} == sources
-
-
-def test_links_hold_when_the_sources_were_given_relative(own, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    import_pictures(Path("horses"), Path("zebras"), Path("data/mine"))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    UnpairedDataset(tmp_path / "data" / "mine", (16, 16)).check()
-    assert len(find_pictures(tmp_path / "data" / "mine")) == 14
-
-
-def test_copies_outlive_their_sources(own, tmp_path):
-    contents = sorted(p.path.read_bytes() for folder in own for p in find_pictures(folder))
-    import_pictures(*own, tmp_path / "mine", copy=True)
-    for folder in own:
-        for picture in find_pictures(folder):
-            picture.path.unlink()
-    copies = [p.path for p in find_pictures(tmp_path / "mine")]
-    assert not any(path.is_symlink() for path in copies)
-    assert sorted(path.read_bytes() for path in copies) == contents
-
-
-def test_test_share_is_split_off_by_the_seed(own, tmp_path):
-    splits = {}
-    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        import_pictures(*own, tmp_path / name, test_share=0.3, seed=seed)
-        splits[name] = {f: names(tmp_path / name / f) for f in ("trainA", "testA", "trainB", "testB")}
-    assert {f: len(found) for f, found in splits["one"].items()} == {"trainA": 7, "testA": 3, "trainB": 3, "testB": 1}
-    assert splits["one"] == splits["again"]
-    assert splits["one"]["testA"] != splits["other"]["testA"]
-    assert len({*splits["one"]["trainA"], *splits["one"]["testA"]}) == 10
-    assert splits["one"]["testA"] != sorted(splits["one"]["trainA"] + splits["one"]["testA"])[:3]  # not just the first
-
-
-def test_without_a_share_all_is_for_training(own, tmp_path):
-    import_pictures(*own, tmp_path / "mine", test_share=0)
-    assert len(names(tmp_path / "mine" / "trainA")) == 10
-    assert names(tmp_path / "mine" / "testA") == []
-
-
-@pytest.mark.parametrize("share", [0.5, 0.99])
-def test_train_is_never_empty(own, tmp_path, share):
-    plain(tmp_path / "single" / "0.png")
-    import_pictures(tmp_path / "single", own[1], tmp_path / "mine", test_share=share)
-    assert len(names(tmp_path / "mine" / "trainA")) == 1
-    assert len(names(tmp_path / "mine" / "trainB")) >= 1
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_share_that_is_none_is_refused(own, tmp_path, share):
-    with pytest.raises(InputError, match="--test_share"):
-        import_pictures(*own, tmp_path / "mine", test_share=share)
-
-
-def test_equal_names_in_different_folders_do_not_clash(own, tmp_path):
-    for i in range(3):
-        save(noise(50 + i), own[0] / f"album{i}" / "p0.png")
-    import_pictures(*own, tmp_path / "mine", test_share=0)
-    assert len(names(tmp_path / "mine" / "trainA")) == 13
-
-
-def test_duplicates_and_damaged_files_are_named_and_left_out(own, tmp_path, capsys):
-    horses, zebras = own
-    (horses / "q.png").write_bytes((horses / "p3.png").read_bytes())
-    (zebras / "page.jpg").write_text("not a picture")
-    import_pictures(horses, zebras, tmp_path / "mine", test_share=0)
-    printed = capsys.readouterr().out
-    assert f"left out, duplicate:  {horses}/q.png (the same bytes as {horses}/p3.png)" in printed
-    assert f"left out, unreadable: {zebras}/page.jpg (" in printed
-    assert printed.count("left out") == 2
-    assert f"{tmp_path}/mine/trainA: 10 pictures" in printed
-    assert not any("q.png" in n or "page" in n for f in ("trainA", "trainB") for n in names(tmp_path / "mine" / f))
-    assert len(names(tmp_path / "mine" / "trainB")) == 4
-
-
-def test_one_picture_stands_on_one_side_alone(own, tmp_path, capsys):
-    horses, zebras = own
-    (zebras / "q.png").write_bytes((horses / "p3.png").read_bytes())
-    import_pictures(horses, zebras, tmp_path / "mine", test_share=0)
-    expected = f"left out, duplicate:  {zebras}/q.png (the same bytes as {horses}/p3.png)"
-    assert expected in (printed := capsys.readouterr().out) and printed.count("left out") == 1
-    assert f"{tmp_path}/mine/trainA: 10 pictures" in printed
-    with pytest.raises(
-        InputError, match=r"--from_B .*none of its 10 pictures is left: all are unreadable or duplicates"
-    ):
-        import_pictures(horses, horses, tmp_path / "again")
-
-
-def test_a_folder_that_cannot_be_read_is_named(own, monkeypatch):
-    def scandir(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(datasets.os, "scandir", scandir)
-    with pytest.raises(PermissionError, match=str(own[0])):
-        find_pictures(own[0])
-
-
-def test_folder_with_nothing_readable_is_refused(own, tmp_path):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.png").write_text("no")
-    with pytest.raises(InputError, match=r"--from_B .*none of its 1 pictures can be read"):
-        import_pictures(own[0], tmp_path / "bad", tmp_path / "mine")
-    assert not (tmp_path / "mine").exists()
-
-
-def test_existing_target_is_refused_and_left_alone(own, tmp_path):
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="mine stands already"):
-        import_pictures(*own, tmp_path / "mine")
-    assert below(tmp_path / "mine") == {}
-
-
-def test_missing_and_empty_sources_are_named(own, tmp_path):
-    with pytest.raises(InputError, match=f"--from_A {tmp_path}/none: no such folder"):
-        import_pictures(tmp_path / "none", own[1], tmp_path / "mine")
-    (tmp_path / "void").mkdir()
-    with pytest.raises(InputError, match=f"--from_B {tmp_path}/void: no pictures in it"):
-        import_pictures(own[0], tmp_path / "void", tmp_path / "mine")
-    assert not (tmp_path / "mine").exists()
-
-
-def test_imported_set_can_be_trained_on(own, tmp_path):
-    import_pictures(*own, tmp_path / "mine")
-    dataset = UnpairedDataset(tmp_path / "mine", (16, 16))
-    dataset.check()
-    assert len(dataset) == 9
-    assert dataset[0, 8]["A"].shape == (3, 16, 16)
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  The command line
-# ----------------------------------------------------------------------------------------------------------
-
-
-def refusal(*argv):
-    with redirect_stderr(io.StringIO()) as told:
-        assert datasets.main([str(a) for a in argv]) == 2
-    return told.getvalue().strip()
-
-
-def test_command_draws_the_built_in_set(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "draw_built_in", functools.partial(draw_built_in, n_train=2, n_test=1))
-    datasets.main(["--dataset_name", "solid2striped", "--data_dir", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert f"{tmp_path}/solid2striped/trainA: 2 pictures" in printed
-    assert f"{tmp_path}/solid2striped/testB_truth: 1 pictures" in printed
-    assert len(UnpairedDataset(tmp_path / "solid2striped", (16, 16))) == 2
-
-
-def test_command_fetches_from_the_mirror(web, monkeypatch, tmp_path):
-    publish(web, monkeypatch, ZIPPED)
-    datasets.main(["--dataset_name", "apple2orange", "--data_dir", str(tmp_path), "--mirror", web.url])
-    assert inside(tmp_path, "apple2orange") == ZIPPED
-
-
-def test_command_imports_own_pictures(own, tmp_path):
-    argv = ["--from_A", own[0], "--from_B", own[1], "--dataset_name", "mine", "--data_dir", tmp_path / "data"]
-    datasets.main([str(a) for a in argv] + ["--test_share", "0.5", "--copy"])
-    found = [p.path for p in find_pictures(tmp_path / "data" / "mine" / "testA")]
-    assert len(found) == 5 and not found[0].is_symlink()
-
-
-@pytest.mark.parametrize("given", ["--from_A", "--from_B"])
-def test_command_wants_both_sources_or_neither(own, tmp_path, given):
-    message = refusal(given, own[0], "--dataset_name", "mine", "--data_dir", tmp_path / "data")
-    assert message == "datasets.py: error: --from_A and --from_B: expected both or neither"
-    assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize("name", ["a/b", "../b", "/b", "..", ".", ""])
-def test_command_wants_a_plain_name(own, tmp_path, name):
-    data = tmp_path / "new" / "data"
-    message = refusal("--from_A", own[0], "--from_B", own[1], "--dataset_name", name, "--data_dir", data)
-    assert "expected a plain name" in message
-    assert not (tmp_path / "new").exists()
-
-
-def test_command_turns_errors_into_one_message(tmp_path):
-    message = refusal("--dataset_name", "cat2dog", "--data_dir", tmp_path)
-    assert message.startswith("datasets.py: error: --dataset_name cat2dog: not a public set")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--copy", "--copy goes with --from_A and --from_B"),
-        ("--test_share 0.2", "--test_share goes with --from_A and --from_B"),
-        ("--seed 3", "--seed goes with --from_A and --from_B"),
-        ("--from_A a --from_B b --mirror here", "--mirror goes with fetching a public set"),
-        ("--from_A a --from_B b --seed -1", "--seed -1: expected at least 0"),
-    ],
-)
-def test_command_refuses_what_it_would_ignore(tmp_path, flags, message):
-    assert message in refusal("--dataset_name", "horse2zebra", "--data_dir", tmp_path / "data", *flags.split())
-    assert not (tmp_path / "data").exists()
-
-
-def test_linked_folders_are_walked_once(tmp_path):
-    for name in ("side/a.png", "elsewhere/c.png", "elsewhere/deep/b.png", "elsewhere/.hidden/d.png"):
-        plain(tmp_path / name)
-    (tmp_path / "side" / "more").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "side")
-    (tmp_path / "side" / "gone.png").symlink_to(tmp_path / "nothing.png")
-    names = [str(p.path.relative_to(tmp_path)) for p in find_pictures(tmp_path / "side")]
-    assert names == ["side/a.png", "side/gone.png", "side/more/c.png", "side/more/deep/b.png"]
-
-
-def test_pictures_are_enlarged_before_the_crop_as_in_the_official_code(tmp_path):
-    assert UnpairedDataset(make_set(tmp_path, 1, 1), (256, 128)).scaled == (286, 143)
-
-
-def test_a_damaged_picture_is_named_wherever_it_is_read(tmp_path):
-    root = make_set(tmp_path, 2, 2)
-    path = next((root / "trainA").iterdir())
-    path.write_bytes(path.read_bytes()[:60])
-    for read in (Picture(path).read, lambda: unaugmented(Picture(path), (16, 16))):
-        with pytest.raises(InputError, match=rf"{path}: cannot be read \(.+\)"):
-            read()
-    with pytest.raises(InputError, match=rf"{path}: cannot be read"):
-        UnpairedDataset(root, (16, 16)).load(1e9)
-
-
-def test_the_digest_is_of_the_names_held_out_or_not(tmp_path):
-    root = make_set(tmp_path / "set", 5, 4)
-    digest = UnpairedDataset(root, (16, 16)).digest()
-    root.rename(tmp_path / "moved")
-    assert UnpairedDataset(tmp_path / "moved", (32, 32), how="short_side").digest() == digest
-    held = {UnpairedDataset(tmp_path / "moved", (16, 16), seed=s, hold_out=True).digest() for s in range(4)}
-    assert len(held) > 1 and digest not in held
-    picture = next((tmp_path / "moved" / "trainB").iterdir())
-    picture.rename(picture.with_stem("another"))
-    assert UnpairedDataset(tmp_path / "moved", (16, 16)).digest() != digest
-
-
-def test_a_seeded_tenth_is_held_out_of_training(tmp_path):
-    root = make_set(tmp_path, 30, 6)
-    dataset = UnpairedDataset(root, (16, 16), seed=1, hold_out=True)
-    assert {side: len(pictures) for side, pictures in dataset.held_out.items()} == {"A": 3, "B": 2}
-    for side in "AB":
-        assert sorted(dataset.sides[side] + dataset.held_out[side]) == find_side(root, "train", side)
-    assert len(dataset) == 27
-    again, other = (UnpairedDataset(root, (16, 16), seed=seed, hold_out=True).held_out for seed in (1, 2))
-    assert dataset.held_out == again != other
-    assert UnpairedDataset(root, (16, 16), seed=1).held_out == {"A": [], "B": []}
-    with pytest.raises(InputError, match=r"trainB: 2 pictures, --eval_interval needs 3"):
-        UnpairedDataset(make_set(tmp_path / "few", 5, 2), (16, 16), hold_out=True)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_both_halves_of_a_picture_are_held_out(tmp_path, seed):
-    for i in range(30):
-        plain(tmp_path / "train" / f"{i}.png", size=(16, 8))
-    dataset = UnpairedDataset(tmp_path, (16, 16), seed=seed, hold_out=True)
-    for sides, n in ((dataset.held_out, 3), (dataset.sides, 27)):
-        assert [p.path for p in sides["A"]] == [p.path for p in sides["B"]] and len(sides["A"]) == n
-        assert {p.half for p in sides["A"]} == {"left"} and {p.half for p in sides["B"]} == {"right"}
+@pytest.mark.parametrize("given", [[], ["--dataset_name", "maps"]])
+def test_the_old_command_names_the_new_one(monkeypatch, given):
+    monkeypatch.setattr(sys, "argv", ["datasets.py", *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "datasets.py"), run_name="__main__")
+    assert ended.value.code == " ".join(["datasets.py only reads data sets now: python prepare.py", *given])

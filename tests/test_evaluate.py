@@ -13,26 +13,27 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from common import CPU, Classifier, below, make_set, noise, save
 from conftest import ROOT
 from PIL import Image, ImageFilter
-from test_datasets import below, make_set, noise, save
-from test_metrics import CPU, Classifier
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3
 
 import evaluate
 import metrics
 import utils
-from datasets import Picture, draw_built_in, find_pictures, load_masks, unaugmented
+from checkpoints import pack_generator
+from datasets import Picture, find_pictures, load_masks, unaugmented
 from evaluate import Exam, Reading, find_entries, judge
 from metrics import EFFICIENTNET, Extractor, Features
-from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator, pack_generator
+from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator
+from prepare import draw_built_in
 from utils import InputError
 
 SMALL = Path("data/small")
 
 
-def test_figures_are_of_whole_float32_and_training_keeps_its_own(monkeypatch):
+def test_figures_are_of_no_tf32_and_training_keeps_its_own(monkeypatch):
     """On CUDA PyTorch convolves in TF32 otherwise."""
     seen, own = [], torch.backends.cudnn.allow_tf32
 
@@ -1184,7 +1185,7 @@ def test_the_sheet_shows_the_best_the_median_and_the_worst(monkeypatch):
     shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
     store(AtoB=tiny(0), BtoA=tiny(1))
     drawn = []
-    draw = utils.draw_sheet
+    draw = record.draw_sheet
     monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append((columns, o)) or draw(columns, **o))
     assert run("net --direction AtoB") == 0
     ((columns, options),) = drawn
@@ -1210,7 +1211,7 @@ def test_the_sheet_shows_the_best_the_median_and_the_worst(monkeypatch):
 def test_few_pictures_stand_on_the_sheet_once(small_set, monkeypatch):
     store(AtoB=tiny(network=ResNetGenerator))
     drawn = []
-    draw = utils.draw_sheet
+    draw = record.draw_sheet
     monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append(columns) or draw(columns, **o))
     assert run("net") == 0
     assert list(drawn[0]) == ["input", "output"] and len(drawn[0]["output"]) == 2

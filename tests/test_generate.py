@@ -12,8 +12,9 @@ from torchvision.transforms.functional import to_pil_image
 import evaluate
 import generate
 import translate
+from checkpoints import pack_generator
 from datasets import draw_noise, fixed_noise
-from models import DCGANGenerator, ResNetGenerator, pack_generator
+from models import DCGANGenerator, ResNetGenerator
 
 GROUPS = {"base": (1, 5, 9), "minus": (2, 6, 64), "plus": (3, 7, 11)}
 FLAGS = " ".join(f"--{name} {' '.join(map(str, numbers))}" for name, numbers in GROUPS.items())
@@ -131,5 +132,5 @@ def test_translating_and_evaluating_say_that_it_does_neither(generator, small_se
     ):
         assert main([*flags.split(), "--checkpoint", "net"]) == 2
         error = capsys.readouterr().err
-        assert "net/generator.pt: draws pictures from noise (generate.py shows them) and translates none" in error
+        assert "net/generator.pt: draws pictures from noise (see generate.py) and translates none" in error
         assert error.count("\n") == 1

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_systems import TEXTBOOK, build, gradients, make_batch, textbook_losses
+from common import TEXTBOOK, build, gradients, make_batch, textbook_losses
 
 import benchmark
 import train
 from datasets import draw_built_in
-from train import parse_options, play, set_up, trained_parameters
+from train import parse_options, set_up, trained_parameters, training_step
 from utils import pick_device
 
 DEVICE = "cuda"
@@ -84,11 +84,11 @@ def test_precision_and_layout_change_no_more_than_rounding(system):
 def test_a_step_never_waits_for_the_device(name, extra):
     system, optimizers, autocast, batch = prepare(f"--system {name} {extra}")
     for _ in range(2):
-        play(system, optimizers, autocast, batch)
+        training_step(system, optimizers, autocast, batch)
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(8):
-            play(system, optimizers, autocast, batch)
+            training_step(system, optimizers, autocast, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -103,7 +103,7 @@ def test_compiled_steps_are_the_plain_ones_and_compile_once():
         system, optimizers, autocast, batch = prepare(f"--precision float32 {flags}")
         graphs = []
         for _ in range(4):
-            shown = play(system, optimizers, autocast, batch)
+            shown = training_step(system, optimizers, autocast, batch)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         found[flags] = {key: value.mean().item() for key, value in shown.items()}
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}

@@ -11,51 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from common import CPU, Classifier
 from conftest import ROOT
 from torch import nn
 from torch.utils.data import Dataset
 from torch_fidelity import feature_extractor_inceptionv3
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 import metrics
 from metrics import EFFICIENTNET, INCEPTION, Extractor
 from utils import InputError
-
-CPU = torch.device("cpu")
-
-
-class Tiny(FeatureExtractorBase):
-    """Twelve features: the global averages of two seeded random convolutions, one on top of the other."""
-
-    def __init__(self, name, features_list, **_):
-        super().__init__(name, features_list)
-        draw = torch.Generator().manual_seed(0)
-        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, stride=2)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=draw) / 3
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("averages",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "averages"
-
-    @staticmethod
-    def can_be_compiled():
-        return False
-
-    def forward(self, images):
-        assert images.dtype == torch.uint8 and images.shape[1] == 3
-        first = self.first(images / 127.5 - 1).relu()
-        return (torch.cat([first.mean(dim=(2, 3)), self.second(first).relu().mean(dim=(2, 3))], dim=1),)
-
-
-if "tiny" not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor("tiny", Tiny)
 
 
 def drawn(*shape, seed=0, shift=0.0):
@@ -479,18 +444,6 @@ def test_what_cannot_be_fetched_can_be_given(monkeypatch):
     expected = rf"{INCEPTION}: cannot be made \(.*no route to host.*--inception PATH .*--extractor {EFFICIENTNET}"
     with pytest.raises(InputError, match=expected):
         Extractor(INCEPTION, None, CPU)
-
-
-class Classifier(Extractor):
-    """An extractor that knows the classes of its two logits: how dark and how bright a picture is."""
-
-    def __init__(self, *_):
-        self.name, self.suffix, self.device, self.categories = "brightness", "-bright", CPU, ["sorrel", "zebra"]
-        self.tiny = Tiny("tiny", ["averages"])
-
-    def network(self, images):
-        bright = images.float().mean(dim=(1, 2, 3)) / 127.5 - 1
-        return self.tiny(images)[0], torch.stack([-bright, bright], dim=1)
 
 
 def test_a_classifier_has_logits_and_names_its_classes():

@@ -1,11 +1,10 @@
-import copy
 import itertools
-import re
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import plain_layer_instance_norm
 from torch import nn
 
 from models import (
@@ -26,16 +25,10 @@ from models import (
     UGATITGenerator,
     UNetGenerator,
     depths,
+    evaluation_mode,
     heat_map,
-    in_use,
-    load_generator,
-    load_official,
-    open_generator,
-    open_generators,
-    pack_generator,
     translate_any_size,
 )
-from utils import InputError
 
 # Published counts (with biases everywhere) less the biases that InstanceNorm cancels.
 STEM_AND_BLOCKS = 64 + 128 + 256 + 9 * 2 * 256
@@ -247,31 +240,6 @@ def test_dcgans_first_weights_are_the_papers():
                 assert 0.018 < module.weight.std() < 0.022 and abs(module.weight.mean()) < 0.002
 
 
-def test_a_file_of_dcgans_generator_holds_the_running_statistics_and_translates_none(tmp_path):
-    generator = DCGANGenerator(nz=3, ngf=4, channels=1, size=16, upsample="nearest")
-    noise = torch.rand(4, 3) * 2 - 1
-    for _ in range(5):
-        generator(noise)
-    path = tmp_path / "generator.pt"
-    torch.save({**pack_generator(generator), "direction": "generator"}, path)
-    for where in (path, tmp_path):
-        opened, about = open_generator(where, "generator")
-        assert about["direction"] == "generator"
-        assert torch.equal(opened.eval()(noise[:1]), generator.eval()(noise[:1]))
-        for call in (open_generator, partial(open_generator, direction="BtoA"), open_generators):
-            with pytest.raises(
-                InputError, match=r"generator\.pt: draws pictures from noise \(.*\) and translates none"
-            ):
-                call(where)
-    for weights in (pack_generator(ResNetGenerator(ngf=4, n_residual_blocks=1)), official_ugatit_weights(1)):
-        torch.save(weights, tmp_path / "AtoB.pt")
-        with pytest.raises(InputError, match=r"AtoB\.pt: translates AtoB, expected a generator that draws from noise"):
-            open_generator(tmp_path / "AtoB.pt", "generator")
-    path.unlink()
-    with pytest.raises(InputError, match=r"no generator for noise found\. Looked for a file, or generator\.pt in"):
-        open_generator(tmp_path, "generator")
-
-
 @pytest.mark.parametrize("generator", [AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UGATITGenerator])
 @pytest.mark.parametrize("size", [(4, 8), (30, 32), (32, 34)])
 def test_a_size_that_does_not_fit_is_named(generator, size):
@@ -412,14 +380,14 @@ def test_noise_is_drawn_in_training_and_fixed_in_use():
     torch.manual_seed(0)
     assert torch.equal(noise(x), first)
     before = torch.get_rng_state()
-    with in_use(noise):
+    with evaluation_mode(noise):
         fixed = noise(x)
         assert torch.equal(noise(x[:1]), fixed[:1])
     assert noise.training and torch.equal(torch.get_rng_state(), before)
     assert set(fixed.unique().tolist()) == {0.0, 2.0} and abs(fixed.mean() - 1) < 0.1
     assert all(torch.equal(one, fixed[0]) for one in fixed)
     assert torch.equal(fixed[..., :8], fixed[..., 8:]) and not torch.equal(fixed[..., :4], fixed[..., 4:8])
-    with in_use(NoiseDropout(6, 8)) as another:
+    with evaluation_mode(NoiseDropout(6, 8)) as another:
         assert torch.equal(another(x), fixed)
     assert not noise.state_dict()
 
@@ -436,20 +404,6 @@ def test_a_size_that_the_u_net_cannot_halve_is_named():
 
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def plain_layer_instance_norm(x, rho, gamma, beta):
-    """Picture by picture and channel by channel; variances over n - 1, as torch.var."""
-    out = torch.empty_like(x)
-    for b, picture in enumerate(x):
-        layer_mean = picture.sum() / picture.numel()
-        layer_var = ((picture - layer_mean) ** 2).sum() / (picture.numel() - 1)
-        for c, channel in enumerate(picture):
-            mean = channel.sum() / channel.numel()
-            var = ((channel - mean) ** 2).sum() / (channel.numel() - 1)
-            instance, layer = (channel - mean) / (var + 1e-5) ** 0.5, (channel - layer_mean) / (layer_var + 1e-5) ** 0.5
-            out[b, c] = gamma[b, c] * (rho[c] * instance + (1 - rho[c]) * layer) + beta[b, c]
-    return out
 
 
 def test_adalin_and_iln_are_their_formulas():
@@ -650,279 +604,6 @@ def test_seeds_differ_and_size_zero_passes_through_detached():
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
     handed = ReplayBuffer(size=0)(images)
     assert torch.equal(handed, images) and not handed.requires_grad
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Official checkpoints: the official networks, written from their description, with all their biases
-# ----------------------------------------------------------------------------------------------------------
-
-
-def official_attention_weights(ngf=4, n_blocks=2, n_masks=10, n_contents=9):
-    """State dict of the official AttentionGAN generator, random weights and biases."""
-    rng = torch.Generator().manual_seed(0)
-    weights = {}
-
-    def conv(name, out_channels, in_channels, kernel, transposed=False):
-        shape = (in_channels, out_channels) if transposed else (out_channels, in_channels)
-        weights[f"{name}.weight"] = torch.randn(*shape, kernel, kernel, generator=rng, dtype=torch.float64) * 0.3
-        weights[f"{name}.bias"] = torch.randn(out_channels, generator=rng, dtype=torch.float64)
-
-    conv("conv1", ngf, 3, 7)
-    conv("conv2", 2 * ngf, ngf, 3)
-    conv("conv3", 4 * ngf, 2 * ngf, 3)
-    for i in range(n_blocks):
-        conv(f"resnet_blocks.{i}.conv1", 4 * ngf, 4 * ngf, 3)
-        conv(f"resnet_blocks.{i}.conv2", 4 * ngf, 4 * ngf, 3)
-    for head, out, kernel in (("content", 3 * n_contents, 7), ("attention", n_masks, 1)):
-        conv(f"deconv1_{head}", 2 * ngf, 4 * ngf, 3, transposed=True)
-        conv(f"deconv2_{head}", ngf, 2 * ngf, 3, transposed=True)
-        conv(f"deconv3_{head}", out, ngf, kernel)
-    return weights
-
-
-def convolve(x, weights, name, stride=1, reflect=0, zero=0):
-    if reflect:
-        x = F.pad(x, (reflect,) * 4, mode="reflect")
-    return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=stride, padding=zero)
-
-
-def upsample(x, weights, name):
-    return F.conv_transpose2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], 2, 1, 1)
-
-
-def norm_relu(x):
-    return F.relu(F.instance_norm(x))
-
-
-def trunk(x, weights, names, blocks):
-    x = norm_relu(convolve(x, weights, names[0], reflect=3))
-    x = norm_relu(convolve(x, weights, names[1], stride=2, zero=1))
-    x = norm_relu(convolve(x, weights, names[2], stride=2, zero=1))
-    for first, second in blocks:
-        y = norm_relu(convolve(x, weights, first, reflect=1))
-        x = x + F.instance_norm(convolve(y, weights, second, reflect=1))
-    return x
-
-
-def official_attention_forward(x, weights, n_blocks=2, n_contents=9):
-    blocks = [(f"resnet_blocks.{i}.conv1", f"resnet_blocks.{i}.conv2") for i in range(n_blocks)]
-    features = trunk(x, weights, ("conv1", "conv2", "conv3"), blocks)
-    c = norm_relu(upsample(features, weights, "deconv1_content"))
-    c = norm_relu(upsample(c, weights, "deconv2_content"))
-    c = torch.tanh(convolve(c, weights, "deconv3_content", reflect=3))
-    a = norm_relu(upsample(features, weights, "deconv1_attention"))
-    a = norm_relu(upsample(a, weights, "deconv2_attention"))
-    a = torch.softmax(convolve(a, weights, "deconv3_attention"), dim=1)
-    out = x * a[:, 9:].repeat(1, 3, 1, 1) if n_contents == 9 else 0
-    for i in range(n_contents):
-        out = out + c[:, 3 * i : 3 * i + 3] * a[:, i : i + 1].repeat(1, 3, 1, 1)
-    return out
-
-
-def official_cyclegan_weights(ngf=4, n_blocks=9):
-    names = {"conv1": "model.1", "conv2": "model.4", "conv3": "model.7"}
-    for i in range(n_blocks):
-        names |= {f"resnet_blocks.{i}.conv{j}": f"model.{10 + i}.conv_block.{k}" for j, k in ((1, 1), (2, 5))}
-    last = {f"deconv{j}_attention": f"model.{10 + n_blocks + k}" for j, k in ((1, 0), (2, 3))}
-    source = official_attention_weights(ngf, n_blocks)
-    weights = {}
-    for ours, theirs in {**names, **last}.items():
-        for kind in ("weight", "bias"):
-            weights[f"{theirs}.{kind}"] = source[f"{ours}.{kind}"]
-    weights[f"model.{17 + n_blocks}.weight"] = source["deconv3_content.weight"][:3].clone()
-    weights[f"model.{17 + n_blocks}.bias"] = source["deconv3_content.bias"][:3].clone()
-    return weights
-
-
-def official_cyclegan_forward(x, weights, n_blocks=9):
-    blocks = [(f"model.{10 + i}.conv_block.1", f"model.{10 + i}.conv_block.5") for i in range(n_blocks)]
-    x = trunk(x, weights, ("model.1", "model.4", "model.7"), blocks)
-    x = norm_relu(upsample(x, weights, f"model.{10 + n_blocks}"))
-    x = norm_relu(upsample(x, weights, f"model.{13 + n_blocks}"))
-    return torch.tanh(convolve(x, weights, f"model.{17 + n_blocks}", reflect=3))
-
-
-OFFICIAL = {
-    "attentiongan": (official_attention_weights, official_attention_forward, AttentionGenerator),
-    "attentiongan-geo": (
-        partial(official_attention_weights, n_contents=10),
-        partial(official_attention_forward, n_contents=10),
-        AttentionGenerator,
-    ),
-    "cyclegan": (official_cyclegan_weights, official_cyclegan_forward, ResNetGenerator),
-}
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_official_weights_compute_the_same_function(name, prefix, tmp_path):
-    make, forward, network = OFFICIAL[name]
-    weights = make()
-    path = tmp_path / "latest_net_G_A.pth"
-    # Stored as float32, so the comparison starts from float32 values.
-    weights = {k: v.float().double() for k, v in weights.items()}
-    torch.save({prefix + k: v.float() for k, v in weights.items()}, path)
-    generator = load_official(path)
-    assert isinstance(generator, network)
-    x = torch.rand(2, 3, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    difference = (generator.double()(x).image - forward(x, weights)).abs().max()
-    assert difference < 1e-9
-    through_any, about = load_generator(path)
-    assert type(through_any) is network and about == {}
-
-
-def official_ugatit_weights(seed, size=None, ngf=4, n_blocks=2):
-    """State dict of a generator of the official PyTorch code of U-GAT-IT; ``size`` is that of the full network."""
-    rng = torch.Generator().manual_seed(seed)
-    dim = 4 * ngf
-    shapes = {"DownBlock.1.weight": (ngf, 3, 7, 7)}
-    shapes |= {"DownBlock.5.weight": (2 * ngf, ngf, 3, 3), "DownBlock.9.weight": (dim, 2 * ngf, 3, 3)}
-    for i in range(n_blocks):
-        shapes |= {f"DownBlock.{12 + i}.conv_block.{j}.weight": (dim, dim, 3, 3) for j in (1, 5)}
-        for j in (1, 2):
-            shapes |= {f"UpBlock1_{i + 1}.conv{j}.weight": (dim, dim, 3, 3)}
-            shapes |= {f"UpBlock1_{i + 1}.norm{j}.rho": (1, dim, 1, 1)}
-    shapes |= {"gap_fc.weight": (1, dim), "gmp_fc.weight": (1, dim)}
-    shapes |= {"conv1x1.weight": (dim, 2 * dim, 1, 1), "conv1x1.bias": (dim,)}
-    shapes |= {"FC.0.weight": (dim, dim if size is None else dim * (size // 4) ** 2), "FC.2.weight": (dim, dim)}
-    shapes |= {"gamma.weight": (dim, dim), "beta.weight": (dim, dim)}
-    for i, out in ((2, 2 * ngf), (7, ngf)):
-        shapes |= {f"UpBlock2.{i}.weight": (out, 2 * out, 3, 3)}
-        shapes |= {f"UpBlock2.{i + 1}.{name}": (1, out, 1, 1) for name in ("rho", "gamma", "beta")}
-    shapes |= {"UpBlock2.11.weight": (3, ngf, 7, 7)}
-    weights = {k: 0.3 * torch.randn(shape, generator=rng) for k, shape in shapes.items()}
-    return {k: v.abs().clamp(0, 1) if k.endswith("rho") else v for k, v in weights.items()}
-
-
-def official_ugatit_forward(x, weights, n_blocks=2):
-    """Picture, CAM logits, sum of the attended features."""
-
-    def conv(x, name, reflect, stride=1):
-        return F.conv2d(F.pad(x, (reflect,) * 4, mode="reflect"), weights[f"{name}.weight"], stride=stride)
-
-    def norm(x, rho, gamma, beta):
-        return plain_layer_instance_norm(x, rho.flatten(), *(s.flatten(1).expand(len(x), -1) for s in (gamma, beta)))
-
-    x = norm_relu(conv(x, "DownBlock.1", 3))
-    x = norm_relu(conv(x, "DownBlock.5", 1, stride=2))
-    x = norm_relu(conv(x, "DownBlock.9", 1, stride=2))
-    for i in range(n_blocks):
-        y = norm_relu(conv(x, f"DownBlock.{12 + i}.conv_block.1", 1))
-        x = x + F.instance_norm(conv(y, f"DownBlock.{12 + i}.conv_block.5", 1))
-    by_average, by_maximum = weights["gap_fc.weight"], weights["gmp_fc.weight"]
-    logits = torch.cat([x.mean(dim=(2, 3)) @ by_average.T, x.amax(dim=(2, 3)) @ by_maximum.T], dim=1)
-    x = torch.cat([x * by_average[..., None, None], x * by_maximum[..., None, None]], dim=1)
-    x = F.relu(F.conv2d(x, weights["conv1x1.weight"], weights["conv1x1.bias"]))
-    total = x.sum(dim=1, keepdim=True)
-    light = weights["FC.0.weight"].shape[1] == x.shape[1]
-    style = x.mean(dim=(2, 3)) if light else x.reshape(len(x), -1)
-    for name in ("FC.0", "FC.2"):
-        style = F.relu(style @ weights[f"{name}.weight"].T)
-    gamma, beta = style @ weights["gamma.weight"].T, style @ weights["beta.weight"].T
-    for i in range(1, n_blocks + 1):
-        y = F.relu(norm(conv(x, f"UpBlock1_{i}.conv1", 1), weights[f"UpBlock1_{i}.norm1.rho"], gamma, beta))
-        x = x + norm(conv(y, f"UpBlock1_{i}.conv2", 1), weights[f"UpBlock1_{i}.norm2.rho"], gamma, beta)
-    for i in (2, 7):
-        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-        x = conv(x, f"UpBlock2.{i}", 1)
-        x = F.relu(norm(x, *(weights[f"UpBlock2.{i + 1}.{name}"] for name in ("rho", "gamma", "beta"))))
-    return torch.tanh(conv(x, "UpBlock2.11", 3)), logits, total
-
-
-@pytest.mark.parametrize("size", [None, 16], ids=["light", "full"])
-def test_official_u_gat_it_files_hold_both_directions(size, tmp_path):
-    path = tmp_path / "selfie2anime_params_0100000.pt"
-    weights = {"genA2B": official_ugatit_weights(1, size), "genB2A": official_ugatit_weights(2, size)}
-    judges = {name: {"model.1.bias": torch.zeros(4)} for name in ("disGA", "disGB", "disLA", "disLB")}
-    torch.save({**weights, **judges}, path)
-    x = random(2, 3, size or 24, size or 12).clamp(-1, 1)
-    opened = open_generators(path)
-    assert list(opened) == ["AtoB", "BtoA"]
-    for (direction, (generator, about)), state in zip(opened.items(), weights.values(), strict=True):
-        assert about["direction"] == direction
-        assert about.get("options") == (None if size is None else {"img_height": 16, "img_width": 16})
-        t = generator.double()(x)
-        image, logits, total = official_ugatit_forward(x, {k: v.double() for k, v in state.items()})
-        assert image.std() > 0.1 and (t.image - image).abs().max() < 1e-9
-        assert (t.cam_logits - logits).abs().max() < 1e-9
-        assert (t.heat_map - heat_map(total, x.shape[-2:])).abs().max() < 1e-9
-    # One of them alone, and in DataParallel's clothes.
-    torch.save({f"module.{k}": v for k, v in weights["genB2A"].items()}, path)
-    alone, about = load_generator(path)
-    assert torch.equal(alone.double()(x).image, opened["BtoA"][0](x).image)
-    assert "direction" not in about and list(open_generators(path)) == ["AtoB"]
-    torch.save({"genA2B": {**weights["genA2B"], "gap_fc.bias": torch.zeros(1)}, "genB2A": {}}, path)
-    with pytest.raises(ValueError, match=r"not expected: gap_fc\.bias"):  # no norm would cancel it
-        load_official(path)
-
-
-def test_running_statistics_of_old_checkpoints_are_dropped(tmp_path):
-    weights = official_cyclegan_weights(n_blocks=6)
-    weights |= {"model.2.running_mean": torch.zeros(4), "model.2.num_batches_tracked": torch.tensor(3)}
-    torch.save(weights, tmp_path / "g.pth")
-    assert load_official(tmp_path / "g.pth").settings["n_residual_blocks"] == 6
-
-
-def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
-    path = tmp_path / "g.pth"
-
-    def refusal():
-        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
-            load_official(path)
-        return str(caught.value)
-
-    torch.save({"foo.weight": torch.zeros(1), "bar": torch.zeros(1)}, path)
-    assert all(part in refusal() for part in ("conv1.weight", "model.1.weight", "found bar, foo.weight"))
-
-    weights = official_attention_weights()
-    del weights["deconv2_content.weight"]
-    torch.save(weights | {"extra.weight": torch.zeros(1)}, path)
-    message = refusal()
-    assert "missing: deconv2_content.weight" in message and "not expected: extra.weight" in message
-
-    weights = official_attention_weights() | {"conv2.weight": torch.zeros(8, 4, 5, 5)}
-    torch.save(weights, path)
-    assert "conv2.weight has shape (8, 4, 5, 5), expected (8, 4, 3, 3)" in refusal()
-
-    for content in (b"not a checkpoint", b""):  # which torch's own words would have one open unsafely
-        path.write_bytes(content)
-        assert re.fullmatch(
-            rf"{path}: not a readable weights file \((UnpicklingError|EOFError|Ran out of input)\)", refusal()
-        )
-    for content, kind in (([1, 2], "list"), ({0: torch.zeros(1)}, "dict")):
-        torch.save(content, path)
-        assert f"expected a dictionary of weights by their names, found {kind}" in refusal()
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_official(path)
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(
-    "generator",
-    [
-        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, attention_kernel=7, upsample="nearest"),
-        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
-        SingleMaskGenerator(3, 4, 1),
-        ResNetGenerator(1, 4, 2),
-        UNetGenerator(1, 4, 3),
-        UGATITGenerator(1, 4, 1),
-        UGATITGenerator(3, 4, 1, size=(16, 16), init="default"),
-    ],
-    ids=lambda g: type(g).__name__,
-)
-def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):
-    packed = pack_generator(generator)
-    if half:
-        packed["weights"] = {k: v.half() for k, v in packed["weights"].items()}
-        generator = copy.deepcopy(generator).half().float()  # the same rounding
-    torch.save({**packed, "direction": "AtoB", "step": 3}, tmp_path / "AtoB.pt")
-    loaded, about = load_generator(tmp_path / "AtoB.pt")
-    assert about == {"direction": "AtoB", "step": 3}
-    assert type(loaded) is type(generator) and loaded.settings == generator.settings
-    x = torch.rand(1, generator.settings["channels"], 16, 16) * 2 - 1
-    assert torch.equal(loaded(x).image, generator(x).image)
-    assert next(loaded.parameters()).dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from datasets import Picture, draw_built_in, normalise, unaugmented
+from checkpoints import pack_generator
+from datasets import Picture, normalise, unaugmented
 from models import (
     AttentionGenerator,
     DCGANGenerator,
@@ -25,8 +26,8 @@ from models import (
     SingleMaskGenerator,
     UGATITGenerator,
     UNetGenerator,
-    pack_generator,
 )
+from prepare import draw_built_in
 from train import parse_options
 from utils import InputError
 

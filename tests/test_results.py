@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_is_not_measured(table):
 def test_sheets_show_what_a_run_paints_and_every_mask(table, monkeypatch):
     assert results.main(["--train", "two", "cycle", "one"]) == 0
     drawn = []
-    draw = utils.draw_sheet
+    draw = record.draw_sheet
     monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append(columns) or draw(columns, **o))
     cell = 16 * 6 + 2
     for run in RUNS:
@@ -185,7 +185,7 @@ def test_what_is_painted_and_the_input_make_the_output(generator):
 def test_shipped_weights_are_half_as_large_and_translate_alike(table, monkeypatch, capsys):
     assert train.main([*RUNS[0].flags.split(), "--name", "two"]) == 0
     drawn = []
-    draw = utils.draw_sheet
+    draw = record.draw_sheet
     monkeypatch.setattr(utils, "draw_sheet", lambda columns, **o: drawn.append((columns, o)) or draw(columns, **o))
     assert results.main(["--ship", "two", "--as", "small"]) == 0
     for direction, (columns, options) in zip(("AtoB", "BtoA"), drawn, strict=True):

@@ -5,6 +5,18 @@ from functools import partial
 
 import pytest
 import torch
+from common import (
+    ONE,
+    SMALL,
+    SYSTEM_SETTINGS,
+    TEXTBOOK,
+    TWO_WAY,
+    build,
+    gradients,
+    guided_input,
+    make_batch,
+    textbook_losses,
+)
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,138 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout
 from systems import SYSTEMS, Turn, least_squares, mask_measures
-from train import play, system_options, trained_parameters, update
+from train import system_options, trained_parameters, training_step, update
 from utils import InputError
-
-SMALL = dict(ngf=4, ndf=4, n_residual_blocks=2, n_layers_D=2)
-SYSTEM_SETTINGS = {
-    "attentiongan": {**SMALL, "n_masks": 4},
-    "attentiongan1": SMALL,
-    "cyclegan": SMALL,
-    "ugatit": dict(ngf=4, ndf=4, n_residual_blocks=2, light=True, img_height=16, img_width=16),
-    "pix2pix": dict(ngf=4, ndf=4, n_layers_D=2, img_height=16, img_width=16),
-    "dcgan": dict(nz=5, ngf=4, ndf=4, img_height=16, img_width=16),
-}
-TWO_WAY = ("attentiongan", "attentiongan1", "cyclegan", "ugatit")
-
-
-def build(name, seed=0, **settings):
-    torch.manual_seed(seed)
-    system = SYSTEMS[name](**{**SYSTEM_SETTINGS[name], **settings}).double()
-    for key, parameter in system.named_parameters():  # larger than at the start, so that every term matters
-        if parameter.ndim in (2, 4) and not key.endswith((".rho", ".gamma", ".beta")):
-            nn.init.normal_(parameter, std=0.15)
-    return system
-
-
-def make_batch(seed, n=2, size=16):
-    """What any kind of data may hold."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {**dict.fromkeys(("A", "B", "image"), (3, size, size)), "noise": (5,)}
-    return {
-        key: torch.rand(n, *shape, dtype=torch.float64, generator=generator) * 2 - 1 for key, shape in shapes.items()
-    }
-
-
-def guided_input(picture, mask, attn_disc):
-    """What the attention-guided discriminator is shown: [M, picture] as the paper writes it, or their product."""
-    return torch.cat([mask, picture], dim=1) if attn_disc == "concat" else picture * mask
-
-
-def textbook_losses(
-    system,
-    batch,
-    *,
-    gan=1.0,
-    cyc=10.0,
-    identity=0.0,
-    pixel=0.0,
-    tv=0.0,
-    attn_disc="none",
-    own=True,
-    through_mask=True,
-):
-    """The objective as the papers and the official code have it: every call made singly.
-
-    Returns the generators' and the discriminators' terms (no replay buffer).
-    """
-    mse, l1 = nn.MSELoss(), nn.L1Loss()
-    generators, discriminators = {}, {}
-    for source, target in ("AB", "BA"):
-        G, F = getattr(system, f"G_{source}{target}"), getattr(system, f"G_{target}{source}")
-        D = getattr(system, f"D_{target}")
-        real, real_target = batch[source], batch[target]
-        fake = G(real).image
-        logits = D(fake)[0]
-        generators[f"G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
-        generators[f"cycle_{source}"] = cyc * l1(F(fake).image, real)
-        if identity:
-            generators[f"identity_{source}"] = identity * l1(F(real).image, real)
-        if pixel:
-            generators[f"pixel_{source}{target}"] = pixel * l1(fake, real)
-        on_real, on_fake = D(real_target)[0], D(fake.detach())[0]
-        loss = mse(on_real, torch.ones_like(on_real)) + mse(on_fake, torch.zeros_like(on_fake))
-        discriminators[f"D_{target}"] = loss * 0.5
-        if tv or attn_disc != "none":
-            mask = 1 - G(real).attention[:, -1:]
-        if tv:
-            total = sum(
-                abs(m[i + 1, j] - m[i, j]) * (i + 1 < 16) + abs(m[i, j + 1] - m[i, j]) * (j + 1 < 16)
-                for m in (F_pad(m[0]) for m in mask)
-                for i in range(16)
-                for j in range(16)
-            )
-            generators[f"tv_{source}{target}"] = tv * total / len(mask)
-        if attn_disc != "none":
-            D = getattr(system, f"guided_D_{target}")
-            logits = D(guided_input(fake, mask if through_mask else mask.detach(), attn_disc))[0]
-            generators[f"guided_G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
-            real_mask = (1 - F(real_target).attention[:, -1:]) if own else mask
-            on_real = D(guided_input(real_target, real_mask.detach(), attn_disc))[0]
-            on_fake = D(guided_input(fake.detach(), mask.detach(), attn_disc))[0]
-            loss = mse(on_real, torch.ones_like(on_real)) + mse(on_fake, torch.zeros_like(on_fake))
-            discriminators[f"guided_D_{target}"] = loss * 0.5
-    return generators, discriminators
-
-
-def F_pad(m):
-    """One row and one column more, so that the loops above may look there."""
-    return torch.nn.functional.pad(m, (0, 1, 0, 1))
-
-
-def gradients(losses, parameters):
-    return torch.autograd.grad(sum(losses.values()), parameters, retain_graph=True)
-
-
-ONE = dict(gan=0.5, pixel=1.0, tv=1e-6)  # scheme I's published weights
-TEXTBOOK = [
-    ("attentiongan", {}, dict(identity=0.5)),
-    ("attentiongan", dict(lambda_id=0.0), {}),
-    ("attentiongan", dict(no_background=True, upsample="nearest"), dict(identity=0.5)),
-    ("attentiongan", dict(attn_disc="concat"), dict(identity=0.5, attn_disc="concat")),
-    ("attentiongan", dict(attn_disc="mask", attn_real="partner"), dict(identity=0.5, attn_disc="mask", own=False)),
-    (
-        "attentiongan",
-        dict(attn_disc="concat", attn_grad="picture"),
-        dict(identity=0.5, attn_disc="concat", through_mask=False),
-    ),
-    ("cyclegan", {}, dict(identity=5.0)),
-    ("attentiongan1", dict(curriculum_epochs=0), dict(**ONE, attn_disc="concat")),
-    ("attentiongan1", dict(curriculum_epochs=0, attn_disc="mask"), dict(**ONE, attn_disc="mask")),
-    (
-        "attentiongan1",
-        dict(curriculum_epochs=0, attn_disc="mask", attn_grad="picture"),
-        dict(**ONE, attn_disc="mask", through_mask=False),
-    ),
-    ("attentiongan1", dict(curriculum_epochs=0, attn_disc="none", lambda_tv=0.01), dict(gan=0.5, pixel=1.0, tv=0.01)),
-    ("attentiongan", dict(lambda_cyc=3.0, lambda_id=7.0), dict(cyc=3.0, identity=7.0)),
-    ("cyclegan", dict(lambda_cyc=4.0, lambda_id=0.25), dict(cyc=4.0, identity=0.25)),
-    (
-        "attentiongan1",
-        dict(curriculum_epochs=0, lambda_gan=2.0, lambda_cyc=3.0, lambda_pixel=5.0),
-        dict(ONE, gan=2.0, cyc=3.0, pixel=5.0, attn_disc="concat"),
-    ),
-]
 
 
 @pytest.mark.parametrize("name, settings, terms", TEXTBOOK)
@@ -267,7 +149,7 @@ def test_several_whole_steps_of_u_gat_it_are_the_official_ones():
     clipped = set()
     for step in range(3):
         batch = make_batch(step)
-        play(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
         for player, optimizer in by_book.items():
             optimizer.zero_grad()
             sum(UGATIT_TEXTBOOK[player](book, batch).values()).backward()
@@ -337,7 +219,7 @@ def test_losses_gradients_and_steps_of_pix2pix_are_the_official_ones(settings, t
     by_book = {p: make(book.get_submodule(p).parameters(), foreach=False, fused=False) for p in optimizers}
     for step in range(3):
         batch = make_batch(step)
-        play(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
         for player, optimizer in by_book.items():  # the discriminator first
             optimizer.zero_grad()
             sum(pix2pix_by_book(book, batch, **terms)[player].values()).backward()
@@ -430,7 +312,7 @@ def test_losses_gradients_and_whole_steps_of_dcgan_are_those_of_the_paper(upsamp
             for mine, textbook in pairs:
                 assert mine.abs().max() > 0
                 assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
-        play(player, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(player, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
         for turn in book.turns:
             by_book[turn.player].zero_grad()
             sum(DCGAN_TEXTBOOK[turn.player](book, batch).values()).backward()
@@ -523,7 +405,7 @@ def test_several_whole_steps_are_the_textbook_ones(name, settings, terms):
     seen = 0
     for step in range(3):
         batch = make_batch(step)
-        play(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
 
         with torch.no_grad():
             translated = {"A": book.G_BA(batch["B"]), "B": book.G_AB(batch["A"])}
@@ -774,7 +656,7 @@ def test_a_step_asks_for_no_value(name, monkeypatch):
             t.player: torch.optim.Adam(trained_parameters(system, t.networks), fused=True) for t in system.turns
         }
         batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
-        shown = play(system, optimizers, partial(torch.autocast, "cpu", torch.bfloat16), batch)
+        shown = training_step(system, optimizers, partial(torch.autocast, "cpu", torch.bfloat16), batch)
         for fetch in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.Tensor.cpu, torch.Tensor.numpy):
             with pytest.raises(RuntimeError):
                 fetch(next(iter(shown.values())))
@@ -803,4 +685,4 @@ def test_a_step_moves_nothing_to_the_device(name, monkeypatch):
         assert {t.device.type for t in (*batch.values(), *system.parameters(), *system.buffers())} == {"cuda"}
         with NoMoves():
             for _ in range(2):
-                play(system, dict.fromkeys(turn.player for turn in system.turns), nullcontext, batch)
+                training_step(system, dict.fromkeys(turn.player for turn in system.turns), nullcontext, batch)

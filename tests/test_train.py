@@ -16,10 +16,22 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from common import (
+    QUICK,
+    QUICK_PIX2PIX,
+    TWO_WAY,
+    checkpoint,
+    log,
+    official_ugatit_weights,
+    quick,
+    run,
+    same,
+    same_run,
+    script,
+    stop_at,
+)
 from conftest import ROOT
 from PIL import Image
-from test_models import official_ugatit_weights
-from test_systems import TWO_WAY
 
 import evaluate
 import systems
@@ -31,80 +43,11 @@ from metrics import Features, kernel_distance
 from models import AttentionGenerator, load_generator, open_generator, open_generators, pack_generator
 from utils import InputError
 
-# 4 steps an epoch. 64 pixels, because smaller U-Nets have no dropout.
-QUICK_PIX2PIX = (
-    "--system pix2pix --dataset_name pairs --img_height 64 --img_width 64 --ngf 2 --ndf 2 --n_layers_D 2 "
-    "--log_interval 1 --n_cpu 0 --sample_interval 0"
-)
-TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
-QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
-
-
 # 3 steps an epoch: it takes the 6 pictures of trainA.
 QUICK_DCGAN = (
     "--system dcgan --dataset_name small --img_height 16 --img_width 16 --nz 5 --ngf 4 --ndf 4 --batch_size 2 "
     "--log_interval 1 --n_cpu 0 --sample_interval 0"
 )
-
-
-def quick(system: str) -> str:
-    """QUICK for a system: none of the options that it does not have."""
-    lacking = {"attentiongan": (), "ugatit": ("n_masks", "n_layers_D", "pool_size")}.get(system, ("n_masks",))
-    return re.sub(rf" --({'|'.join(lacking)}) \d+", "", QUICK) if lacking else QUICK
-
-
-def run(command: str) -> int:
-    return train.main(command.split())
-
-
-def script(command: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *command.split(), "--device", "cpu"]
-
-
-def checkpoint(name: str) -> dict:
-    return torch.load(f"saved_models/{name}/checkpoint.pt", weights_only=True)
-
-
-def log(name: str) -> list[dict]:
-    lines = Path(f"saved_models/{name}/log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
-
-
-def same(a, b, at="") -> None:
-    """Assert that two nested states are equal to the bit."""
-    assert type(a) is type(b), at
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), at
-        for key in a:
-            same(a[key], b[key], f"{at}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), at
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{at}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), at
-    else:
-        assert a == b, at
-
-
-def same_run(one: str, other: str) -> None:
-    """Networks, optimizers, pools, random states, position and log are equal; options may say how it was started."""
-    a, b = checkpoint(one), checkpoint(other)
-    for key in ("step", "steps_per_epoch", "networks", "optimizers", "ranks"):
-        same(a[key], b[key], key)
-    same(log(one), log(other), "log")
-
-
-def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send the process a signal once, right after the given step."""
-    note = utils.Record.note
-
-    def note_and_stop(self, *arguments):
-        note(self, *arguments)
-        if self.step == step:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(utils.Record, "note", note_and_stop)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -470,10 +413,10 @@ def test_compiling_changes_no_result_and_happens_in_the_first_step(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile(self, backend="aot_eager", **k))
     torch._dynamo.reset()
     graphs = []
-    play = train.play
+    play = train.training_step
 
     def count(*arguments):
-        shown = play(*arguments)
+        shown = training_step(*arguments)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return shown
 
@@ -508,13 +451,13 @@ def test_every_graph_of_a_step_is_compiled(monkeypatch):
     system, optimizers, autocast = train.set_up(options, torch.device("cpu"))
     batch = {side: torch.rand(1, 3, options.img_height, options.img_width) for side in "AB"}
     for _ in range(2):
-        train.play(system, optimizers, autocast, batch)
+        train.training_step(system, optimizers, autocast, batch)
 
 
 def test_torchs_random_state_goes_on_too(small_set, monkeypatch):
     """As a system with dropout would need it."""
-    play = train.play
-    monkeypatch.setattr(train, "play", lambda *arguments: {**play(*arguments), "noise": torch.rand(())})
+    play = train.training_step
+    monkeypatch.setattr(train, "play", lambda *arguments: {**training_step(*arguments), "noise": torch.rand(())})
     command = f"{QUICK} --n_epochs 2 --log_interval 1"
     assert run(f"{command} --name straight") == 0
     with monkeypatch.context() as patch:
@@ -633,9 +576,7 @@ def test_two_processes_never_train_one_run(small_set, capsys, monkeypatch):
     monkeypatch.setattr(utils, "HOLD_SECONDS", 0.3)
     assert run(f"{QUICK} --n_epochs 1 --name r") == 0
     before = Path("saved_models/r/checkpoint.pt").read_bytes()
-    hold = (
-        "import sys, utils\nwith utils.hold(utils.Path('saved_models/r')): print('held', flush=True); sys.stdin.read()"
-    )
+    hold = "import sys, utils\nwith utils.lock_folder(utils.Path('saved_models/r')): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         for flags in (f"{QUICK} --n_epochs 1 --name r --overwrite", "--name r --resume --n_epochs 2"):
@@ -735,7 +676,7 @@ def test_generators_are_written_before_the_checkpoint_that_says_so(small_set, mo
     def save(self, state):
         steps.append((state["step"], load_generator(self.newest.with_name("BtoA.pt"))[1]["step"]))
 
-    monkeypatch.setattr(train.utils.Checkpoints, "save", save)
+    monkeypatch.setattr(train.checkpoints.CheckpointFiles, "save", save)
     assert run(f"{QUICK} --n_epochs 2 --decay_epoch 2 --name r") == 0
     assert steps == [(6, 6), (12, 12)]
 
@@ -808,7 +749,7 @@ def test_evaluations_go_on_after_a_stop(small_set, monkeypatch, step):
 def test_a_resumed_run_remembers_its_best(small_set, monkeypatch):
     monkeypatch.setattr(train, "Extractor", PixelExtractor)
     distances = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(train.Validation, "__call__", lambda self, system: {"KID": next(distances)})
+    monkeypatch.setattr(metrics.Validation, "__call__", lambda self, system: {"KID": next(distances)})
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         assert run(f"{EVALUATE} --name r") == 128 + signal.SIGTERM
@@ -835,7 +776,7 @@ def test_held_out_pictures_are_translated_without_noise(pairs, monkeypatch):
     flags = f"{QUICK_PIX2PIX} --n_epochs 1 --eval_interval 1 --extractor some --precision float32 --name r"
     assert run(flags) == 0
     options = train.parse_options([*flags.split(), "--name", "another"])
-    validation = train.Validation(options, train.build_dataset(options), torch.device("cpu"))
+    validation = metrics.Validation(options, train.build_dataset(options), torch.device("cpu"))
     generator, _ = load_generator("saved_models/r/AtoB.pt")
     with torch.no_grad():
         fakes = quantise(generator.eval()(normalise(validation.images["A"])).image)
@@ -866,7 +807,7 @@ def test_checkpoints_amid_an_epoch_are_minutes_apart(small_set, monkeypatch):
     assert not state.due()
     now += 2
     assert state.due()
-    record = utils.Record("r", {}, 6, 1)
+    record = record.Record("r", {}, 6, 1)
     state.save(record)
     record.close()
     assert not state.due()
@@ -1132,7 +1073,9 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(small_set, monkeypatch)
 
 
 def test_a_bug_ends_the_process_though_its_loader_ignores_signals(small_set):
-    broken = f"import train; train.play = None; train.main({[*QUICK.split(), '--cache_gb', '0', '--n_cpu', '1']})"
+    broken = (
+        f"import train; train.training_step = None; train.main({[*QUICK.split(), '--cache_gb', '0', '--n_cpu', '1']})"
+    )
     process = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=60)
     assert process.returncode == 1 and "'NoneType' object is not callable" in process.stderr
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import QUICK, QUICK_PIX2PIX, build, checkpoint, log, make_batch, quick, same_run, stop_at
 from conftest import ROOT
-from test_systems import build, make_batch
-from test_train import QUICK, QUICK_PIX2PIX, checkpoint, log, quick, same_run, stop_at
 from torch import nn
 
 import train
@@ -56,7 +55,7 @@ def three_steps(system: System, players: System, part: slice) -> dict[str, list[
     results: dict[str, list[torch.Tensor]] = {}
     for step in range(3):
         batch = {side: pictures[part].to(dtype) for side, pictures in make_batch(step, n=4).items()}
-        train.play(players, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        train.training_step(players, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
         if step == 0:
             results["gradients"] = [p.grad.clone() for p in system.parameters()]
     results["weights"] = [p.detach() for p in system.parameters()]

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from common import below, noise, official_attention_forward, official_attention_weights, save
 from conftest import ROOT
 from PIL import Image
-from test_datasets import below, noise, save
-from test_models import official_attention_forward, official_attention_weights
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 import translate
 import utils
+from checkpoints import pack_generator
 from datasets import Picture, normalise, resize, to_tensor
 from models import (
     AttentionGenerator,
@@ -26,7 +26,6 @@ from models import (
     SingleMaskGenerator,
     UGATITGenerator,
     UNetGenerator,
-    pack_generator,
     translate_any_size,
 )
 from translate import OnUnitRange, Task, luminance, make_batches, name_outputs
@@ -778,6 +777,6 @@ def test_without_its_packages_the_export_says_how_to_get_them(net, monkeypatch, 
 
 
 def test_needed_packages_are_handed_over_or_named():
-    assert utils.need("json", "--this").dumps([1]) == "[1]"
+    assert utils.import_optional("json", "--this").dumps([1]) == "[1]"
     with pytest.raises(InputError, match=r"^--this needs no_such_package, .*requirements-extras\.txt$"):
-        utils.need("no_such_package", "--this")
+        utils.import_optional("no_such_package", "--this")

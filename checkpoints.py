@@ -1,0 +1,584 @@
+"""Everything that is written and read as weights: runs, generator files, shipped weights, official formats.
+
+A run lives in ``saved_models/<name>/``:
+
+    checkpoint.pt             all that is needed to go on exactly
+    checkpoint_previous.pt    the one before it, in case the newest is damaged
+    checkpoint_fresh.pt       a complete newer one, where a save was killed before its end
+    AtoB.pt, BtoA.pt          the generators, each with what is needed to use it (generator.pt draws from noise)
+    best/, kept/<step>/       the same files: best by validation, and of every evaluation
+
+Only this module knows these names and what the files hold. Weights that ship with the project have the layout of a run
+and lie in ``saved_models/pretrained/<name>/`` beside the code. Files are read without running code that they may hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import utils
+from models import (
+    NOISE,
+    AttentionGenerator,
+    DCGANGenerator,
+    Generator,
+    ResNetGenerator,
+    SingleMaskGenerator,
+    UGATITGenerator,
+    UNetGenerator,
+)
+from utils import InputError, first_line, print0
+
+SAVED_MODELS = Path("saved_models")  # runs, below the working directory
+PRETRAINED = Path(__file__).resolve().parent / SAVED_MODELS / "pretrained"
+BEST, KEPT = "best", "kept"
+DIRECTIONS = ("AtoB", "BtoA")
+OFFICIAL_FILES = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}
+GENERATORS: dict[str, type[Generator]] = {
+    cls.__name__: cls
+    for cls in (
+        AttentionGenerator,
+        SingleMaskGenerator,
+        ResNetGenerator,
+        UNetGenerator,
+        UGATITGenerator,
+        DCGANGenerator,
+    )
+}
+
+# ----------------------------------------------------------------------------------------------------------
+#  Names: what a user may write where a checkpoint is asked for
+# ----------------------------------------------------------------------------------------------------------
+
+
+def candidate_paths(where: str | Path) -> list[Path]:
+    """Where a checkpoint may lie: the path itself, a run, shipped weights."""
+    return [Path(where), SAVED_MODELS / where, *shipped_paths(where)]
+
+
+def shipped_paths(where: str | Path) -> list[Path]:
+    """Where shipped weights of this name may lie. They can also be written ``pretrained/<name>``."""
+    name = Path(where).name if Path(where).parts[:-1] == ("pretrained",) else where
+    return [SAVED_MODELS / "pretrained" / name, PRETRAINED / name]
+
+
+def find_generator(where: str | Path, direction: str | None) -> Path:
+    """The generator file for a direction; for None any file, "AtoB" before "BtoA".
+
+    ``where`` is a file, a folder, the name of a run or of shipped weights. A folder holds ``AtoB.pt`` and ``BtoA.pt``,
+    or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``, or ``generator.pt`` for ``NOISE``; that is found
+    for other directions too, so that the caller can say what it is. Raises InputError where nothing fits, and where a
+    run and shipped weights have the same name.
+    """
+    wanted = DIRECTIONS if direction is None else (direction,)
+    names = [name for each in wanted for name in (f"{each}.pt", OFFICIAL_FILES.get(each)) if name]
+
+    def in_folder(place: Path) -> Path | None:
+        return next((place / name for name in (*names, f"{NOISE}.pt") if (place / name).is_file()), None)
+
+    for place in candidate_paths(where):
+        if place.is_file():
+            if direction in DIRECTIONS and place.name in OFFICIAL_FILES.values() and place.name not in names:
+                raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
+            return place
+        if found := in_folder(place):
+            if place == SAVED_MODELS / where and any(in_folder(shipped) for shipped in shipped_paths(where)):
+                raise InputError(
+                    f"{where} is a run and the name of shipped weights: "
+                    f"expected {SAVED_MODELS / where} or pretrained/{where}"
+                )
+            return found
+    what = "noise" if direction == NOISE else " or ".join(wanted)
+    looked = ", ".join(dict.fromkeys(map(str, candidate_paths(where))))
+    raise InputError(
+        f"{where}: no generator for {what} found. Looked for a file, or {' or '.join(names)} in {looked}. "
+        f"There are: {', '.join(known_names()) or 'none'}"
+    )
+
+
+def known_names() -> list[str]:
+    """Runs below the working directory, and shipped weights."""
+    runs = sorted(p.name for p in SAVED_MODELS.glob("*") if p.is_dir() and p.name != "pretrained")
+    shipped = sorted({p.name for folder in (SAVED_MODELS / "pretrained", PRETRAINED) for p in folder.glob("*/")})
+    return runs + [f"pretrained/{name}" for name in shipped]
+
+
+def is_file(where: str | Path) -> bool:
+    """Whether ``where`` is a single file, not a folder or a name."""
+    return any(place.is_file() for place in candidate_paths(where))
+
+
+def is_shipped(where: str | Path) -> bool:
+    """Whether ``where`` stands for weights that ship with the project."""
+    found = find_generator(where, None).resolve()
+    return any(found.is_relative_to(p.resolve()) for p in (SAVED_MODELS / "pretrained", PRETRAINED))
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Writing
+# ----------------------------------------------------------------------------------------------------------
+
+
+def save_atomic(state: Any, path: Path) -> None:
+    """torch.save to a temporary file, flushed to the disk, then renamed: ``path`` is old or new, never half.
+
+    Raises OSError (a full disk, for example) and then leaves the file at ``path`` as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with utils.name_file(path):
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def pack_generator(generator: Generator) -> dict[str, Any]:
+    """Weights, and the plain values that build the network again, for ``load_generator``."""
+    return {
+        "generator": type(generator).__name__,
+        "settings": dict(generator.settings),
+        "weights": generator.state_dict(),
+    }
+
+
+def save_generator(generator: Generator, about: Mapping[str, Any], folder: Path) -> Path:
+    """Write a generator file; ``about`` has at least its "direction". Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{about['direction']}.pt"
+    save_atomic({**pack_generator(generator), **about}, path)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The state of a run
+# ----------------------------------------------------------------------------------------------------------
+
+
+class CheckpointFiles:
+    """The checkpoints of one run on disk."""
+
+    FORMAT = 2
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.newest = folder / "checkpoint.pt"
+        self.previous = folder / "checkpoint_previous.pt"
+        self.fresh = folder / "checkpoint_fresh.pt"
+        self.damaged: set[Path] = set()
+
+    def exist(self) -> bool:
+        return any(path.exists() for path in (self.fresh, self.newest, self.previous))
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state; ``rotate`` makes it the newest. A killed save is still found by ``load``."""
+        save_atomic({"format": self.FORMAT, **state}, self.fresh)
+
+    def rotate(self) -> None:
+        if self.newest.exists() and self.newest not in self.damaged:
+            os.replace(self.newest, self.previous)
+        os.replace(self.fresh, self.newest)
+        self.damaged.clear()
+
+    def load(self, quiet: bool = False) -> dict[str, Any]:
+        """The newest sound state, tensors mapped from the file; warns of damaged ones that are newer.
+
+        ``quiet``: no warning, and the sums of the tensors are not checked, which takes as long as reading them. Raises
+        InputError when there is none, or one of another format.
+        """
+        troubles = []
+        for path in (self.fresh, self.newest, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                found = state["format"]
+                if not quiet:
+                    check_sums(path)
+            except Exception as error:  # a damaged file makes the unpickler raise anything
+                self.damaged.add(path)
+                troubles.append(f"{path}: damaged ({first_line(error)})")
+                continue
+            if found != self.FORMAT:
+                raise InputError(f"{path}: checkpoint format {found}, this code reads format {self.FORMAT}")
+            for trouble in () if quiet else troubles:
+                print0(f"warning: {trouble}; going back to {path}, step {state['step']}")
+            return state
+        raise InputError("; ".join(troubles) or f"{self.newest}: no such checkpoint, nothing to resume")
+
+
+def check_sums(path: Path) -> None:
+    """Raise OSError where a file of ``torch.save`` has changed since: torch itself does not compare the sums."""
+    with zipfile.ZipFile(path) as archive:
+        if altered := archive.testzip():
+            raise OSError(f"{altered} is not what was written")
+
+
+def find_run(name: str) -> dict[str, Any] | None:
+    """The newest checkpoint of a run, None where it has none. Raises InputError for one that cannot be read."""
+    files = CheckpointFiles(SAVED_MODELS / name)
+    return files.load(quiet=True) if files.exist() else None
+
+
+def is_finished(state: Mapping[str, Any]) -> bool:
+    return state["step"] == state["options"]["n_epochs"] * state["steps_per_epoch"]
+
+
+class RunState:
+    """What a run's checkpoint holds: networks, optimizers, position, and of each rank its pools and random states.
+
+    Takes the run's folder, its ``options`` (plain values), the names of those that generator files leave out, and the
+    digest of its ``pictures``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Mapping[str, Any],
+        leave_out: Iterable[str],
+        system: Any,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        steps_per_epoch: int,
+        pictures: str,
+        device: torch.device,
+    ):
+        self.folder, self.options, self.leave_out = folder, dict(options), set(leave_out)
+        self.system, self.optimizers, self.device = system, optimizers, device
+        self.steps_per_epoch, self.pictures = steps_per_epoch, pictures
+        self.networks = [name for name, child in system.named_children() if any(True for _ in child.parameters())]
+        self.files = CheckpointFiles(folder)
+        self.saved_at = time.monotonic()
+        self.best = float("inf")  # the smallest mean of an evaluation so far
+
+    def save_generators(self, step: int, place: str = "") -> None:
+        """Write the generators' files to the run's folder, or to ``place`` in it."""
+        options = {key: value for key, value in self.options.items() if key not in self.leave_out}
+        for direction in self.system.generators:
+            about = {"direction": direction, "options": options, "step": step}
+            save_generator(self.system.generator(direction), about, self.folder / place)
+
+    def save(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write checkpoint and generators. Every rank calls this with its own ``record``; rank 0 writes."""
+        own: dict[str, Any] = {
+            "children": {n: m.state_dict() for n, m in self.system.named_children() if n not in self.networks},
+            "record": record,
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            own["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        ranks = utils.gather(own)
+        self.saved_at = time.monotonic()
+        if ranks is None:
+            return
+        self.files.save(
+            {
+                "options": self.options,
+                "step": step,
+                "steps_per_epoch": self.steps_per_epoch,
+                "pictures": self.pictures,
+                "best": self.best,
+                "networks": {name: self.system.get_submodule(name).state_dict() for name in self.networks},
+                "optimizers": {player: optimizer.state_dict() for player, optimizer in self.optimizers.items()},
+                "ranks": ranks,
+            }
+        )
+        # Before the checkpoint gets its name: a run whose newest checkpoint says that it is done has its generators.
+        self.save_generators(step)
+        self.files.rotate()
+
+    def load(self) -> dict[str, Any]:
+        """Restore everything except the record. Returns the checkpoint. Raises InputError where it does not fit."""
+        state = self.files.load()
+        for what, found in (("processes", utils.world_size()), ("steps per epoch", self.steps_per_epoch)):
+            expected = len(state["ranks"]) if what == "processes" else state["steps_per_epoch"]
+            if found != expected:
+                raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
+        if state["pictures"] != self.pictures:
+            root = Path(self.options["data_dir"]) / self.options["dataset_name"]
+            raise InputError(f"--resume: the pictures in {root} have other names than the run's, expected the same")
+        for name, weights in state["networks"].items():
+            self.system.get_submodule(name).load_state_dict(weights)
+        for player, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][player])
+            match_layout(optimizer)
+        self.best = state.get("best", self.best)
+        own = state["ranks"][utils.rank()]
+        for name, child in own["children"].items():
+            self.system.get_submodule(name).load_state_dict(child)
+        torch.set_rng_state(own["random"])
+        if "random_cuda" in own and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["random_cuda"], self.device)
+        utils.barrier()  # all ranks have read it
+        if utils.rank() == 0 and self.files.fresh.exists() and self.files.fresh not in self.files.damaged:
+            self.save_generators(state["step"])  # a killed save is finished here
+            self.files.rotate()
+        return state
+
+    def is_due(self, minutes: float) -> bool:
+        """Whether the last save was ``minutes`` ago, by rank 0's clock; never for 0."""
+        return utils.rank() == 0 and minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their parameters, which differs between CUDA and the CPU.
+
+    ``load_state_dict`` keeps the layout of the file, and fused Adam would pair the wrong elements.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Starting from weights (--init_from)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def init_from(system: Any, where: str) -> None:
+    """Give a new run the weights at ``where``: all networks of a checkpoint, or the generators of anything else.
+
+    Raises InputError where they do not fit.
+    """
+    if Path(where).name == "checkpoint.pt":
+        init_networks(system, where)
+    else:
+        init_generators(system, where)
+
+
+def init_generators(system: Any, where: str) -> None:
+    opened = open_generators(where, noise=NOISE in system.generators)
+    for direction, name in system.generators.items():
+        if direction not in opened:
+            raise InputError(
+                f"--init_from {where} translates only {', '.join(opened)}, expected a run or folder with a generator "
+                f"for {direction}"
+            )
+        source, _ = opened[direction]
+        network = system.get_submodule(name)
+        if type(source) is not type(network) or source.settings != network.settings:
+            raise InputError(
+                f"--init_from {where} holds {type(source).__name__} {source.settings} for {direction}, "
+                f"expected {type(network).__name__} {network.settings}"
+            )
+        network.load_state_dict(source.state_dict())
+        print0(f"{name} starts from {where}")
+
+
+def init_networks(system: Any, where: str) -> None:
+    path = next((place for place in candidate_paths(where) if place.is_file()), None)
+    if path is None:
+        raise InputError(f"--init_from {where}: no such checkpoint")
+    found = CheckpointFiles(path.parent).load()["networks"]
+    names = [name for turn in system.turns for name in turn.networks]
+    for name in names:
+        try:
+            system.get_submodule(name).load_state_dict(found.get(name, {}))
+        except RuntimeError as error:  # its first line only says that there are errors
+            reason = " ".join(str(error).split("\n\t")[1:2])
+            raise InputError(f"--init_from {where}: {name} does not fit the networks of this run: {reason}") from error
+    print0(f"{', '.join(names)} start from {path}")
+    if left := sorted(found.keys() - set(names)):
+        print0(f"{', '.join(left)} of that checkpoint are not used: this system has none")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Opening generators
+# ----------------------------------------------------------------------------------------------------------
+
+
+def load_generator(path: str | Path, direction: str | None = None) -> tuple[Generator, dict[str, Any]]:
+    """Open a generator file: one that ``train.py`` wrote, or an official checkpoint (see ``load_official``).
+
+    ``direction`` says which of two generators is meant, where a file holds both. Returns the generator in float32 on
+    the CPU, and what the file says of itself: direction, options, step. Most official files say nothing; "directions"
+    where it holds both. Raises FileNotFoundError, or ValueError when the file holds no generator.
+    """
+    content = read_weights(path)
+    if "generator" not in content:
+        generator = load_official(path, direction)
+        about: dict[str, Any] = {}
+        if generator.settings.get("size") is not None:
+            about["options"] = dict(zip(("img_height", "img_width"), generator.settings["size"], strict=True))
+        if content.keys() >= set(UGATIT_NAMES.values()):
+            about |= {"direction": direction or "AtoB", "directions": DIRECTIONS}
+        return generator, about
+    if content["generator"] not in GENERATORS:
+        raise ValueError(f"{path}: unknown generator {content['generator']!r}, expected one of {sorted(GENERATORS)}")
+    try:
+        generator = GENERATORS[content["generator"]](**content["settings"])
+        generator.load_state_dict(content["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: weights and settings do not fit {content['generator']} ({error})") from error
+    return generator, {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
+
+
+def open_generator(where: str | Path, direction: str | None = None) -> tuple[Generator, dict[str, Any]]:
+    """``load_generator`` for a run, shipped weights, a folder or a file (see ``find_generator``).
+
+    What is returned of the file always has a direction. Raises InputError when there is no generator for ``direction``:
+    "AtoB", "BtoA", None (the file's own, else "AtoB"), or ``NOISE`` for a generator that draws from noise.
+    """
+    path = find_generator(where, direction)
+    translates = None if direction == NOISE else direction
+    try:
+        generator, about = load_generator(path, translates)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if "direction" not in about:  # official files have it only in their names
+        about["direction"] = "BtoA" if path.stem.endswith("_B") else translates or "AtoB"
+    if about["direction"] == NOISE != direction:
+        raise InputError(f"{path}: draws pictures from noise (see generate.py) and translates none")
+    if direction == NOISE != about["direction"]:
+        raise InputError(f"{path}: translates {about['direction']}, expected a generator that draws from noise (dcgan)")
+    if direction is not None and about["direction"] != direction:
+        raise InputError(f"{path}: translates {about['direction']}, expected {direction} (a folder serves both)")
+    return generator, about
+
+
+def open_generators(where: str | Path, noise: bool = False) -> dict[str, tuple[Generator, dict[str, Any]]]:
+    """``open_generator`` for every direction that ``where`` has: both for most folders and runs, one for most files.
+
+    With ``noise`` the one generator that draws from noise. Raises InputError when there is none.
+    """
+    if noise:
+        return {NOISE: open_generator(where, NOISE)}
+    if is_file(where):
+        generator, about = open_generator(where)
+        others = [d for d in about.get("directions", ()) if d != about["direction"]]
+        return {about["direction"]: (generator, about)} | {d: open_generator(where, d) for d in others}
+    opened = {}
+    for direction in DIRECTIONS:
+        if any(has_direction(place, direction) for place in candidate_paths(where)):
+            opened[direction] = open_generator(where, direction)
+    return opened or {"AtoB": open_generator(where, "AtoB")}
+
+
+def has_direction(folder: Path, direction: str) -> bool:
+    return any((folder / name).is_file() for name in (f"{direction}.pt", OFFICIAL_FILES[direction]))
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a file of ``torch.save``. Raises FileNotFoundError, or ValueError where it holds none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected the weights of a generator")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises anything: EOFError, RuntimeError, UnpicklingError, ...
+        raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
+    return content
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Official formats
+# ----------------------------------------------------------------------------------------------------------
+
+# The names of the generators in the official U-GAT-IT code's files, which hold both beside the discriminators.
+UGATIT_NAMES = {"AtoB": "genA2B", "BtoA": "genB2A"}
+NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def load_official(path: str | Path, direction: str | None = None) -> Generator:
+    """Open a generator of the official AttentionGAN, pytorch-CycleGAN-and-pix2pix or UGATIT-pytorch code.
+
+    Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``), with a background
+    mask or, as AttentionGAN-geo, without; the ``resnet_6blocks`` / ``resnet_9blocks`` generators of CycleGAN
+    (``model.1.weight`` …); U-GAT-IT's ``<data set>_params_<step>.pt``, of which ``direction`` (None: "AtoB") takes
+    ``genA2B`` or ``genB2A``, or one of these alone (``DownBlock.1.weight`` …), full or light. Each with or without a
+    ``module.`` in front. Sizes are read from the weights. Biases (and running statistics) that InstanceNorm cancels
+    are dropped, so the network computes the same function. Where these biases are missing, the generator was trained
+    without InstanceNorm (``--norm none``), and is refused.
+
+    Returns the generator in float32 on the CPU. Raises FileNotFoundError, or ValueError that names the keys that were
+    expected and those that were found.
+    """
+    content = read_weights(path)
+    weights = {k.removeprefix("module."): v for k, v in content.get(UGATIT_NAMES[direction or "AtoB"], content).items()}
+    weights = {k: v for k, v in weights.items() if not k.endswith(NORM_STATISTICS)}
+    generator, layers = recognise(path, weights)
+    own = generator.state_dict()
+    renamed: dict[str, str] = {}
+    cancelled: set[str] = set()
+    for official, ours in layers.items():
+        parts = [key.removeprefix(f"{ours}.") for key in own if key.rpartition(".")[0] == ours]
+        renamed |= {f"{official}.{part}": f"{ours}.{part}" for part in parts}
+        if not isinstance(generator, UGATITGenerator) and "bias" not in parts:
+            cancelled.add(f"{official}.bias")
+    expected = renamed.keys() | cancelled
+    if weights.keys() != expected:
+        raise ValueError(
+            f"{path}: keys do not fit {type(generator).__name__}. Expected but missing: "
+            f"{some(expected - weights.keys())}; found but not expected: {some(weights.keys() - expected)}"
+        )
+    for key, ours in renamed.items():
+        if weights[key].shape != own[ours].shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(own[ours].shape)}")
+    generator.load_state_dict({ours: weights[key] for key, ours in renamed.items()})
+    return generator
+
+
+def recognise(path: str | Path, weights: Mapping[str, Tensor]) -> tuple[Generator, dict[str, str]]:
+    """A new generator of the right kind and sizes, and official names of layers to ours. Raises ValueError."""
+    encoder = {0: "encoder.0", 1: "encoder.3", 2: "encoder.6"}  # our three convolutions before the blocks
+
+    def blocks(official: str, numbers: Sequence[int], first: int, n: int) -> Iterator[tuple[str, str]]:
+        for i in range(n):
+            for j, number in enumerate(numbers, 1):
+                yield f"{official.format(first + i)}{number}", f"encoder.{9 + i}.conv{j}"
+
+    if "conv1.weight" in weights and "deconv3_attention.weight" in weights:
+        n = sum(k.startswith("resnet_blocks.") and k.endswith(".conv1.weight") for k in weights)
+        stem, head = weights["conv1.weight"], weights["deconv3_attention.weight"]
+        contents = weights.get("deconv3_content.weight", stem).shape[0] // stem.shape[1]
+        background = contents != head.shape[0]  # AttentionGAN-geo has a content for every mask
+        layers = {f"conv{i + 1}": ours for i, ours in encoder.items()}
+        layers |= dict(blocks("resnet_blocks.{}.conv", (1, 2), 0, n))
+        for part in ("content", "attention"):
+            layers |= {f"deconv{i}_{part}": f"{part}_head.{3 * i - 3}" for i in (1, 2, 3)}
+        sizes = stem.shape[1], stem.shape[0], n, head.shape[0], head.shape[-1]
+        return AttentionGenerator(*sizes, background), layers
+    if "model.1.weight" in weights and "model.10.conv_block.1.weight" in weights:
+        n = sum(k.endswith(".conv_block.1.weight") for k in weights)
+        stem = weights["model.1.weight"]
+        layers = {f"model.{3 * i + 1}": ours for i, ours in encoder.items()}
+        layers |= dict(blocks("model.{}.conv_block.", (1, 5), 10, n))
+        layers |= {f"model.{10 + n}": "decoder.0", f"model.{13 + n}": "decoder.3", f"model.{17 + n}": "decoder.6"}
+        return ResNetGenerator(stem.shape[1], stem.shape[0], n), layers
+    if "DownBlock.1.weight" in weights and "FC.0.weight" in weights:
+        n = sum(k.startswith("UpBlock1_") and k.endswith(".conv1.weight") for k in weights)
+        stem, (dim, inputs) = weights["DownBlock.1.weight"], weights["FC.0.weight"].shape
+        side = 4 * math.isqrt(inputs // dim)  # pictures were square; the light network's MLP reads a single place
+        layers = {f"DownBlock.{4 * i + 1}": ours for i, ours in encoder.items()}
+        layers |= dict(blocks("DownBlock.{}.conv_block.", (1, 5), 12, n))
+        layers |= {"gap_fc": "cam.average", "gmp_fc": "cam.maximum", "conv1x1": "cam.mix"}
+        layers |= {"FC.0": "mlp.0", "FC.2": "mlp.2", "gamma": "gamma", "beta": "beta"}
+        for i in range(n):
+            block = ("conv1", "norm1", "conv2", "norm2")
+            layers |= {f"UpBlock1_{i + 1}.{part}": f"blocks.{i}.{part}" for part in block}
+        up = {2: 1, 3: 2, 7: 5, 8: 6, 11: 8}  # convolution, ILN, convolution, ILN, last convolution
+        layers |= {f"UpBlock2.{official}": f"decoder.{ours}" for official, ours in up.items()}
+        return UGATITGenerator(stem.shape[1], stem.shape[0], n, None if inputs == dim else (side, side)), layers
+    raise ValueError(
+        f"{path}: not an official generator. Expected AttentionGAN's keys (conv1.weight … deconv3_attention.bias), "
+        "CycleGAN's (model.1.weight … model.26.bias of resnet_9blocks) or U-GAT-IT's (genA2B and genB2A, each "
+        f"DownBlock.1.weight … UpBlock2.11.weight); found {some(weights)}"
+    )
+
+
+def some(keys: Iterable[str], most: int = 6) -> str:
+    names = sorted(map(str, keys))
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "") if names else "nothing"

@@ -1,0 +1,297 @@
+"""The record of a run: progress bar, log, curves, picture sheets, and the run's page.
+
+``saved_models/<run>/log.jsonl`` is the log; ``images/<run>/`` has sheets, ``curves.png`` and ``index.html``.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from utils import mean_over_ranks, name_file, print0, rank, world_size
+
+IMAGES = Path("images")  # below the working directory
+
+
+class Record:
+    """Shows and keeps how a run goes. Every rank has one; only rank 0 writes.
+
+    ``log`` gets a line every ``interval`` steps: the means since the last line, over steps and ranks. Values stay on
+    the device until they are shown, so that a step waits for nothing.
+    """
+
+    CURVE_POINTS = 1000  # at most so many lines of the log are drawn
+    SHEETS_SHOWN = 200  # at most so many sheets are on the page's slider
+    PAGE_SECONDS = 60  # between two drawings of the page, each of which takes about a second
+
+    def __init__(
+        self, name: str, log: Path, settings: Mapping[str, Any], total_steps: int, interval: int, start: int = 0
+    ):
+        self.name, self.log, self.settings = name, log, settings
+        self.total_steps, self.interval = total_steps, interval
+        self.folder = IMAGES / name
+        self.step = start
+        self.names: list[str] = []
+        self.lengths: list[int] = []
+        self.sums: Tensor | None = None
+        self.count = 0
+        self.images_since = 0
+        self.since = time.perf_counter()
+        if rank() == 0:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._cut_log(start)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start,
+            disable=rank() != 0,
+            dynamic_ncols=terminal,
+            mininterval=0.5 if terminal else 30,
+            smoothing=0.05,
+            unit="step",
+        )
+        self._shown = time.perf_counter()
+        self._drawn = self._shown
+
+    # -- resuming ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = None if self.sums is None else self.sums.cpu()
+        return {"names": self.names, "lengths": self.lengths, "sums": sums, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.names, self.lengths, self.count = list(state["names"]), list(state["lengths"]), state["count"]
+        self.sums = None if state["sums"] is None else state["sums"].to(device)
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the lines that a stopped run wrote after its checkpoint."""
+        kept = [line for line, entry in read_log(self.log) if entry["step"] <= step]
+        fresh = self.log.with_suffix(".partial")
+        with name_file(fresh):
+            fresh.write_text("".join(line + "\n" for line in kept))
+        os.replace(fresh, self.log)
+
+    # -- each step ---------------------------------------------------------------------------------------
+
+    def add(self, values: Mapping[str, Tensor], images: int, epoch: int, lr: float) -> None:
+        """Take one step's scalars and vectors; ``images`` is the number of pictures this rank has just seen."""
+        self.step += 1
+        flat = torch.cat([v.detach().reshape(-1).float() for v in values.values()])
+        if self.sums is None:
+            self.names, self.lengths = list(values), [v.numel() for v in values.values()]
+            self.sums = torch.zeros_like(flat)
+        self.sums += flat
+        self.count += 1
+        self.images_since += images
+        self.bar.update()
+        now = time.perf_counter()
+        if not self.bar.disable and now - self._shown > max(2.0, self.bar.mininterval):
+            self._shown = now
+            self._show(flat, epoch)
+        if self.step % self.interval == 0 or self.step == self.total_steps:
+            self._write_line(epoch, lr)
+
+    def _named(self, flat: Tensor) -> dict[str, Any]:
+        """Values by their names: numbers, and lists for vectors."""
+        values = flat.tolist()
+        named = {}
+        for name, length in zip(self.names, self.lengths, strict=True):
+            taken, values = values[:length], values[length:]
+            named[name] = taken[0] if length == 1 else taken
+        return named
+
+    def _write_line(self, epoch: int, lr: float) -> None:
+        assert self.sums is not None
+        means = mean_over_ranks(self.sums.cpu() / self.count)
+        speed = round(self._images_per_s(), 3)
+        self.sums.zero_()
+        self.count = self.images_since = 0
+        if rank() == 0:
+            entry = {"step": self.step, "epoch": epoch + 1, **self._named(means), "lr": lr, "images_per_s": speed}
+            self._append(entry)
+            self.page()
+        self.since = time.perf_counter()
+
+    def _images_per_s(self) -> float:
+        return world_size() * self.images_since / (time.perf_counter() - self.since)
+
+    def add_validation(self, figures: Mapping[str, float], epoch: int, seconds: float) -> None:
+        """Log the figures of an evaluation. Its ``seconds`` do not count as training. Only rank 0 calls this."""
+        self._append({"step": self.step, "epoch": epoch + 1, "validation": dict(figures)})
+        self.since += seconds
+        print0(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with name_file(self.log), open(self.log, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _show(self, flat: Tensor, epoch: int) -> None:
+        scalars = {name: value for name, value in self._named(flat).items() if not isinstance(value, list)}
+        shown = [f"{self._images_per_s():.1f} images/s", *(f"{name} {value:.3f}" for name, value in scalars.items())]
+        self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
+        self.bar.set_postfix_str(" ".join(shown), refresh=False)
+
+    # -- pictures ----------------------------------------------------------------------------------------
+
+    def sheet(self, columns: Mapping[str, Tensor]) -> None:
+        """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
+        sheet, path = draw_sheet(columns), self.folder / f"{self.step:08d}.png"
+        with name_file(path):
+            sheet.save(path)
+
+    def page(self, final: bool = False) -> None:
+        """Draw the curves and write ``index.html``: ``final``, or ``PAGE_SECONDS`` after the last time."""
+        now = time.perf_counter()
+        if rank() != 0 or not (final or now - self._drawn > self.PAGE_SECONDS):
+            return
+        self._drawn = now
+        entries = [entry for _, entry in read_log(self.log)]
+        validations = [entry for entry in entries if "validation" in entry]
+        if history := thin([entry for entry in entries if "validation" not in entry], self.CURVE_POINTS):
+            with name_file(self.folder / "curves.png"):
+                draw_curves(history, validations, self.folder / "curves.png")
+        shown = thin(sorted(p.name for p in self.folder.glob("[0-9]*.png")), self.SHEETS_SHOWN)
+        rows = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in self.settings.items())
+        path = self.folder / "index.html"
+        with name_file(path):
+            path.write_text(
+                PAGE.format(
+                    name=html.escape(self.name),
+                    state=f"step {self.step} of {self.total_steps}",
+                    sheets=json.dumps(shown),
+                    last=max(0, len(shown) - 1),
+                    rows=rows,
+                ),
+                encoding="utf-8",
+            )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log, each with what it holds, up to the first that is damaged (by a kill while it was written)."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            entry["step"] + 0  # a number
+        except (ValueError, TypeError, KeyError):
+            return
+        yield line, entry
+
+
+def thin(items: Sequence[Any], most: int) -> list[Any]:
+    """At most about ``most`` items at equal distances, the last one always."""
+    stride = -(-len(items) // most) if items else 1
+    return [*items[:-1:stride], *items[-1:]]
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{name}</title>
+<style>
+  body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }}
+  img {{ max-width: 100%; image-rendering: pixelated }}
+  input {{ width: 100% }}
+  table {{ border-collapse: collapse }}
+  td {{ border-bottom: 1px solid #ddd; padding: 0 1.5em 0 0; font-family: monospace }}
+</style>
+<h1>{name}</h1>
+<p>{state}</p>
+<h2>Sheets <small id="label"></small></h2>
+<input type="range" id="slider" min="0" max="{last}" value="{last}">
+<img id="sheet" alt="no sheet yet">
+<h2>Curves</h2>
+<img src="curves.png" alt="no curves yet">
+<h2>Settings</h2>
+<table>{rows}</table>
+<script>
+  const sheets = {sheets}, slider = document.getElementById("slider");
+  function show() {{
+    if (!sheets.length) return;
+    document.getElementById("sheet").src = sheets[slider.value];
+    document.getElementById("label").textContent = "after step " + parseInt(sheets[slider.value]);
+  }}
+  slider.oninput = show;
+  show();
+</script>
+"""
+
+
+def draw_sheet(
+    columns: Mapping[str, Tensor], title: str = "", rows: Sequence[str] = (), least_width: int = 96
+) -> Image.Image:
+    """A sheet with a heading over each column and a row for each picture; values in [-1, 1].
+
+    ``title`` stands on top, the names of the ``rows`` on the left. Small pictures are enlarged to about ``least_width``
+    by repeating pixels, so that the headings fit.
+    """
+    batches = {name: batch.detach().float().cpu() for name, batch in columns.items()}
+    channels = max(batch.shape[1] for batch in batches.values())
+    stack = torch.stack([batch.expand(-1, channels, -1, -1) for batch in batches.values()], dim=1)
+    zoom = max(1, round(least_width / stack.shape[-1]))
+    pictures = stack.flatten(0, 1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    grid = to_pil_image(
+        make_grid(pictures.clamp(-1, 1), nrow=len(batches), padding=2, normalize=True, value_range=(-1, 1), pad_value=1)
+    )
+    line, width, height = 18, pictures.shape[-1] + 2, pictures.shape[-2] + 2
+    font = ImageFont.load_default(size=12)
+    left = 8 + round(max(map(font.getlength, rows))) if rows else 0
+    above = line * (2 if title else 1)
+    sheet = Image.new("RGB", (left + grid.width, grid.height + above), "white")
+    sheet.paste(grid, (left, above))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2, 1), title, fill="black", font=font)
+    for i, name in enumerate(batches):
+        draw.text((left + 2 + width * i, above - line + 1), name, fill="black", font=font)
+    for i, name in enumerate(rows):
+        draw.text((2, above + height * i + height // 2 - line // 2), name, fill="black", font=font)
+    return sheet
+
+
+def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]], path: Path) -> None:
+    """One plot for every family of scalars (the part of their names before "_"), for every vector, for validation."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for name, value in history[-1].items():
+        if name not in ("step", "epoch"):
+            families[name if isinstance(value, list) or name in ("lr", "images_per_s") else name.split("_")[0]].append(
+                name
+            )
+    plots = {family: [(name, history) for name in names] for family, names in families.items()}
+    if validations:
+        flat = [{"step": entry["step"], **entry["validation"]} for entry in validations]
+        plots["validation"] = [(name, flat) for name in validations[-1]["validation"]]
+    height = 3 * -(-len(plots) // 3)  # inches
+    figure = Figure(figsize=(15, height))
+    # Not layout="constrained": it takes twice as long, and training waits for it.
+    figure.subplots_adjust(0.04, 0.3 / height, 0.99, 1 - 0.3 / height, wspace=0.13, hspace=0.28)
+    for i, (family, curves) in enumerate(plots.items()):
+        axes = figure.add_subplot(height // 3, 3, i + 1)
+        axes.set_title(family)
+        for name, entries in curves:
+            values = [entry.get(name, float("nan")) for entry in entries]
+            lines = axes.plot([entry["step"] for entry in entries], values, linewidth=0.8)
+            labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
+            for line, label in zip(lines, labels, strict=True):
+                line.set_label(label)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))  # a rate's six decimals would not fit
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize="xx-small", ncols=2)
+    figure.savefig(path, dpi=80)
