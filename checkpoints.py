@@ -14,8 +14,10 @@ and lie in ``saved_models/pretrained/<name>/`` beside the code. Files are read w
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import pickle
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import utils
+from datasets import RESIZE, TASKS
 from models import (
     NOISE,
     AttentionGenerator,
@@ -91,7 +94,8 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
                 raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
             return place
         if found := in_folder(place):
-            if place == SAVED_MODELS / where and any(in_folder(shipped) for shipped in shipped_paths(where)):
+            is_run = len(Path(where).parts) == 1 and place == SAVED_MODELS / where
+            if is_run and any(in_folder(shipped) for shipped in shipped_paths(where)):
                 raise InputError(
                     f"{where} is a run and the name of shipped weights: "
                     f"expected {SAVED_MODELS / where} or pretrained/{where}"
@@ -129,20 +133,11 @@ def is_shipped(where: str | Path) -> bool:
 
 
 def save_atomic(state: Any, path: Path) -> None:
-    """torch.save to a temporary file, flushed to the disk, then renamed: ``path`` is old or new, never half.
-
-    Raises OSError (a full disk, for example) and then leaves the file at ``path`` as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with utils.name_file(path):
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """torch.save, flushed to the disk, then renamed: ``path`` is old or new, never half. Raises OSError."""
+    with utils.replacing(path) as partial, open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def pack_generator(generator: Generator) -> dict[str, Any]:
@@ -178,6 +173,7 @@ class CheckpointFiles:
         self.previous = folder / "checkpoint_previous.pt"
         self.fresh = folder / "checkpoint_fresh.pt"
         self.damaged: set[Path] = set()
+        self.loaded: Path | None = None  # what ``load`` returned the state of
 
     def exist(self) -> bool:
         return any(path.exists() for path in (self.fresh, self.newest, self.previous))
@@ -205,35 +201,80 @@ class CheckpointFiles:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 found = state["format"]
-                if not quiet:
-                    check_sums(path)
+                check_sums(path, quiet)
             except Exception as error:  # a damaged file makes the unpickler raise anything
                 self.damaged.add(path)
                 troubles.append(f"{path}: damaged ({first_line(error)})")
                 continue
             if found != self.FORMAT:
-                raise InputError(f"{path}: checkpoint format {found}, this code reads format {self.FORMAT}")
+                raise InputError(f"{path}: checkpoint format {found!s:.40}, this code reads format {self.FORMAT}")
+            check_state(path, state)
             for trouble in () if quiet else troubles:
                 print0(f"warning: {trouble}; going back to {path}, step {state['step']}")
+            self.loaded = path
             return state
         raise InputError("; ".join(troubles) or f"{self.newest}: no such checkpoint, nothing to resume")
 
 
-def check_sums(path: Path) -> None:
-    """Raise OSError where a file of ``torch.save`` has changed since: torch itself does not compare the sums."""
+def check_sums(path: Path, quick: bool = False) -> None:
+    """Raise OSError where a file of ``torch.save`` has changed since, which torch itself does not check.
+
+    ``quick``: only whether it is packed as torch packs it; a compressed archive could take any amount of memory.
+    """
     with zipfile.ZipFile(path) as archive:
-        if altered := archive.testzip():
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise OSError("is compressed, expected a file of torch.save")
+        if not quick and (altered := archive.testzip()):
             raise OSError(f"{altered} is not what was written")
 
 
+def check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise InputError, naming file and field, where a checkpoint does not have the plain values of a run."""
+    expected = {"options": dict, "step": int, "steps_per_epoch": int, "pictures": str}
+    expected |= {"networks": dict, "optimizers": dict, "ranks": list}
+    for key, kind in expected.items():
+        if type(state.get(key)) is not kind:
+            raise InputError(f"{path}: {key}: expected {kind.__name__}, found {describe(state.get(key))}")
+    if state["steps_per_epoch"] < 1 or state["step"] < 0 or not state["ranks"]:
+        raise InputError(f"{path}: step, steps_per_epoch or ranks: expected a run that has begun")
+    if not isinstance(state.get("best", 0.0), float | int):
+        raise InputError(f"{path}: best: expected a number, found {describe(state['best'])}")
+    options = state["options"]
+    for key in ("system", "dataset_name", "data_dir"):
+        if not isinstance(options.get(key), str):
+            raise InputError(f"{path}: options.{key}: expected a name, found {describe(options.get(key))}")
+    if not all(isinstance(key, str) and is_plain(value) for key, value in options.items()):
+        raise InputError(f"{path}: options: expected numbers, strings and booleans by their names")
+    for i, own in enumerate(state["ranks"]):
+        parts = {"children": dict, "record": dict, "random": Tensor}
+        if not isinstance(own, dict) or any(not isinstance(own.get(k), kind) for k, kind in parts.items()):
+            raise InputError(f"{path}: ranks[{i}]: expected {', '.join(parts)}")
+
+
+def is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def describe(value: Any) -> str:
+    """A short description of a wrong value, however large it is."""
+    return f"{value!r:.40}" if is_plain(value) else type(value).__name__
+
+
 def find_run(name: str) -> dict[str, Any] | None:
-    """The newest checkpoint of a run, None where it has none. Raises InputError for one that cannot be read."""
+    """The newest checkpoint of a run, None where it has none, for ``is_finished``.
+
+    Raises InputError for one that cannot be read.
+    """
     files = CheckpointFiles(SAVED_MODELS / name)
-    return files.load(quiet=True) if files.exist() else None
+    if not files.exist():
+        return None
+    state = files.load(quiet=True)
+    return {**state, "killed_save": files.loaded == files.fresh}
 
 
 def is_finished(state: Mapping[str, Any]) -> bool:
-    return state["step"] == state["options"]["n_epochs"] * state["steps_per_epoch"]
+    """Whether a run has taken all its steps and written its generators, which come last in a save."""
+    return state["step"] == state["options"]["n_epochs"] * state["steps_per_epoch"] and not state.get("killed_save")
 
 
 class RunState:
@@ -270,7 +311,16 @@ class RunState:
             save_generator(self.system.generator(direction), about, self.folder / place)
 
     def save(self, step: int, record: Mapping[str, Any]) -> None:
-        """Write checkpoint and generators. Every rank calls this with its own ``record``; rank 0 writes."""
+        """Write checkpoint and generators. Every rank calls this with its own ``record``; rank 0 writes.
+
+        Raises InputError, on every rank and before anything is written, where weights are not finite.
+        """
+        weights = [p for name in self.networks for p in self.system.get_submodule(name).parameters()]
+        if utils.any_rank([not all(bool(p.isfinite().all()) for p in weights)])[0]:
+            raise InputError(
+                f"the run has diverged: weights are not finite after step {step}. Checkpoints from before are kept; "
+                "docs/training.md, 'When a run diverges', says how to go on"
+            )
         own: dict[str, Any] = {
             "children": {n: m.state_dict() for n, m in self.system.named_children() if n not in self.networks},
             "record": record,
@@ -308,20 +358,26 @@ class RunState:
         if state["pictures"] != self.pictures:
             root = Path(self.options["data_dir"]) / self.options["dataset_name"]
             raise InputError(f"--resume: the pictures in {root} have other names than the run's, expected the same")
-        for name, weights in state["networks"].items():
-            self.system.get_submodule(name).load_state_dict(weights)
-        for player, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][player])
-            match_layout(optimizer)
-        self.best = state.get("best", self.best)
+        path = self.files.loaded
+        networks = {name: self.system.get_submodule(name) for name in self.networks}
+        check_networks(f"{path}", state["networks"], self.system, self.networks)
+        for name, network in networks.items():
+            network.load_state_dict(state["networks"][name])
         own = state["ranks"][utils.rank()]
-        for name, child in own["children"].items():
-            self.system.get_submodule(name).load_state_dict(child)
-        torch.set_rng_state(own["random"])
+        try:
+            for player, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][player])
+                match_layout(optimizer)
+            for name, child in own["children"].items():
+                self.system.get_submodule(name).load_state_dict(child)
+            torch.set_rng_state(own["random"])
+        except Exception as error:  # torch raises anything for parts of a wrong kind
+            raise InputError(f"{path}: optimizers or ranks do not fit this run ({first_line(error)})") from error
+        self.best = state.get("best", self.best)
         if "random_cuda" in own and self.device.type == "cuda":
             torch.cuda.set_rng_state(own["random_cuda"], self.device)
         utils.barrier()  # all ranks have read it
-        if utils.rank() == 0 and self.files.fresh.exists() and self.files.fresh not in self.files.damaged:
+        if utils.rank() == 0 and self.files.loaded == self.files.fresh:
             self.save_generators(state["step"])  # a killed save is finished here
             self.files.rotate()
         return state
@@ -334,12 +390,16 @@ class RunState:
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
     """Give the moments the memory layout of their parameters, which differs between CUDA and the CPU.
 
-    ``load_state_dict`` keeps the layout of the file, and fused Adam would pair the wrong elements.
+    ``load_state_dict`` keeps the layout of the file, and fused Adam would pair the wrong elements. Raises ValueError
+    for moments of other shapes than their parameters.
     """
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
-            if value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
+            if name == "step":  # a number
+                continue
+            if value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}")
+            moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -382,13 +442,10 @@ def init_networks(system: Any, where: str) -> None:
     if path is None:
         raise InputError(f"--init_from {where}: no such checkpoint")
     found = CheckpointFiles(path.parent).load()["networks"]
-    names = [name for turn in system.turns for name in turn.networks]
+    names = system.trained()
+    check_networks(f"--init_from {where}", found, system, names)
     for name in names:
-        try:
-            system.get_submodule(name).load_state_dict(found.get(name, {}))
-        except RuntimeError as error:  # its first line only says that there are errors
-            reason = " ".join(str(error).split("\n\t")[1:2])
-            raise InputError(f"--init_from {where}: {name} does not fit the networks of this run: {reason}") from error
+        system.get_submodule(name).load_state_dict(found[name])
     print0(f"{', '.join(names)} start from {path}")
     if left := sorted(found.keys() - set(names)):
         print0(f"{', '.join(left)} of that checkpoint are not used: this system has none")
@@ -404,7 +461,7 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
 
     ``direction`` says which of two generators is meant, where a file holds both. Returns the generator in float32 on
     the CPU, and what the file says of itself: direction, options, step. Most official files say nothing; "directions"
-    where it holds both. Raises FileNotFoundError, or ValueError when the file holds no generator.
+    where it holds both. Raises FileNotFoundError, or ValueError that names the field when the file holds no generator.
     """
     content = read_weights(path)
     if "generator" not in content:
@@ -415,14 +472,119 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
         if content.keys() >= set(UGATIT_NAMES.values()):
             about |= {"direction": direction or "AtoB", "directions": DIRECTIONS}
         return generator, about
-    if content["generator"] not in GENERATORS:
-        raise ValueError(f"{path}: unknown generator {content['generator']!r}, expected one of {sorted(GENERATORS)}")
-    try:
-        generator = GENERATORS[content["generator"]](**content["settings"])
-        generator.load_state_dict(content["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: weights and settings do not fit {content['generator']} ({error})") from error
-    return generator, {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
+    kind = content["generator"]
+    settings: Any = content.get("settings")
+    if not isinstance(kind, str) or kind not in GENERATORS:
+        raise ValueError(f"{path}: generator: {describe(kind)}, expected one of {sorted(GENERATORS)}")
+    make = GENERATORS[kind]
+    check_settings(path, make, settings)
+    about = {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
+    check_about(path, about)
+    with torch.device("meta"):  # before memory is taken for it
+        expected = make(**settings).state_dict()
+    check_weights(f"{path}", content.get("weights"), expected)
+    generator = make(**settings)
+    generator.load_state_dict(content["weights"])
+    return generator, about
+
+
+def check_settings(path: str | Path, make: type[Generator], settings: Any) -> None:
+    """Raise ValueError where the settings in a file are not arguments of the network, or beyond all reason."""
+    known = inspect.signature(make).parameters
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"{path}: settings: expected arguments of {make.__name__}, found {describe(settings)}")
+    for key, value in settings.items():
+        where = f"{path}: settings.{key}: {describe(value)}"
+        if key not in known:
+            raise ValueError(f"{where}, which {make.__name__} does not know")
+        kind = type(known[key].default)
+        if key == "size" and kind is not int:  # U-GAT-IT: None or (height, width)
+            good = value is None or (
+                isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and 8 <= n <= 4096 for n in value)
+            )
+        elif key == "upsample":
+            good = value in ("transposed", "nearest")
+        elif kind is int:
+            most = {"n_residual_blocks": 256, "depth": 12}.get(key, 4096)
+            good = type(value) is int and (key == "n_residual_blocks" or value >= 1) and 0 <= value <= most
+            if issubclass(make, DCGANGenerator) and key == "size":
+                good = value in DCGANGenerator.sizes
+        else:
+            good = type(value) is kind
+        if not good:
+            raise ValueError(f"{where}, expected an argument of {make.__name__}")
+
+
+def check_about(path: str | Path, about: Mapping[str, Any]) -> None:
+    """Raise ValueError where what a generator file says of itself is not of the kind that its readers expect."""
+    if about.get("direction") not in (*DIRECTIONS, NOISE):
+        raise ValueError(f"{path}: direction: {describe(about.get('direction'))}, expected AtoB, BtoA or {NOISE}")
+    if type(about.get("step", 0)) is not int or about.get("step", 0) < 0:
+        raise ValueError(f"{path}: step: {describe(about['step'])}, expected a number of steps")
+    options = about.get("options", {})
+    if not isinstance(options, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in options.items()):
+        raise ValueError(f"{path}: options: expected numbers, strings and booleans by their names")
+    for key, (kind, least, most) in {
+        "img_height": (int, 1, 2**14),
+        "img_width": (int, 1, 2**14),
+        "channels": (int, 1, 3),
+        "batch_size": (int, 1, 2**20),
+        "seed": (int, 0, 2**62),
+        "n_epochs": (int, 1, 2**40),
+    }.items():
+        if key in options and not (type(options[key]) is kind and least <= options[key] <= most):
+            raise ValueError(
+                f"{path}: options.{key}: {describe(options[key])}, expected a whole number from {least} to {most}"
+            )
+    for key, choices in {"resize": RESIZE, "task": TASKS}.items():
+        if options.get(key, choices[0]) not in choices:
+            raise ValueError(f"{path}: options.{key}: {describe(options[key])}, expected {' or '.join(choices)}")
+    for key in ("system", "dataset_name"):
+        if not isinstance(options.get(key, ""), str):
+            raise ValueError(f"{path}: options.{key}: {describe(options[key])}, expected a name")
+
+
+def check_networks(where: str, found: Mapping[str, Any], system: Any, names: Iterable[str]) -> None:
+    """Raise InputError where the networks of a checkpoint lack one of ``names``, or do not fit the system's."""
+    for name in names:
+        if name not in found:
+            raise InputError(f"{where}: no network {name}, found {some(found)}")
+        try:
+            check_weights(f"{where}: {name}", found[name], system.get_submodule(name).state_dict())
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def check_weights(where: str, weights: Any, expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the key, where weights are not those of ``expected`` (which may be on the meta device).
+
+    Names, shapes and types are compared, and every value must be stored and finite.
+    """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{where}: expected weights by their names, found {describe(weights)}")
+    if weights.keys() != expected.keys():
+        raise ValueError(
+            f"{where}: expected but missing: {some(expected.keys() - weights.keys())}; "
+            f"found but not expected: {some(weights.keys() - expected.keys())}"
+        )
+    for key, wanted in expected.items():
+        found = weights[key]
+        if not isinstance(found, Tensor) or found.layout is not torch.strided:
+            raise ValueError(f"{where}: {key}: expected a tensor, found {describe(found)}")
+        if found.shape != wanted.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        check_values(where, key, found, floats=wanted.is_floating_point())
+
+
+def check_values(where: str, key: str, values: Tensor, floats: bool = True) -> None:
+    """Raise ValueError where a tensor is of another kind, not stored in full (a stride of 0), or not finite."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64) if floats else (torch.int64,)
+    if values.dtype not in kinds:
+        raise ValueError(f"{where}: {key} is of {values.dtype}, expected {kinds[0]}")
+    if values.untyped_storage().nbytes() < values.numel() * values.element_size():
+        raise ValueError(f"{where}: {key} is not stored in full, expected a value for each weight")
+    if floats and not values.isfinite().all():
+        raise ValueError(f"{where}: {key} is not finite: these weights come from a run that has diverged")
 
 
 def open_generator(where: str | Path, direction: str | None = None) -> tuple[Generator, dict[str, Any]]:
@@ -475,8 +637,16 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the weights of a generator")
     try:
+        if zipfile.is_zipfile(path):
+            check_sums(Path(path), quick=True)
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise OSError("a TorchScript archive, expected a dictionary of weights")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises anything: EOFError, RuntimeError, UnpicklingError, ...
+    except pickle.UnpicklingError as error:
+        reason = "it holds other Python objects than weights, as a whole pickled model does"
+        raise ValueError(f"{path}: not a readable weights file ({reason}; expected its state_dict)") from error
+    except Exception as error:  # the unpickler raises anything: EOFError, RuntimeError, ...
         raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
@@ -507,8 +677,14 @@ def load_official(path: str | Path, direction: str | None = None) -> Generator:
     expected and those that were found.
     """
     content = read_weights(path)
-    weights = {k.removeprefix("module."): v for k, v in content.get(UGATIT_NAMES[direction or "AtoB"], content).items()}
-    weights = {k: v for k, v in weights.items() if not k.endswith(NORM_STATISTICS)}
+    inner = content.get(UGATIT_NAMES[direction or "AtoB"], content)
+    if not isinstance(inner, dict) or not all(isinstance(key, str) for key in inner):
+        raise ValueError(f"{path}: expected weights by their names, found {describe(inner)}")
+    weights = {k.removeprefix("module."): v for k, v in inner.items() if not k.endswith(NORM_STATISTICS)}
+    for key, value in weights.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            raise ValueError(f"{path}: {key}: expected a tensor, found {describe(value)}")
+        check_values(f"{path}", key, value)
     generator, layers = recognise(path, weights)
     own = generator.state_dict()
     renamed: dict[str, str] = {}

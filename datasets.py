@@ -15,10 +15,12 @@ project starts its key with a number of its own: 1 samples, 2 shuffling, 3 repla
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -38,7 +40,15 @@ from tqdm import tqdm
 
 from utils import InputError, usable_cores
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Formats that Pillow decodes in this process: it judges a file by its content, and would start Ghostscript for an EPS
+# that is named .png. HEIF is there with pillow-heif.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+EXTENSIONS += (".heic", ".heif")
+MOST_PIXELS = 10**8  # of one file: 300 MB as RGB
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+MOST_SCANS = 200  # of a progressive JPEG, whose decoding takes as many passes; cameras and editors write about 10
+PASSED_OVER = ("@eaDir", "#recycle", "__MACOSX")  # folders of thumbnails and of deleted files
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
 SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
 RESIZE = ("squash", "short_side")
@@ -64,7 +74,7 @@ class Picture(NamedTuple):
 
         A grey version has its luminance in every channel.
         """
-        with Image.open(self.path) as file:
+        with open_image(self.path) as file:
             image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
         if self.grey:
             image = image.convert(MODES[channels])
@@ -85,17 +95,53 @@ class Picture(NamedTuple):
             raise InputError(f"{self.path}: cannot be read ({str(error) or type(error).__name__})") from error
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of the whole file, upright, from the head of the file alone; OSError when it is damaged."""
-        with Image.open(self.path) as file:
+        """(height, width) of the whole file, upright, from the head of the file only; OSError when it is damaged."""
+        with open_image(self.path) as file:
+            if file.format == "TIFF":  # some versions of Pillow turn it when it is decoded
+                file = ImageOps.exif_transpose(file)
+                return file.height, file.width
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return file.size if turned else file.size[::-1]
 
 
+def open_image(path: Path) -> Image.Image:
+    """``Image.open`` for files of strangers. Raises OSError, before memory is taken, for what is not a picture file of
+    ``FORMATS``, has more than ``MOST_PIXELS`` or more than ``MOST_SCANS``; and what Pillow raises for damaged files.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    if path.suffix.lower() in (".heic", ".heif"):
+        try:
+            pillow_heif = importlib.import_module("pillow_heif")
+        except ImportError as error:
+            raise OSError("HEIC pictures need pillow-heif: pip install pillow-heif") from error
+        pillow_heif.register_heif_opener()
+    Image.init()
+    image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.width * image.height > MOST_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels, expected at most {MOST_PIXELS // 10**6} million")
+    if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
+        raise OSError(f"a progressive JPEG of more than {MOST_SCANS} scans")
+    return image
+
+
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any of Pillow's modes to "L" or "RGB": 16 bits are scaled to 8, transparency is laid on white."""
-    if image.mode.startswith("I"):  # I;16, I;16B and I: Pillow's own conversion clips everything above 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+    """Any of Pillow's modes to "L" or "RGB": 16 bits are scaled to 8, transparency is laid on white.
+
+    The range of whole numbers of 32 bits and of fractions is read from the values: 0 to 1, -1 to 1, 0 to 255 or 0 to
+    65535, the first that holds them all. Raises ValueError for others.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.uint32).clip(0, 65535)  # Pillow's own conversion clips at 255
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        numbers = np.asarray(image, dtype=np.float32)
+        least, most = float(numbers.min()), float(numbers.max())
+        ranges = [(0, 1), (-1, 1)] * (image.mode == "F") + [(0, 255), (0, 65535)]
+        low, high = next(((a, b) for a, b in ranges if a <= least and most <= b), (None, None))
+        if low is None or high is None:
+            raise ValueError(f"values from {least:g} to {most:g}, expected 0 to 1, -1 to 1, 0 to 255 or 0 to 65535")
+        image = Image.fromarray(((numbers - low) * (255 / (high - low))).round().astype(np.uint8))
     elif "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -105,8 +151,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
     """All pictures below a folder, linked folders too (or in the folder alone), in the order of their paths.
 
-    Other and hidden files are passed over; a link whose picture has gone stays in, so that ``check`` names it. Raises
-    OSError for a folder that cannot be read.
+    Files with other endings, hidden files and ``PASSED_OVER`` are left out. A link whose picture has gone stays in, so
+    that ``check`` names it. Raises OSError for a folder that cannot be read.
     """
 
     def fail(error: OSError) -> None:
@@ -118,7 +164,7 @@ def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(at)
         deeper = recursive and real not in seen
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if deeper else []
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in PASSED_OVER) if deeper else []
         if real not in seen:
             found += (Path(at, name) for name in files if not name.startswith("."))
         seen.add(real)

@@ -95,24 +95,46 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         return super().forward(x)
 
 
+def varies(variance: Tensor, eps: float = 1e-5) -> Tensor:
+    """Where a channel is more than rounding noise: bool, of the shape of its variances.
+
+    A norm divides by √(variance + ε). In a channel of one value (a black frame, a blank scan) that makes noise and
+    gradients 316 times larger, and so does the next norm, until float32 overflows; while the exact gradient of the
+    weights before the norm is zero there. So norms leave such channels at zero.
+    """
+    return variance > 1e-4 * eps
+
+
+class FlatSafeInstanceNorm2d(nn.Module):
+    """InstanceNorm2d for networks whose padding keeps flat pictures flat; see ``varies``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = varies(x.detach().var(dim=(2, 3), correction=0)).to(x.dtype)  # (B, C)
+        pictures = zip(x.split(1), factors, strict=True)
+        return torch.cat([F.batch_norm(picture, None, None, factor, training=True) for picture, factor in pictures])
+
+
 class ResidualBlock(nn.Module):
     """x + IN(conv(ReLU(IN(conv(x))))), 3×3, reflection padding, no ReLU after the sum.
 
     The block of CycleGAN and AttentionGAN: (B, dim, H, W) to the same shape.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, norm: type[nn.Module] = InstanceNorm2d):
         super().__init__()
         self.conv1 = ReflectionConv2d(dim, dim, 3, bias=False)
         self.conv2 = ReflectionConv2d(dim, dim, 3, bias=False)
-        self.norm = InstanceNorm2d(dim)
+        self.norm = norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm(self.conv2(F.relu(self.norm(self.conv1(x)), inplace=True)))
 
 
-def norm_relu(dim: int) -> list[nn.Module]:
-    return [InstanceNorm2d(dim), nn.ReLU(inplace=True)]
+def norm_relu(dim: int, norm: type[nn.Module] = InstanceNorm2d) -> list[nn.Module]:
+    return [norm(dim), nn.ReLU(inplace=True)]
 
 
 def encoder(channels: int, ngf: int, n_residual_blocks: int, down_padding: str = "zeros") -> nn.Sequential:
@@ -120,15 +142,17 @@ def encoder(channels: int, ngf: int, n_residual_blocks: int, down_padding: str =
 
     ``down_padding``: how the two convolutions of stride 2 pad, "zeros" or "reflect".
     """
-    down = ReflectionConv2d if down_padding == "reflect" else partial(nn.Conv2d, padding=1)
+    reflect = down_padding == "reflect"
+    down = ReflectionConv2d if reflect else partial(nn.Conv2d, padding=1)
+    norm = FlatSafeInstanceNorm2d if reflect else InstanceNorm2d
     return nn.Sequential(
         ReflectionConv2d(channels, ngf, 7, bias=False),
-        *norm_relu(ngf),
+        *norm_relu(ngf, norm),
         down(ngf, 2 * ngf, 3, stride=2, bias=False),
-        *norm_relu(2 * ngf),
+        *norm_relu(2 * ngf, norm),
         down(2 * ngf, 4 * ngf, 3, stride=2, bias=False),
-        *norm_relu(4 * ngf),
-        *(ResidualBlock(4 * ngf) for _ in range(n_residual_blocks)),
+        *norm_relu(4 * ngf, norm),
+        *(ResidualBlock(4 * ngf, norm) for _ in range(n_residual_blocks)),
     )
 
 
@@ -181,7 +205,8 @@ def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps
     mean_ln = mean_in.mean(dim=1, keepdim=True)  # (B, 1, 1, 1)
     squares = (pixels - 1) * var_in + pixels * (mean_in - mean_ln).square()
     var_ln = squares.sum(dim=1, keepdim=True) / (channels * pixels - 1)
-    scale_in, scale_ln = rho * torch.rsqrt(var_in + eps), (1 - rho) * torch.rsqrt(var_ln + eps)
+    scale_in = rho * torch.rsqrt(var_in + eps) * varies(var_in, eps)
+    scale_ln = (1 - rho) * torch.rsqrt(var_ln + eps) * varies(var_ln, eps)
     # One factor and one summand for each channel, so that the picture is read once.
     return x * (gamma * (scale_in + scale_ln)) + (beta - gamma * (scale_in * mean_in + scale_ln * mean_ln))
 

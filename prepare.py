@@ -17,19 +17,19 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from datasets import BUILT_IN, EXTENSIONS, find_pictures, unreadable
-from utils import InputError, Parser, at_least, check_name, run_script
+from utils import InputError, Parser, at_least, check_name, first_line, run_script
 
 # ----------------------------------------------------------------------------------------------------------
 #  The built-in set
@@ -211,6 +211,8 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
         try:
             download(url, file, timeout)
         except (OSError, ValueError, HTTPException) as error:  # ValueError: not an address
+            if isinstance(error, HTTPError):
+                error.close()  # it is the server's answer, too
             raise InputError(f"{url}: could not be fetched ({error}). docs/data.md lists other places.") from error
         if sha256 is not None:
             with open(file, "rb") as stream:
@@ -224,7 +226,10 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
         if not folder.is_dir():
             inside = ", ".join(sorted(p.name for p in (partial / "unpacked").iterdir())) or "nothing"
             raise InputError(f"{url}: expected a folder {name} in the archive, found {inside}")
-        report_counts(folder, counts, shown=target)
+        try:
+            report_counts(folder, counts, shown=target)
+        except InputError as error:
+            raise InputError(f"{url}: {error}") from error
         if not target.exists():  # another process may have been faster
             folder.rename(target)
 
@@ -266,19 +271,21 @@ def unpack(archive: Path, folder: Path) -> None:
                 check_members(archive, folder, [e.filename for e in entries], sum(e.file_size for e in entries), links)
                 file.extractall(folder)
         else:
-            with tarfile.open(archive) as file:
-                members = []
+            with tarfile.open(archive, "r:gz") as file:
+                members, n_bytes = [], 0
                 for member in file:  # one by one: an archive without end is refused on the way
                     members.append(member)
-                    if len(members) > MOST_FILES:
+                    n_bytes += member.size
+                    if len(members) > MOST_FILES or n_bytes > MOST_UNPACKED:
                         break
                 links = [m.name for m in members if not (m.isfile() or m.isdir())]
-                check_members(archive, folder, [m.name for m in members], sum(m.size for m in members), links)
+                check_members(archive, folder, [m.name for m in members], n_bytes, links)
                 file.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
                 file.extractall(folder)
-    # zipfile raises RuntimeError for encrypted members, NotImplementedError for unknown compression.
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-        raise InputError(f"{archive.name}: cannot be unpacked ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # zipfile and tarfile raise anything: OSError, zlib.error, UnicodeDecodeError, ...
+        raise InputError(f"{archive.name}: cannot be unpacked ({first_line(error)})") from error
 
 
 def check_members(archive: Path, folder: Path, names: Sequence[str], n_bytes: int, links: Sequence[str]) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
+import math
+import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from utils import mean_over_ranks, name_file, print0, rank, world_size
+from utils import InputError, mean_over_ranks, name_file, print0, rank, replacing, world_size
 
 IMAGES = Path("images")  # below the working directory
 
@@ -37,13 +39,25 @@ class Record:
 
     CURVE_POINTS = 1000  # at most so many lines of the log are drawn
     SHEETS_SHOWN = 200  # at most so many sheets are on the page's slider
+    PATIENCE = 1000  # steps that a sign of collapse lasts before it is said
     PAGE_SECONDS = 60  # between two drawings of the page, each of which takes about a second
 
     def __init__(
-        self, name: str, log: Path, settings: Mapping[str, Any], total_steps: int, interval: int, start: int = 0
+        self,
+        name: str,
+        log: Path,
+        settings: Mapping[str, Any],
+        total_steps: int,
+        interval: int,
+        start: int = 0,
+        symptoms: Callable[[Mapping[str, Any]], Iterable[str]] = lambda values: (),
     ):
+        """``symptoms``: signs of collapse in the values of a line of the log (see ``System.symptoms``)."""
         self.name, self.log, self.settings = name, log, settings
         self.total_steps, self.interval = total_steps, interval
+        self.symptoms = symptoms
+        self.since_step: dict[str, int] = {}  # when each present symptom was first seen
+        self.warned: set[str] = set()
         self.folder = IMAGES / name
         self.step = start
         self.names: list[str] = []
@@ -82,15 +96,16 @@ class Record:
     def _cut_log(self, step: int) -> None:
         """Drop the lines that a stopped run wrote after its checkpoint."""
         kept = [line for line, entry in read_log(self.log) if entry["step"] <= step]
-        fresh = self.log.with_suffix(".partial")
-        with name_file(fresh):
-            fresh.write_text("".join(line + "\n" for line in kept))
-        os.replace(fresh, self.log)
+        with replacing(self.log) as path:
+            path.write_text("".join(line + "\n" for line in kept))
 
     # -- each step ---------------------------------------------------------------------------------------
 
     def add(self, values: Mapping[str, Tensor], images: int, epoch: int, lr: float) -> None:
-        """Take one step's scalars and vectors; ``images`` is the number of pictures this rank has just seen."""
+        """Take one step's scalars and vectors; ``images`` is the number of pictures this rank has just seen.
+
+        Raises InputError where a mean that is to be logged is not finite.
+        """
         self.step += 1
         flat = torch.cat([v.detach().reshape(-1).float() for v in values.values()])
         if self.sums is None:
@@ -120,26 +135,62 @@ class Record:
         assert self.sums is not None
         means = mean_over_ranks(self.sums.cpu() / self.count)
         speed = round(self._images_per_s(), 3)
+        self.check_finite()
         self.sums.zero_()
         self.count = self.images_since = 0
         if rank() == 0:
-            entry = {"step": self.step, "epoch": epoch + 1, **self._named(means), "lr": lr, "images_per_s": speed}
-            self._append(entry)
+            values = self._named(means)
+            self._append({"step": self.step, "epoch": epoch + 1, **values, "lr": lr, "images_per_s": speed})
+            self._warn_of_collapse(values)
             self.page()
         self.since = time.perf_counter()
+
+    def check_finite(self) -> None:
+        """Raise InputError, on every rank, where a value since the last line of the log was NaN or infinite."""
+        if self.sums is None:
+            return
+        finite = mean_over_ranks(self.sums.isfinite().float().cpu()) == 1
+        if wrong := [name for name, value in self._named(finite).items() if not all_true(value)]:
+            first = self.step - self.count + 1
+            raise InputError(
+                f"the run has diverged: {', '.join(wrong)} not finite between step {first} and step {self.step}. "
+                "Checkpoints from before are kept; docs/training.md, 'When a run diverges', says how to go on"
+            )
+
+    def _warn_of_collapse(self, values: Mapping[str, Any]) -> None:
+        present = set(self.symptoms(values))
+        self.since_step = {symptom: self.since_step.get(symptom, self.step) for symptom in present}
+        for symptom, start in self.since_step.items():
+            if self.step - start >= self.PATIENCE and symptom not in self.warned:
+                self.warned.add(symptom)
+                print0(f"warning: since step {start} {symptom}; docs/training.md, 'Watch the masks', says what to do")
 
     def _images_per_s(self) -> float:
         return world_size() * self.images_since / (time.perf_counter() - self.since)
 
     def add_validation(self, figures: Mapping[str, float], epoch: int, seconds: float) -> None:
-        """Log the figures of an evaluation. Its ``seconds`` do not count as training. Only rank 0 calls this."""
-        self._append({"step": self.step, "epoch": epoch + 1, "validation": dict(figures)})
+        """Log the figures of an evaluation. Its ``seconds`` do not count as training. Only rank 0 calls this.
+
+        The next steps stop the run if the figures are not finite because the weights are not.
+        """
+        known = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
+        self._append({"step": self.step, "epoch": epoch + 1, "validation": known})
         self.since += seconds
         print0(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with name_file(self.log), open(self.log, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with self.never_fatal("log"), name_file(self.log), open(self.log, "a") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    @contextmanager
+    def never_fatal(self, what: str) -> Iterator[None]:
+        """Turn any error into a warning, said once for each ``what``: a picture or a line must never cost a run."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.warned:
+                self.warned.add(what)
+                print0(f"warning: no {what}, training goes on ({type(error).__name__}: {error})")
 
     def _show(self, flat: Tensor, epoch: int) -> None:
         scalars = {name: value for name, value in self._named(flat).items() if not isinstance(value, list)}
@@ -151,9 +202,9 @@ class Record:
 
     def sheet(self, columns: Mapping[str, Tensor]) -> None:
         """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
-        sheet, path = draw_sheet(columns), self.folder / f"{self.step:08d}.png"
-        with name_file(path):
-            sheet.save(path)
+        with self.never_fatal("sheet"):
+            with replacing(self.folder / f"{self.step:08d}.png") as path:
+                draw_sheet(columns).save(path)
 
     def page(self, final: bool = False) -> None:
         """Draw the curves and write ``index.html``: ``final``, or ``PAGE_SECONDS`` after the last time."""
@@ -161,15 +212,18 @@ class Record:
         if rank() != 0 or not (final or now - self._drawn > self.PAGE_SECONDS):
             return
         self._drawn = now
+        with self.never_fatal("page"):
+            self._draw_page()
+
+    def _draw_page(self) -> None:
         entries = [entry for _, entry in read_log(self.log)]
         validations = [entry for entry in entries if "validation" in entry]
         if history := thin([entry for entry in entries if "validation" not in entry], self.CURVE_POINTS):
-            with name_file(self.folder / "curves.png"):
-                draw_curves(history, validations, self.folder / "curves.png")
+            with replacing(self.folder / "curves.png") as path:
+                draw_curves(history, validations, path)
         shown = thin(sorted(p.name for p in self.folder.glob("[0-9]*.png")), self.SHEETS_SHOWN)
         rows = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in self.settings.items())
-        path = self.folder / "index.html"
-        with name_file(path):
+        with replacing(self.folder / "index.html") as path:
             path.write_text(
                 PAGE.format(
                     name=html.escape(self.name),
@@ -183,6 +237,10 @@ class Record:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def all_true(value: Any) -> bool:
+    return all(value) if isinstance(value, list) else bool(value)
 
 
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -267,6 +325,7 @@ def draw_sheet(
 
 def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]], path: Path) -> None:
     """One plot for every family of scalars (the part of their names before "_"), for every vector, for validation."""
+    nan = float("nan")
     families: dict[str, list[str]] = defaultdict(list)
     for name, value in history[-1].items():
         if name not in ("step", "epoch"):
@@ -285,7 +344,7 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
         axes = figure.add_subplot(height // 3, 3, i + 1)
         axes.set_title(family)
         for name, entries in curves:
-            values = [entry.get(name, float("nan")) for entry in entries]
+            values = [nan if entry.get(name) is None else entry[name] for entry in entries]
             lines = axes.plot([entry["step"] for entry in entries], values, linewidth=0.8)
             labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
             for line, label in zip(lines, labels, strict=True):
@@ -295,3 +354,23 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
         if len(axes.lines) > 1:
             axes.legend(fontsize="xx-small", ncols=2)
     figure.savefig(path, dpi=80)
+
+
+def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> None:
+    """Put lines between the marks ``<!-- begin NAME: COMMAND -->`` and ``<!-- end NAME -->`` of a page.
+
+    They replace what stands there, and the begin mark then names this command. A missing page is created with only the
+    block. Raises InputError where a mark is missing, OSError where the page cannot be written.
+    """
+    end = f"<!-- end {name} -->"
+    block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", end])
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{block}\n"
+    begin = re.search(rf"<!-- begin {re.escape(name)}[ :].*-->", text)
+    if begin is None:
+        raise InputError(f"{page}: the mark <!-- begin {name}: ... --> is missing")
+    stop = text.find(end, begin.end())
+    if stop < 0:
+        raise InputError(f"{page}: the mark {end} is missing after <!-- begin {name}: ... -->")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(page) as path:
+        path.write_text(text[: begin.start()] + block + text[stop + len(end) :], encoding="utf-8")

@@ -78,6 +78,10 @@ class System(nn.Module, ABC):
     def turns(self) -> tuple[Turn, ...]:
         """The players' turns in their order."""
 
+    def trained(self) -> list[str]:
+        """The names of all networks that are trained."""
+        return [name for turn in self.turns for name in turn.networks]
+
     def generator(self, direction: str) -> Generator:
         """The generator of a direction; never a wrapped one."""
         return cast(Generator, self.get_submodule(self.generators[direction]))
@@ -93,6 +97,11 @@ class System(nn.Module, ABC):
     @abstractmethod
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
         """Named columns of a picture sheet, each (B, channels or 1, H, W), masks too in [-1, 1]."""
+
+    def symptoms(self, values: Mapping[str, Any]) -> list[str]:
+        """Signs that training collapses, in words, from the means of losses and measures (lists for vectors)."""
+        weak = sorted(name for name, value in values.items() if name.startswith("D") and value < 0.01)
+        return [f"the discriminators' losses {', '.join(weak)} are below 0.01"] if weak else []
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each step, epochs counted from 0, for systems whose loss weights change during training."""
@@ -113,8 +122,9 @@ class NetworkOptions:
         64,
         "channels of the generators' first convolution; for dcgan, which runs the other way, before the last",
         least=1,
+        most=4096,
     )
-    ndf: int = option(64, "channels of the discriminators' first convolution", least=1)
+    ndf: int = option(64, "channels of the discriminators' first convolution", least=1, most=4096)
 
     def build(self, size: tuple[int, int] = (256, 256), seed: Sequence[int] = (0,)) -> System:
         """The system for training pictures of ``size`` (height, width); the weights come from torch's random state.
@@ -125,9 +135,9 @@ class NetworkOptions:
 
 
 # Options of several games, which may differ in the default.
-N_RESIDUAL_BLOCKS = partial(option, help="residual blocks of each generator", least=0)
+N_RESIDUAL_BLOCKS = partial(option, help="residual blocks of each generator", least=0, most=256)
 N_LAYERS_D = partial(
-    option, help="stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34", least=1
+    option, help="stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34", least=1, most=12
 )
 UPSAMPLE = partial(
     option,
@@ -302,6 +312,7 @@ class TwoWay(System):
         self.pool_B = ReplayBuffer(options.pool_size, (*seed, 1))
         self.min_size = max(self.G_AB.min_size, self.D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
+        self.has_background = self.G_AB.settings.get("background", True)
         self.set_epoch(0)
 
     @property
@@ -382,6 +393,14 @@ class TwoWay(System):
                 losses[f"guided_D_{side}"] = real_against_fake(judge, real, self.guide(images, masks))
         return losses
 
+    def symptoms(self, values: Mapping[str, Any]) -> list[str]:
+        found = super().symptoms(values)
+        for way in ("AB", "BA"):
+            masks = values.get(f"mask_{way}_mean", [])
+            if masks and self.has_background and masks[-1] > 0.99:
+                found.append(f"the background mask of {way} is above 0.99: the output is nearly the input")
+        return found
+
     @torch.no_grad()
     def measures(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
         """``change_*``: mean |output - input| in [0, 2], near 0 for a copy. ``mask_*``: see ``mask_measures``."""
@@ -408,7 +427,9 @@ class TwoWayOptions(NetworkOptions, ABC):
     n_layers_D: int = N_LAYERS_D(3)
     upsample: str = UPSAMPLE("transposed")
     lambda_cyc: float = LAMBDA_CYC(10.0)
-    pool_size: int = option(50, "generated pictures that each replay buffer stores; 0 turns it off", least=0)
+    pool_size: int = option(
+        50, "generated pictures that each replay buffer stores; 0 turns it off", least=0, most=2**20
+    )
 
     @abstractmethod
     def generator(self) -> Generator:
@@ -465,7 +486,9 @@ class GuidedOptions(TwoWayOptions, ABC):
 class AttentionGANOptions(GuidedOptions):
     """AttentionGAN, scheme II (Tang et al., TNNLS 2021)."""
 
-    n_masks: int = option(10, "attention masks; the last one is the background, unless --no_background", least=2)
+    n_masks: int = option(
+        10, "attention masks; the last one is the background, unless --no_background", least=2, most=1024
+    )
     attention_kernel: int = option(
         1, "last kernel of the attention head: 1 as in the official code, 7 as in the paper", choices=(1, 7)
     )
@@ -748,6 +771,7 @@ class Pix2PixOptions(NetworkOptions):
         "how often the U-Net halves the picture, whose sides are multiples of 2 to its power; "
         "0: log2 of the smaller side",
         least=0,
+        most=12,
     )
     n_layers_D: int = N_LAYERS_D(3)
     direction: str = option(
@@ -832,7 +856,7 @@ class DCGANOptions(NetworkOptions):
         "decay_by": "never",
     }
 
-    nz: int = option(100, "length of a noise vector", least=1)
+    nz: int = option(100, "length of a noise vector", least=1, most=2**16)
     upsample: str = UPSAMPLE("transposed")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import shutil
 import signal
@@ -49,8 +50,8 @@ class DataOptions:
         "colorization: the pictures of train (or trainB) and test (or testB) are B, their grey versions A",
         choices=TASKS,
     )
-    img_height: int = option(256, "height of the training pictures, pixels", least=1)
-    img_width: int = option(256, "width of the training pictures, pixels", least=1)
+    img_height: int = option(256, "height of the training pictures, pixels", least=1, most=2**14)
+    img_width: int = option(256, "width of the training pictures, pixels", least=1, most=2**14)
     resize: str = option(
         "squash",
         "before the crop, resize both sides to 1.12 x the size as in the official code (squash), or keep the aspect",
@@ -60,7 +61,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    n_epochs: int = option(200, "epochs in all", least=1)
+    n_epochs: int = option(200, "epochs in all", least=1, most=2**40)
     decay_epoch: int | None = option(
         None,
         "epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
@@ -69,7 +70,7 @@ class TrainingOptions:
         least=1,
     )
     decay_by: str = option("epoch", "how often the rate falls after --decay_epoch", choices=("epoch", "step", "never"))
-    batch_size: int = option(1, "samples per step and process", least=1)
+    batch_size: int = option(1, "samples per step and process", least=1, most=2**20)
     lr: float = option(2e-4, "Adam: learning rate", least=0)
     b1: float = option(0.5, "Adam: decay of the first moment", least=0, below=1)
     b2: float = option(0.999, "Adam: decay of the second moment", least=0, below=1)
@@ -110,6 +111,7 @@ class MachineOptions:
         2,
         "processes that decode pictures where they are not kept in memory; 0 decodes in the main process",
         least=0,
+        most=1024,
     )
     device: str = option("auto", "cuda, cuda:1, mps, cpu, or auto")
     compile: bool = option(False, "compile the networks first (torch.compile), for long runs")
@@ -130,7 +132,7 @@ class RunOptions:
 MACHINE = tuple(options_of(MachineOptions))
 FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
 # Files that a run may leave that has saved nothing yet.
-TRACES = re.compile(r"log\.(jsonl|partial)|\d{8}\.png|curves\.png|index\.html|\..*\.partial")
+TRACES = re.compile(r"log\.(jsonl|partial)|\d{8}\.png|curves\.png|index\.html|\..*\.partial|\.partial\..*")
 DEFAULT_SYSTEM = "attentiongan"
 EPILOG = """\
 The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
@@ -191,9 +193,10 @@ def parse_options(
         utils.check_name("--dataset_name", known.dataset_name)
     name = f"{known.dataset_name}_{known.system}" if known.name is None else known.name
     utils.check_name("--name", name)
-    own: dict[str, Any] = {}
+    own, resumed = {}, None
     if known.resume and not known.help:
-        own = checkpoints.CheckpointFiles(SAVED_MODELS / name).load(quiet=True)["options"]
+        resumed = checkpoints.CheckpointFiles(SAVED_MODELS / name).load(quiet=True)
+        own = resumed["options"]
 
     system = own.get("system", known.system)
     parser = make_parser(system if system in SYSTEMS else DEFAULT_SYSTEM)  # else the parser refuses --system itself
@@ -223,7 +226,10 @@ def parse_options(
         raise InputError("--decay_epoch: --decay_by never keeps the rate, expected epoch or step with it")
     if options.decay_epoch is None:
         options.decay_epoch = max(1, options.n_epochs // 2)
-    check_options(options)
+    with torch.device("meta"):  # takes no memory, whatever the options say
+        system = check_options(options)
+    if resumed is not None:
+        checkpoints.check_networks(f"saved_models/{name}", resumed["networks"], system, system.trained())
     if options.n_epochs < own.get("n_epochs", 1):
         raise InputError(f"--n_epochs {options.n_epochs}: expected at least {own['n_epochs']}")
     return options
@@ -234,8 +240,8 @@ def unknown_options(own: Mapping[str, Any], known: Container[str]) -> list[str]:
     return [f"--{key} {value}" for key, value in sorted(own.items()) if value and key not in known]
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for values out of bounds, and for values that do not fit together."""
+def check_options(options: argparse.Namespace) -> System:
+    """Build the system of the options. Raises InputError for values out of bounds, or that do not fit together."""
     for name, each in all_options(options.system).items():
         each.check(name, getattr(options, name))
     if options.decay_epoch > options.n_epochs:
@@ -252,14 +258,14 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
     if options.task == "colorization" and options.channels != 3:
         raise InputError(f"--task colorization makes colours: --channels {options.channels}, expected 3")
-    with torch.device("meta"):
-        system = build_system(options)
+    system = build_system(options)
     for key in ("img_height", "img_width"):
         size = getattr(options, key)
         if size % system.size_multiple or size < system.min_size:
             raise InputError(
                 f"--{key} {size}: expected a multiple of {system.size_multiple}, at least {system.min_size}"
             )
+    return system
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -446,7 +452,13 @@ def train(
     if not options.resume:
         empty_run_folders(options)
     log = record.Record(
-        options.name, folder / "log.jsonl", vars(options), total, options.log_interval, restored["step"]
+        options.name,
+        folder / "log.jsonl",
+        vars(options),
+        total,
+        options.log_interval,
+        restored["step"],
+        system.symptoms,
     )
     if options.resume:
         log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)
@@ -483,6 +495,7 @@ def train(
                         validate(validation, system, state, log, epoch, options.keep_evaluated)
                 stopped, save = utils.any_rank([stop.signal is not None, state.is_due(options.checkpoint_minutes)])
                 if stopped or save:
+                    log.check_finite()
                     state.save(log.step, log.state_dict())
                 if stopped:
                     break
@@ -490,6 +503,7 @@ def train(
                 break
             done = 0
             if is_due(epoch + 1, options.checkpoint_interval, options.n_epochs):
+                log.check_finite()
                 state.save(log.step, log.state_dict())
         log.page(final=True)
         utils.barrier()  # no rank leaves before rank 0 has saved
@@ -537,6 +551,10 @@ def explain_out_of_memory(options: argparse.Namespace) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = parse_options(argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                f"train.py is one process, found WORLD_SIZE {os.environ['WORLD_SIZE']}: expected train_dist.py"
+            )
         prepare_run(options)
         with explain_out_of_memory(options), utils.lock_folder(SAVED_MODELS / options.name):
             return utils.exit_status(train(options))

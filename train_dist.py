@@ -41,8 +41,9 @@ TIMEOUT = timedelta(hours=1)
 GRACE = 30  # seconds that ranks have to end after one of them has failed
 # Broadcasting buffers at each of the several calls of one step would change tensors that the backward pass still
 # needs. torch has renamed the switch.
-NAMES = inspect.signature(DistributedDataParallel).parameters
-OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers": False}
+KNOWN = inspect.signature(DistributedDataParallel).parameters
+SWITCH = "forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers"
+OWN_BUFFERS: dict[str, Any] = {SWITCH: False}
 
 
 def boolean(text: str) -> bool:

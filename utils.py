@@ -261,7 +261,7 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: Mapping[st
         if each.type is bool:
             group.add_argument(f"--{name}", action="store_true", help=each.help)
         else:
-            metavar = None if each.choices else {int: "N", float: "X"}.get(each.type, "NAME")
+            metavar = None if each.choices else "N" if each.type is int else "X" if each.type is float else "NAME"
             group.add_argument(
                 f"--{name}",
                 type=each.type,
@@ -360,8 +360,25 @@ def name_file(path: Path) -> Iterator[None]:
     """Name the file when writing it fails; on a full disk the system's message does not. Raises OSError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
-        raise OSError(f"{path}: could not be written ({first_line(error)})") from error
+    except (OSError, RuntimeError) as error:
+        # torch's writer turns a failed write into a RuntimeError of its own words; what failed is its context.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path}: could not be written ({first_line(cause)})") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which replaces ``path`` at the end of the block: ``path`` is old or new, never half.
+
+    Raises OSError (a full disk, for example) and then leaves the file at ``path`` as it was.
+    """
+    partial = path.with_name(f".partial.{path.name}")
+    try:
+        with name_file(path):
+            yield partial
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

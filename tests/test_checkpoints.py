@@ -1,3 +1,151 @@
+import copy
+import os
+import re
+import resource
+import shutil
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import (
+    QUICK,
+    checkpoint,
+    convolve,
+    norm_relu,
+    official_attention_forward,
+    official_attention_weights,
+    official_ugatit_weights,
+    plain_layer_instance_norm,
+    quick,
+    run,
+    same,
+    same_run,
+    script,
+    trunk,
+    upsample,
+)
+from conftest import ROOT
+
+import checkpoints
+import train
+from checkpoints import (
+    CheckpointFiles,
+    find_generator,
+    find_run,
+    is_finished,
+    load_generator,
+    load_official,
+    open_generator,
+    open_generators,
+    pack_generator,
+    save_atomic,
+)
+from models import (
+    AttentionGenerator,
+    DCGANGenerator,
+    ResNetGenerator,
+    SingleMaskGenerator,
+    UGATITGenerator,
+    UNetGenerator,
+    heat_map,
+)
+from utils import InputError
+
+# ----------------------------------------------------------------------------------------------------------
+#  Names
+# ----------------------------------------------------------------------------------------------------------
+
+
+def put_generators(*folders):
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+        torch.save(pack_generator(AttentionGenerator(ngf=4, n_residual_blocks=1)), f"{folder}/AtoB.pt")
+
+
+def test_generators_are_found_by_run_shipped_name_folder_and_file(monkeypatch):
+    monkeypatch.setattr(checkpoints, "PRETRAINED", Path("none"))
+    put_generators("saved_models/run", "saved_models/pretrained/shipped", "folder")
+    Path("official").mkdir()
+    torch.save({}, "official/latest_net_G_B.pth")
+    for where, direction, expected in (
+        ("run", "AtoB", "saved_models/run/AtoB.pt"),
+        ("saved_models/run", "AtoB", "saved_models/run/AtoB.pt"),
+        ("shipped", "AtoB", "saved_models/pretrained/shipped/AtoB.pt"),
+        ("pretrained/shipped", None, "saved_models/pretrained/shipped/AtoB.pt"),
+        ("folder", None, "folder/AtoB.pt"),
+        ("folder/AtoB.pt", "AtoB", "folder/AtoB.pt"),
+        (Path("folder").resolve(), "AtoB", Path("folder/AtoB.pt").resolve()),
+        ("official", "BtoA", "official/latest_net_G_B.pth"),
+        ("official", None, "official/latest_net_G_B.pth"),
+    ):
+        assert find_generator(where, direction) == Path(expected)
+    with pytest.raises(InputError, match=r"^official/latest_net_G_B.pth: translates the other way"):
+        find_generator("official/latest_net_G_B.pth", "AtoB")
+    with pytest.raises(
+        InputError, match=r"no generator for BtoA found.*saved_models/run.*are: run, pretrained/shipped$"
+    ):
+        find_generator("run", "BtoA")
+
+
+@pytest.mark.parametrize("shipped", ["saved_models/pretrained/horse", "code/horse"])
+def test_a_run_and_shipped_weights_of_one_name_are_refused_as_ambiguous(monkeypatch, shipped):
+    monkeypatch.setattr(checkpoints, "PRETRAINED", Path("code").resolve())
+    put_generators("saved_models/horse", shipped)
+    message = "^horse is a run and the name of shipped weights: expected saved_models/horse or pretrained/horse$"
+    for call in (partial(find_generator, direction=None), open_generator, open_generators, checkpoints.is_shipped):
+        with pytest.raises(InputError, match=message):
+            call("horse")
+    for where, expected in (("saved_models/horse", "saved_models/horse"), ("pretrained/horse", shipped)):
+        assert find_generator(where, "AtoB").resolve() == Path(expected, "AtoB.pt").resolve()
+        assert list(open_generators(where)) == ["AtoB"] and checkpoints.is_shipped(where) == (expected == shipped)
+
+
+@pytest.mark.parametrize("where", ["horse2zebra_attentiongan", "pretrained/horse2zebra_attentiongan"])
+@pytest.mark.parametrize("folder", [".", ROOT])
+def test_shipped_weights_are_found_from_any_working_directory(monkeypatch, where, folder):
+    monkeypatch.chdir(folder)
+    shipped = ROOT / "saved_models/pretrained/horse2zebra_attentiongan"
+    assert find_generator(where, "BtoA").resolve() == shipped / "BtoA.pt"
+    assert checkpoints.is_shipped(where) and list(open_generators(where)) == ["AtoB", "BtoA"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Generator files
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "generator",
+    [
+        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, attention_kernel=7, upsample="nearest"),
+        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
+        SingleMaskGenerator(3, 4, 1),
+        ResNetGenerator(1, 4, 2),
+        UNetGenerator(1, 4, 3),
+        UGATITGenerator(1, 4, 1),
+        UGATITGenerator(3, 4, 1, size=(16, 16), init="default"),
+    ],
+    ids=lambda g: type(g).__name__,
+)
+def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):
+    packed = pack_generator(generator)
+    if half:
+        packed["weights"] = {k: v.half() for k, v in packed["weights"].items()}
+        generator = copy.deepcopy(generator).half().float()  # the same rounding
+    torch.save({**packed, "direction": "AtoB", "step": 3}, tmp_path / "AtoB.pt")
+    loaded, about = load_generator(tmp_path / "AtoB.pt")
+    assert about == {"direction": "AtoB", "step": 3}
+    assert type(loaded) is type(generator) and loaded.settings == generator.settings
+    x = torch.rand(1, generator.settings["channels"], 16, 16) * 2 - 1
+    assert torch.equal(loaded(x).image, generator(x).image)
+    assert next(loaded.parameters()).dtype == torch.float32
+
+
 def test_a_file_of_dcgans_generator_holds_the_running_statistics_and_translates_none(tmp_path):
     generator = DCGANGenerator(nz=3, ngf=4, channels=1, size=16, upsample="nearest")
     noise = torch.rand(4, 3) * 2 - 1
@@ -21,6 +169,296 @@ def test_a_file_of_dcgans_generator_holds_the_running_statistics_and_translates_
     path.unlink()
     with pytest.raises(InputError, match=r"no generator for noise found\. Looked for a file, or generator\.pt in"):
         open_generator(tmp_path, "generator")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Checkpoints on disk
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pt"
+    save_atomic({"value": 1}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as if the disk were full
+    try:
+        with pytest.raises(OSError, match=r"state\.pt: could not be written"):
+            save_atomic({"value": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(path) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def write(files, **state):
+    files.save(state)
+    files.rotate()
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    files = CheckpointFiles(tmp_path)
+    assert not files.exist()
+    with pytest.raises(InputError, match="no such checkpoint, nothing to resume"):
+        files.load()
+    for step in (1, 2, 3):
+        write(files, step=step)
+    assert files.load()["step"] == 3
+    assert torch.load(files.previous)["step"] == 2
+    os.replace(files.newest, files.fresh)  # killed between the two renames
+    assert files.load()["step"] == 3
+    write(files, step=3)
+    files.save({"step": 4})  # killed before them
+    assert files.load()["step"] == 4
+    files.newest.unlink()
+    os.truncate(files.fresh, 100)
+    assert files.load()["step"] == 2
+    files.previous.unlink()
+    assert files.exist()
+
+
+def test_a_save_that_fails_leaves_both_checkpoints(tmp_path, monkeypatch):
+    files = CheckpointFiles(tmp_path)
+    for step in (1, 2):
+        write(files, step=step)
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoints, "save_atomic", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write(files, step=3)
+    assert torch.load(files.newest)["step"] == 2 and torch.load(files.previous)["step"] == 1
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_damage_inside_is_noticed_and_never_becomes_what_one_goes_back_to(tmp_path, capsys, step):
+    weights = torch.arange(100_000.0)
+    for at in range(step):
+        write(CheckpointFiles(tmp_path), step=at, weights=weights + at)
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[200_000:200_100] = bytes(100)  # which torch.load does not see
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["weights"], weights + step - 1)
+
+    files = CheckpointFiles(tmp_path)
+    state = files.load()
+    assert state["step"] == step - 2 and torch.equal(state["weights"], weights + step - 2)
+    assert f"{path}: damaged" in (out := capsys.readouterr().out) and f"going back to {files.previous}" in out
+    write(files, step=9)
+    assert files.load()["step"] == 9 and torch.load(files.previous)["step"] == step - 2
+    write(files, step=10)
+    assert torch.load(files.previous)["step"] == 9
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The state of a run
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_set, capsys, damage):
+    command = f"{QUICK} --n_epochs 3 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    assert run(f"{command} --name r") == 0
+    newest = Path("saved_models/r/checkpoint.pt")
+    if damage == "missing":
+        newest.unlink()
+    else:
+        os.truncate(newest, newest.stat().st_size // 2 if damage == "truncated" else 0)
+    capsys.readouterr()
+    assert run("--name r --resume") == 0
+    out = capsys.readouterr().out
+    assert "step 12 of 18" in out
+    assert damage == "missing" or (
+        out.count("checkpoint.pt: damaged") == 1 and "checkpoint_previous.pt, step 12" in out
+    )
+    same_run("straight", "r")
+    for file in ("checkpoint.pt", "checkpoint_previous.pt"):
+        os.truncate(f"saved_models/r/{file}", 10)
+    assert run("--name r --resume") == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.pt: damaged" in error and "checkpoint_previous.pt: damaged" in error
+
+
+def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
+    assert run(f"{QUICK} --name r --resume") == 2
+    assert "saved_models/r/checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    state = checkpoint("r")
+    torch.save({**state, "options": {**state["options"], "gone": 7}}, "saved_models/r/checkpoint.pt")
+    assert run("--name r --resume") == 2
+    assert "--resume: the run has --gone 7, which this version does not know" in capsys.readouterr().err
+    torch.save({**state, "options": {**state["options"], "gone": 0}}, "saved_models/r/checkpoint.pt")
+    assert run("--name r --resume") == 0
+    torch.save({**state, "format": 99}, "saved_models/r/checkpoint.pt")
+    assert run("--name r --resume") == 2
+    assert "checkpoint format 99, this code reads format 2" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing handles it."""
+
+
+@pytest.mark.parametrize(
+    "owner, function, call",
+    [
+        (checkpoints.RunState, "save_generators", 1),  # the first checkpoint is written, no generator yet
+        (checkpoints, "save_generator", 2),  # one of the first two generators
+        (CheckpointFiles, "rotate", 1),  # both of them
+        (checkpoints.RunState, "save_generators", 2),  # the last checkpoint, with the generators of the one before
+        (CheckpointFiles, "rotate", 2),
+    ],
+)
+def test_a_run_killed_within_a_save_is_resumed_as_if_undisturbed(small_set, monkeypatch, capsys, owner, function, call):
+    command = f"{QUICK} --n_epochs 2 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    original, calls = getattr(owner, function), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, killed)
+        with pytest.raises(Killed):
+            run(f"{command} --name killed")
+    assert not is_finished(find_run("killed"))  # even where it has taken its last step
+    assert run(f"{command} --name killed") == 2
+    assert "a run named killed exists already" in (error := capsys.readouterr().err) and "(--resume)" in error
+    assert run("--name killed --resume") == 0
+    same_run("straight", "killed")
+    straight, resumed = Path("saved_models/straight"), Path("saved_models/killed")
+    assert {p.name for p in resumed.iterdir()} >= {"AtoB.pt", "BtoA.pt"} and is_finished(find_run("killed"))
+    assert not [*resumed.glob("checkpoint_fresh.pt"), *resumed.glob(".*")]
+    for name in ("AtoB.pt", "BtoA.pt"):
+        (one, about), (other, about_other) = (load_generator(folder / name) for folder in (straight, resumed))
+        same(dict(one.state_dict()), dict(other.state_dict()))
+        assert about == about_other and about["step"] == 12
+
+
+def test_killed_outright_and_resumed_is_straight_through(small_set):
+    command = f"{QUICK} --n_epochs 8 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    often = script(f"{command} --name killed --checkpoint_minutes 0.002")
+    process = subprocess.Popen(often, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    newest = Path("saved_models/killed/checkpoint.pt")
+    deadline = time.monotonic() + 90
+    while not newest.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 0 < checkpoint("killed")["step"] < 48
+    assert run("--name killed --resume --checkpoint_minutes 0") == 0
+    same_run("straight", "killed")
+
+
+def test_checkpoints_amid_an_epoch_are_minutes_apart(small_set, monkeypatch):
+    options = train.parse_options(f"{QUICK} --name r".split())
+    system, optimizers, _ = train.set_up(options, torch.device("cpu"))
+    now = 1000.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    own = train.stored_options(options)
+    state = checkpoints.RunState(Path("r"), own, train.MACHINE, system, optimizers, 6, "", torch.device("cpu"))
+    now += 59
+    assert not state.is_due(1)
+    now += 2
+    assert state.is_due(1) and not state.is_due(0)
+    Path("r").mkdir()
+    state.save(1, {})
+    assert not state.is_due(1)
+
+
+def test_moments_from_another_layout_take_their_parameters():
+    """A checkpoint from CUDA holds channels_last moments; the step on the CPU must be the same."""
+    steps = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(4, 3, 5, 5))
+        first = torch.optim.Adam([parameter], fused=True)
+        parameter.grad = torch.randn(4, 3, 5, 5)
+        first.step()
+        state = first.state_dict()
+        for name in ("exp_avg", "exp_avg_sq"):
+            state["state"][0][name] = state["state"][0][name].contiguous(memory_format=layout)
+        second = torch.optim.Adam([parameter], fused=True)
+        second.load_state_dict(state)
+        checkpoints.match_layout(second)
+        second.step()
+        steps.append(parameter.detach().clone())
+    assert torch.equal(*steps)
+
+
+def test_resuming_gives_moments_the_layout_of_their_parameters(small_set):
+    assert run(f"{QUICK} --n_epochs 1 --name r") == 0
+    shutil.copytree("saved_models/r", "saved_models/s")
+    state = checkpoint("s")
+    for moments in (m for optimizer in state["optimizers"].values() for m in optimizer["state"].values()):
+        moments |= {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items() if v.ndim == 4}
+    torch.save(state, "saved_models/s/checkpoint.pt")
+    for name in "rs":
+        assert run(f"--name {name} --resume --n_epochs 2") == 0
+    same_run("r", "s")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Starting from other weights
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_init_from_a_run_and_from_official_weights(small_set, capsys):
+    assert run(f"{QUICK} --n_epochs 1 --name first") == 0
+    assert run(f"{QUICK} --n_epochs 1 --lr 0 --name second --seed 5 --init_from first") == 0
+    for network in ("G_AB", "G_BA"):
+        same(checkpoint("first")["networks"][network], checkpoint("second")["networks"][network])
+    assert "G_AB starts from first" in capsys.readouterr().out
+    assert run(f"{QUICK} --n_epochs 1 --name third --n_masks 4 --init_from first") == 2
+    assert "'n_masks': 3" in (error := capsys.readouterr().err) and "'n_masks': 4" in error
+    assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
+    assert "nowhere: no generator for AtoB found" in capsys.readouterr().err
+    assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from saved_models/first/AtoB.pt") == 2
+    assert "AtoB.pt translates only AtoB, expected a run or folder with a generator for BtoA" in capsys.readouterr().err
+    Path("bad").mkdir()
+    Path("bad/AtoB.pt").write_bytes(b"x")
+    assert run(f"{QUICK} --n_epochs 1 --name fifth --init_from bad") == 2
+    assert "bad/AtoB.pt: not a readable weights file" in capsys.readouterr().err
+
+
+def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
+    """To pictures of another size, too."""
+    assert run(f"{QUICK} --n_residual_blocks 2 --n_epochs 1 --name first") == 0
+    start = "--n_residual_blocks 2 --n_epochs 1 --lr 0 --seed 5 --img_width 16 --init_from first/checkpoint.pt"
+    assert run(f"{QUICK} {start} --name second") == 0
+    assert "G_AB, G_BA, D_A, D_B start from saved_models/first/checkpoint.pt" in capsys.readouterr().out
+    before, after = (checkpoint(name)["networks"] for name in ("first", "second"))
+    assert before.keys() == after.keys() == {"G_AB", "G_BA", "D_A", "D_B"}
+    for network in before:
+        same(before[network], after[network])
+    for flags, message in (
+        ("--ndf 8", r"D_A does not .*: size mismatch for layers.0.weight: .*\(\[4, 3, 4, 4\]\).*\(\[8, 3, 4, 4\]\)"),
+        ("--attn_disc mask", r"guided_D_A does not fit the networks of this run: Missing key.*layers.0.weight"),
+        ("--n_residual_blocks 1", r"G_AB does not fit the networks of this run: Unexpected key.*encoder\.10"),
+    ):
+        assert run(f"{QUICK} {start} {flags} --name third") == 2
+        assert re.search(rf"--init_from first/checkpoint.pt: {message}", capsys.readouterr().err)
+    assert run(f"{QUICK} --n_epochs 1 --attn_disc mask --name guided") == 0
+    assert run(f"{QUICK} --n_epochs 1 --init_from guided/checkpoint.pt --name unguided") == 0
+    assert "guided_D_A, guided_D_B of that checkpoint are not used: this system has none" in capsys.readouterr().out
+    assert run(f"{QUICK} --n_epochs 1 --name third --init_from nowhere/checkpoint.pt") == 2
+    assert "--init_from nowhere/checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+
+
+def test_init_from_an_official_u_gat_it_file_that_holds_both(small_set):
+    weights = {name: official_ugatit_weights(seed, n_blocks=1) for seed, name in enumerate(("genA2B", "genB2A"))}
+    torch.save(weights, "official.pt")
+    still = "--n_epochs 1 --lr 0 --system ugatit --light --init_from official.pt --name r"
+    assert run(f"{quick('ugatit')} {still}") == 0
+    for network, name in (("G_AB", "genA2B"), ("G_BA", "genB2A")):
+        found = checkpoint("r")["networks"][network]
+        assert torch.equal(found["encoder.0.weight"], weights[name]["DownBlock.1.weight"])
+        assert torch.equal(found["decoder.8.weight"], weights[name]["UpBlock2.11.weight"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -121,7 +559,7 @@ def test_official_u_gat_it_files_hold_both_directions(size, tmp_path):
     weights = {"genA2B": official_ugatit_weights(1, size), "genB2A": official_ugatit_weights(2, size)}
     judges = {name: {"model.1.bias": torch.zeros(4)} for name in ("disGA", "disGB", "disLA", "disLB")}
     torch.save({**weights, **judges}, path)
-    x = random(2, 3, size or 24, size or 12).clamp(-1, 1)
+    x = torch.rand(2, 3, size or 24, size or 12, dtype=torch.float64) * 2 - 1
     opened = open_generators(path)
     assert list(opened) == ["AtoB", "BtoA"]
     for (direction, (generator, about)), state in zip(opened.items(), weights.values(), strict=True):
@@ -140,6 +578,23 @@ def test_official_u_gat_it_files_hold_both_directions(size, tmp_path):
     torch.save({"genA2B": {**weights["genA2B"], "gap_fc.bias": torch.zeros(1)}, "genB2A": {}}, path)
     with pytest.raises(ValueError, match=r"not expected: gap_fc\.bias"):  # no norm would cancel it
         load_official(path)
+
+
+@pytest.mark.parametrize(
+    "weights, kept",
+    [(official_attention_weights(), "deconv3_"), (official_cyclegan_weights(), "model.26.")],
+    ids=["attentiongan", "cyclegan"],
+)
+def test_official_weights_trained_without_norms_are_refused(weights, kept, tmp_path):
+    """Then no layer but the last has a bias, and InstanceNorm would compute another function."""
+    path = tmp_path / "latest_net_G_A.pth"
+    biases = [key for key in weights if key.endswith("bias") and not key.startswith(kept)]
+    torch.save({key: value for key, value in weights.items() if key not in biases}, path)
+    with pytest.raises(
+        ValueError, match=rf"^{path}: keys do not fit .*missing: (.*); found but .*: nothing$"
+    ) as caught:
+        load_official(path)
+    assert sorted(biases)[0] in str(caught.value) and f"({len(biases)} in all)" in str(caught.value)
 
 
 def test_running_statistics_of_old_checkpoints_are_dropped(tmp_path):
@@ -181,33 +636,3 @@ def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_official(path)
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(
-    "generator",
-    [
-        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, attention_kernel=7, upsample="nearest"),
-        AttentionGenerator(ngf=4, n_residual_blocks=1, n_masks=3, background=False),
-        SingleMaskGenerator(3, 4, 1),
-        ResNetGenerator(1, 4, 2),
-        UNetGenerator(1, 4, 3),
-        UGATITGenerator(1, 4, 1),
-        UGATITGenerator(3, 4, 1, size=(16, 16), init="default"),
-    ],
-    ids=lambda g: type(g).__name__,
-)
-def test_our_own_files_open_as_the_same_network(generator, half, tmp_path):
-    packed = pack_generator(generator)
-    if half:
-        packed["weights"] = {k: v.half() for k, v in packed["weights"].items()}
-        generator = copy.deepcopy(generator).half().float()  # the same rounding
-    torch.save({**packed, "direction": "AtoB", "step": 3}, tmp_path / "AtoB.pt")
-    loaded, about = load_generator(tmp_path / "AtoB.pt")
-    assert about == {"direction": "AtoB", "step": 3}
-    assert type(loaded) is type(generator) and loaded.settings == generator.settings
-    x = torch.rand(1, generator.settings["channels"], 16, 16) * 2 - 1
-    assert torch.equal(loaded(x).image, generator(x).image)
-    assert next(loaded.parameters()).dtype == torch.float32
-
-

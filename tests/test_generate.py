@@ -109,7 +109,7 @@ def test_interpolation_goes_straight_from_sample_to_sample():
     [
         ("--minus 1 0 2", "--minus 0: expected numbers of samples, 1 to 64"),
         ("--plus 65 1 2", "--plus 65: expected numbers of samples, 1 to 64"),
-        ("--seed -1", "--seed -1: expected at least 0"),
+        ("--seed -1", "--seed: expected at least 0, found -1"),
         ("--output file", "--output file: is a file, expected a folder"),
         ("--checkpoint nothing", "nothing: no generator for noise found"),
         ("--checkpoint AtoB.pt", "AtoB.pt: translates AtoB, expected a generator that draws from noise (dcgan)"),

@@ -1,7 +1,8 @@
-import itertools
-import json
-import os
-import resource
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,21 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from utils import Checkpoints, InputError, Record, draw_sheet, save_atomically
-
-
-def test_a_save_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "state.pt"
-    save_atomically({"value": 1}, path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as if the disk were full
-    try:
-        with pytest.raises(OSError, match=r"state\.pt: could not be written"):
-            save_atomically({"value": torch.zeros(1_000_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert torch.load(path) == {"value": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+from utils import InputError, Option, StopSignals, lock_folder, option, options_of
 
 
 class Damaged(Dataset):
@@ -41,67 +28,6 @@ def test_what_is_wrong_is_told_in_a_line_from_a_loaders_process_too(capsys, n_cp
     assert capsys.readouterr().err == "train.py: error: a.jpg: damaged\n"
 
 
-def test_two_checkpoints_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(InputError, match="no such checkpoint, nothing to resume"):
-        checkpoints.load()
-    for step in (1, 2, 3):
-        checkpoints.save({"step": step})
-    assert checkpoints.load()["step"] == 3
-    assert torch.load(checkpoints.previous)["step"] == 2
-    os.replace(checkpoints.newest, checkpoints.fresh)  # killed between the two renames
-    assert checkpoints.load()["step"] == 3
-    save_atomically({"format": checkpoints.FORMAT, "step": 1}, checkpoints.newest)  # killed before them
-    assert checkpoints.load()["step"] == 3
-    checkpoints.newest.unlink()
-    os.truncate(checkpoints.fresh, 100)
-    assert checkpoints.load()["step"] == 2
-
-
-def test_a_save_that_fails_leaves_both_checkpoints(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (1, 2):
-        checkpoints.save({"step": step})
-
-    def fail(*_):
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(utils, "save_atomically", fail)
-    with pytest.raises(OSError, match="the disk is full"):
-        checkpoints.save({"step": 3})
-    assert torch.load(checkpoints.newest)["step"] == 2 and torch.load(checkpoints.previous)["step"] == 1
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_damage_inside_is_noticed_and_never_becomes_what_one_goes_back_to(tmp_path, capsys, step):
-    weights = torch.arange(100_000.0)
-    for at in range(step):
-        Checkpoints(tmp_path).save({"step": at, "weights": weights + at})
-    path = tmp_path / "checkpoint.pt"
-    content = bytearray(path.read_bytes())
-    content[200_000:200_100] = bytes(100)  # which torch.load does not see
-    path.write_bytes(content)
-    assert not torch.equal(torch.load(path)["weights"], weights + step - 1)
-
-    checkpoints = Checkpoints(tmp_path)
-    state = checkpoints.load()
-    assert state["step"] == step - 2 and torch.equal(state["weights"], weights + step - 2)
-    assert f"{path}: damaged" in (out := capsys.readouterr().out) and f"going back to {checkpoints.previous}" in out
-    checkpoints.save({"step": 9})
-    assert checkpoints.load()["step"] == 9 and torch.load(checkpoints.previous)["step"] == step - 2
-    checkpoints.save({"step": 10})
-    assert torch.load(checkpoints.previous)["step"] == 9
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a disk that is always full")
-def test_a_full_disk_is_told_with_the_file():
-    record = Record("r", {}, total_steps=4, interval=1)
-    record.log_path = Path("/dev/full")
-    with pytest.raises(OSError, match=r"^/dev/full: could not be written \(.*No space left on device"):
-        record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
-    record.close()
-
-
 def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
     cpu = torch.device("cpu")
     for able, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
@@ -111,105 +37,6 @@ def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
         assert utils.make_autocast(cpu, "auto").keywords["enabled"] == expected
         assert not utils.make_autocast(cpu, "float32").keywords["enabled"]
         assert utils.make_autocast(cpu, "bf16").keywords["enabled"]
-
-
-def test_a_sheet_shows_the_pictures_where_it_says():
-    red = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1).expand(2, 3, 96, 96)
-    mask = torch.full((2, 1, 96, 96), 1.0)
-    mask[1] = -1
-    sheet = draw_sheet({"real": red, "attention": mask})
-    assert sheet.size == (2 * 98 + 2, 2 * 98 + 2 + 18)
-    assert sheet.getpixel((50, 18 + 50)) == (255, 0, 0)
-    assert sheet.getpixel((98 + 50, 18 + 50)) == (255, 255, 255)
-    assert sheet.getpixel((98 + 50, 18 + 98 + 50)) == (0, 0, 0)
-    heading = sheet.crop((0, 0, 98, 18)).convert("L")
-    assert heading.getextrema() == (0, 255)
-
-
-def test_the_history_and_the_slider_stay_bounded(monkeypatch):
-    monkeypatch.setattr(Record, "CURVE_POINTS", 10)
-    monkeypatch.setattr(Record, "SHEETS_SHOWN", 4)
-    record = Record("r", {}, total_steps=1000, interval=1)
-    for _ in range(300):
-        record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
-    assert 5 <= len(record.history) <= 10
-    steps = [entry["step"] for entry in record.history]
-    gaps = {b - a for a, b in itertools.pairwise(steps)}
-    assert len(gaps) == 1 and steps[0] == 1
-    for step in range(0, 300, 10):
-        Path(f"images/r/{step:08d}.png").touch()
-    assert not Path("images/r/index.html").exists()
-    record.page(final=True)
-    page = Path("images/r/index.html").read_text()
-    sheets = json.loads(page.split("sheets = ")[1].split(", slider")[0])
-    assert len(sheets) <= 6 and sheets[0] == "00000000.png" and sheets[-1] == "00000290.png"
-    record.close()
-
-
-def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr(Record, "PAGE_SECONDS", 0)
-    record = Record("r", {}, total_steps=1000, interval=2)
-    record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
-    assert not Path("images/r/index.html").exists()
-    record.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
-    assert "step 2 of 1000" in Path("images/r/index.html").read_text() and Path("images/r/curves.png").exists()
-
-
-def test_the_rate_is_of_training_alone(monkeypatch):
-    """Images over seconds, those of an evaluation and of drawing the page not among them."""
-    now = 100.0
-
-    def draw(record):
-        nonlocal now
-        now += 20
-
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(Record, "page", draw)
-    record = Record("r", {}, total_steps=4, interval=2)
-    record.bar.disable = True  # which divides by the time since the last line
-    for _ in range(2):
-        now += 5
-        record.note({"G": torch.tensor(1.0)}, 3, 0, 0.1)
-    now += 7
-    record.note_validation({"KID": 0.5}, 0, seconds=6)
-    for _ in range(2):
-        now += 1
-        record.note({"G": torch.tensor(1.0)}, 4, 0, 0.1)
-    first, validation, second = map(json.loads, record.log_path.read_text().splitlines())
-    assert first["images_per_s"] == 6 / 10 and validation["validation"] == {"KID": 0.5}
-    assert second["images_per_s"] == pytest.approx(8 / 3, abs=1e-3)
-
-
-def test_the_bar_shows_the_rate_up_to_this_step(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: now)
-    record = Record("r", {}, total_steps=4, interval=1)
-    record.bar.disable, record.bar.mininterval, shown = False, 0, []
-    monkeypatch.setattr(record.bar, "set_postfix_str", lambda text, **_: shown.append(text))
-    for images in (100, 200):
-        now += 40
-        record.note({"G": torch.tensor(1.0)}, images, 0, 0.1)
-    assert shown == ["2.5 images/s G 1.000", "5.0 images/s G 1.000"]
-    record.bar.disable = True
-
-
-def test_a_resumed_history_is_thinned_as_the_straight_one(monkeypatch):
-    monkeypatch.setattr(Record, "CURVE_POINTS", 10)
-    straight = Record("r", {}, total_steps=100, interval=1)
-    for _ in range(57):
-        straight.note({"G": torch.tensor(1.0)}, 1, 0, 0.1)
-    resumed = Record("r", {}, total_steps=100, interval=1, start=57)
-    assert [e["step"] for e in resumed.history] == [e["step"] for e in straight.history]
-
-
-@pytest.mark.parametrize("damage", [b'{"step": 2, "G"', b"5\n", b"\xff\xfe\x00\n", b'{"epoch": 1}\n'])
-def test_a_damaged_log_is_cut_where_the_damage_begins(damage):
-    path = Path("saved_models/r/log.jsonl")
-    path.parent.mkdir(parents=True)
-    sound = b'{"step": 1, "G": 0.5}\n'
-    path.write_bytes(sound + damage)
-    record = Record("r", {}, total_steps=100, interval=1, start=50)
-    assert path.read_bytes() == sound and [entry["step"] for entry in record.history] == [1]
 
 
 def test_unknown_devices_are_refused_by_name():
@@ -248,3 +75,110 @@ def test_batches_are_copied_at_once_where_nothing_keeps_their_memory(device, wai
 )
 def test_running_out_of_memory_is_told_from_other_errors(error, expected):
     assert utils.is_out_of_memory(error) is expected
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Signals and locks
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handled():
+    """Signals as in a shell's foreground; the tests themselves may run where they are ignored."""
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield numbers
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_are_noted_and_a_second_ctrl_c_interrupts(handled, monkeypatch):
+    monkeypatch.setattr(utils.os, "dup2", lambda *_: None)  # the terminal is not closed
+    for number in handled:
+        with StopSignals() as stop:
+            assert stop.signal is None
+            signal.raise_signal(number)
+            assert stop.signal == number
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(number) is signal.default_int_handler
+
+
+def test_signals_that_are_ignored_stay_ignored(handled):
+    for number in handled:
+        signal.signal(number, signal.SIG_IGN)
+        with StopSignals() as stop:
+            signal.raise_signal(number)
+        assert stop.signal is None and signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_locked_folder_is_refused_where_the_system_has_locks(monkeypatch, has_locks):
+    monkeypatch.setattr(utils, "LOCK_SECONDS", 0)
+    if not has_locks:
+        monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with lock_folder(Path("a/run")):
+        if has_locks:
+            with pytest.raises(InputError, match=r"^a/run: another process is training"), lock_folder(Path("a/run")):
+                pass
+        else:
+            with lock_folder(Path("a/run")):
+                assert Path("a/run").is_dir()
+    with lock_folder(Path("a/run")):
+        pass
+
+
+def test_everything_but_training_imports_where_there_are_no_locks():
+    modules = "utils, datasets, models, checkpoints, translate, evaluate"
+    code = f"import sys; sys.modules['fcntl'] = None; import {modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Options
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "declared, good, bad",
+    [
+        (Option(int, 3, "", least=1), [1, 10**9], {0: "at least 1", 2.0: "int", True: "int", "4": "int", None: "int"}),
+        (Option(int, 3, "", most=5), [5, -1], {6: "at most 5"}),
+        (Option(float, 0.5, "", least=0, below=1), [0, 0.0, 0.99], {1: "below 1", -0.1: "at least 0", "a": "float"}),
+        (Option(float, 0.5, "", least=0), [1e9], {math.nan: "at least 0", math.inf: "a finite number"}),
+        (Option(str, "a", "", choices=("a", "b")), ["a", "b"], {"c": "one of a, b", 1: "str"}),
+        (Option(bool, False, ""), [True, False], {1: "bool"}),
+        (Option(int, None, "", least=1), [None, 1], {0: "at least 1"}),
+    ],
+)
+def test_options_are_checked_by_type_and_bounds(declared, good, bad):
+    for value in good:
+        declared.check("flag", value)
+    for value, expected in bad.items():
+        with pytest.raises(InputError, match=rf"^--flag {value}: expected {expected}$"):
+            declared.check("flag", value)
+
+
+def test_a_subclass_that_gives_another_default_keeps_the_rest_of_an_option():
+    @dataclass(frozen=True, kw_only=True)
+    class Base:
+        size: int = option(4, "how large", least=2, most=9)
+        kind: str = option("a", "which", choices=("a", "b"))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Middle(Base):
+        size: int = 5
+        more: int = option(1, "own")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Last(Middle):
+        kind: str = "b"
+
+    kind = Option(str, "a", "which", choices=("a", "b"))
+    assert options_of(Base) == {"size": Option(int, 4, "how large", least=2, most=9), "kind": kind}
+    assert options_of(Last) == {
+        "size": Option(int, 5, "how large", least=2, most=9),
+        "kind": Option(str, "b", "which", choices=("a", "b")),
+        "more": Option(int, 1, "own"),
+    }

@@ -1,0 +1,741 @@
+"""Experiments: train runs, measure them all alike, write tables and sheets into the pages of ``docs``.
+
+    python experiments.py compare systems                  # AttentionGAN I and II, guided and not, CycleGAN, U-GAT-IT
+    python experiments.py compare horses --seeds 0 1 2 --data_dir data --extractor efficientnet-lite0
+    python experiments.py results                          # measure the finished runs on real pictures
+    python experiments.py results --train results_horse2zebra_cyclegan
+    python experiments.py ship results_horse2zebra_attentiongan horse2zebra_attentiongan
+
+A run is an ordinary one, ``train.py`` with the flags that stand here. A finished run is kept, another one is resumed,
+and a run of other flags is refused. A table goes between the two marks of its name in a page, a sheet beside the page.
+``docs/results.json`` keeps the figures of ``results``, so that a run that is not on this machine keeps its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import datasets
+import evaluate
+import record
+import train
+import utils
+from checkpoints import DIRECTIONS, SAVED_MODELS, find_run, has_direction, is_finished, open_generators, save_generator
+from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_noise, normalise, quantise, unaugmented
+from metrics import EFFICIENTNET, Extractor, Features, kernel_distance
+from models import NOISE, Translation
+from prepare import draw_built_in
+from systems import SYSTEMS
+from utils import InputError
+
+HERE, DOCS = Path(__file__).resolve().parent, Path("docs")
+Figures = Mapping[str, Any]  # numbers, or text, by what they are
+Rows = dict[str, dict[str, Any]]  # of a run's ``evaluation.json`` by direction
+
+
+class Run(NamedTuple):
+    """A training: its row in the table, its name, its flags of ``train.py``, and what it is measured together with."""
+
+    title: str
+    name: str
+    flags: str
+    group: str
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Experiments: settings side by side, each from several seeds
+# ----------------------------------------------------------------------------------------------------------
+
+DRAWN = (
+    "--dataset_name solid2striped --img_height 64 --img_width 64 --ngf 16 --ndf 32 --n_residual_blocks 2 "
+    "--lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 0"
+)
+TWO = "--system attentiongan --n_layers_D 2"  # patches that fit pictures of 64 pixels
+ONE = "--system attentiongan1 --n_layers_D 2"
+PAIRS, NO_PAIRS = "--n_epochs 12 --decay_epoch 6", "--n_epochs 24 --decay_epoch 12 --n_residual_blocks 3"
+SHARED = {  # flags of all settings of a comparison
+    "systems": DRAWN,
+    "ablations": f"{DRAWN} {TWO}",
+    "horses": "--dataset_name horse2zebra --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 6 --n_layers_D 2 "
+    "--n_epochs 4 --decay_epoch 4 --n_cpu 1 --sample_interval 0 --system attentiongan",
+    "pix2pix": "--dataset_name facades --img_height 64 --img_width 64 --ngf 32 --ndf 32 --n_layers_D 2 "
+    "--n_epochs 30 --decay_epoch 15 --n_cpu 0 --sample_interval 0",
+    # The set's photographs (docs/ shows a sample of 360 and 40 to test); a pass over them is half as long without
+    # pairs, where half of them are grey.
+    "colorization": "--dataset_name monet2photo --task colorization --img_height 64 --img_width 64 --ngf 32 --ndf 32 "
+    "--n_layers_D 2 --n_cpu 0 --sample_interval 0",
+    # 500 small grey pictures, in the place of a set of grey faces with masks that is not at hand, on which nearest
+    # upsampling was reported to do better than transposed convolutions of its capacity.
+    "dcgan": "--dataset_name solid2striped --channels 1 --ngf 16 --ndf 16 --batch_size 16 --n_epochs 80 --n_cpu 0 "
+    "--sample_interval 0 --system dcgan",
+}
+SETTINGS = {  # each setting's own flags
+    "systems": {
+        "AttentionGAN II": TWO,
+        "II, guided by [mask, picture]": f"{TWO} --attn_disc concat",
+        "II, guided by mask x picture": f"{TWO} --attn_disc mask",
+        "II, [mask, picture], partner's mask": f"{TWO} --attn_disc concat --attn_real partner",
+        "II, [mask, picture], picture's gradient": f"{TWO} --attn_disc concat --attn_grad picture",
+        "II, mask x picture, picture's gradient": f"{TWO} --attn_disc mask --attn_grad picture",
+        "AttentionGAN I, unguided": f"{ONE} --curriculum_epochs 1 --attn_disc none",
+        "I, guided by [mask, picture]": f"{ONE} --curriculum_epochs 1 --attn_disc concat",
+        "I, guided by mask x picture": f"{ONE} --curriculum_epochs 1 --attn_disc mask",
+        "I, [mask, picture], no curriculum": f"{ONE} --curriculum_epochs 0 --attn_disc concat",
+        "I, unguided, led to the end": f"{ONE} --curriculum_epochs 3 --attn_disc none",
+        "I, [mask, picture], picture's gradient, led": f"{ONE} --curriculum_epochs 3 --attn_disc concat "
+        "--attn_grad picture",
+        "CycleGAN": "--system cyclegan --n_layers_D 2",
+        "U-GAT-IT, light": "--system ugatit --light",
+        # Two thirds of the time that AttentionGAN II takes for all of them.
+        "U-GAT-IT, light, a third of the steps": "--system ugatit --light --n_epochs 1 --decay_epoch 1",
+    },
+    "ablations": {
+        "AttentionGAN II": "",
+        "identity 5": "--lambda_id 5",
+        "no pool": "--pool_size 0",
+        "attention kernel 7": "--attention_kernel 7",
+        "nearest upsampling": "--upsample nearest",
+        "rate 0.0002": "--lr 0.0002",
+        "float32": "--precision float32",
+    },
+    "horses": {"AttentionGAN II": "", "identity 5": "--lambda_id 5"},
+    # The ablation of the pix2pix paper (Table 1), labels to photographs, and CycleGAN on the same pictures unpaired.
+    "pix2pix": {
+        "L1": "--system pix2pix --direction BtoA --lambda_gan 0",
+        "cGAN": "--system pix2pix --direction BtoA --lambda_L1 0",
+        "L1 + cGAN": "--system pix2pix --direction BtoA",
+        "CycleGAN, unpaired": "--system cyclegan --n_residual_blocks 3",
+    },
+    "colorization": {
+        "L1": f"--system pix2pix --lambda_gan 0 {PAIRS}",
+        "L1 + cGAN": f"--system pix2pix {PAIRS}",
+        "CycleGAN, unpaired": f"--system cyclegan --upsample nearest {NO_PAIRS}",
+        "AttentionGAN II, unpaired": f"--system attentiongan --upsample nearest {NO_PAIRS}",
+    },
+    "dcgan": {"transposed": "--upsample transposed", "nearest": "--upsample nearest"},
+}
+PAGES = {name: DOCS / ("ablations.md" if name in ("ablations", "horses") else "systems.md") for name in SETTINGS}
+
+
+def compared_runs(comparison: str, seeds: Sequence[int]) -> list[Run]:
+    """Every setting of a comparison from every seed."""
+    shared, settings = SHARED[comparison], SETTINGS[comparison]
+    slugs = {setting: re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-") for setting in settings}
+    return [
+        Run(title, f"compare_{comparison}_{slugs[title]}_{seed}", f"{shared} {own} --seed {seed}", comparison)
+        for seed in dict.fromkeys(seeds)
+        for title, own in settings.items()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Experiments: results on real pictures, one seed of each
+# ----------------------------------------------------------------------------------------------------------
+
+EXTRACTOR = EFFICIENTNET  # of KID and the class rate; it comes as packages, so that everybody can measure again
+# Networks and pictures that one core of a processor gets through in two hours; patches that fit the pictures.
+REAL = "--ngf 32 --n_residual_blocks 6 --n_layers_D 2 --upsample nearest --sample_interval 0"
+REAL_SETS = {  # what the two sides show, and a schedule of 18,300 to 18,900 pairs
+    "horse2zebra": ("horse", "zebra", "--n_epochs 14 --decay_epoch 9"),
+    "apple2orange": ("apple", "orange", "--n_epochs 18 --decay_epoch 12"),
+    "facades": ("photograph", "labels", "--n_epochs 47 --decay_epoch 31"),
+    "monet2photo": ("Monet", "photograph", "--n_epochs 3 --decay_epoch 2"),
+    "monet2photo_sample": ("Monet", "photograph", "--n_epochs 51 --decay_epoch 34"),  # docs/monet2photo_sample.txt
+    "summer2winter_yosemite": ("summer", "winter", "--n_epochs 15 --decay_epoch 10"),
+}
+# What others print, under their own protocols: KID × 100 from the AttentionGAN paper, FID from MMGeneration's CycleGAN.
+PUBLISHED = {
+    ("horse2zebra", "AtoB"): "AttentionGAN 100 KID 2.03, CycleGAN FID 64.5",
+    ("horse2zebra", "BtoA"): "AttentionGAN 100 KID 6.48, CycleGAN FID 141.2",
+    ("apple2orange", "AtoB"): "AttentionGAN 100 KID 10.03",
+    ("apple2orange", "BtoA"): "AttentionGAN 100 KID 4.38",
+    ("summer2winter_yosemite", "AtoB"): "CycleGAN FID 83.7",
+    ("summer2winter_yosemite", "BtoA"): "CycleGAN FID 72.8",
+}
+
+
+def real_run(dataset: str, size: int, title: str, name: str, own: str) -> Run:
+    """A run on real pictures. Its group says the size, too, because figures depend on it."""
+    flags = f"--dataset_name {dataset} --img_height {size} --img_width {size} --system {own}"
+    return Run(title, f"results_{dataset}_{name}", flags, f"{dataset}, {size} × {size}")
+
+
+def horse_run(title: str, name: str, own: str) -> Run:
+    return real_run("horse2zebra", 64, title, name, f"{own} {REAL} {REAL_SETS['horse2zebra'][-1]}")
+
+
+def finer_run(title: str, name: str, own: str) -> Run:
+    """At 64 x 64 the stripes of AttentionGAN II came out as checks, perhaps because they are narrower than the 4 x 4
+    pixels of a feature.
+    """
+    own += f" {REAL} --lr 0.0001 --n_epochs 12 --decay_epoch 1 --init_from results_horse2zebra_{name}/checkpoint.pt"
+    return real_run("horse2zebra", 128, f"{title}, after 18,676 pairs at 64 × 64", f"{name}_128", own)
+
+
+RUNS = (
+    horse_run("AttentionGAN II", "attentiongan", "attentiongan"),
+    horse_run("CycleGAN", "cyclegan", "cyclegan"),
+    horse_run("AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 1"),
+    horse_run(
+        "AttentionGAN I, unguided, led", "attentiongan1_led", "attentiongan1 --attn_disc none --curriculum_epochs 14"
+    ),
+    finer_run("AttentionGAN II", "attentiongan", "attentiongan"),
+    finer_run("CycleGAN", "cyclegan", "cyclegan"),
+    finer_run("AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 0"),  # it has had its curriculum
+    *(
+        real_run(dataset, 64, "AttentionGAN II", "attentiongan", f"attentiongan {REAL} {schedule}")
+        for dataset, (*_, schedule) in REAL_SETS.items()
+        if dataset != "horse2zebra"
+    ),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Train
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train_all(runs: Sequence[Run], jobs: int, data_dir: Path) -> int:
+    """Train what is not finished of ``runs``, ``jobs`` at a time, each with its share of the processor's cores.
+
+    Returns 0, or the number of a signal that asked to stop: it is handed on, and the runs save and leave. Raises
+    InputError, before anything trains, where a run of other flags stands; and for runs that fail, when the others are
+    done.
+    """
+    data = ["--data_dir", str(data_dir)]
+    flags = {run.name: [*shlex.split(run.flags), *data] for run in runs}
+    standing = {name: state for name in flags if (state := find_run(name)) is not None}
+    changed = [change for name, state in standing.items() if (change := differs(name, state, flags[name]))]
+    if changed:
+        raise InputError("\n".join(changed))
+    flags |= dict.fromkeys(standing, ["--resume", *data])
+    waiting = [name for name in flags if name not in standing or not is_finished(standing[name])]
+    environment = {"OMP_NUM_THREADS": str(max(1, utils.usable_cores() // jobs)), **os.environ}
+    running: dict[str, tuple[subprocess.Popen, IO[str]]] = {}  # each with the file of its messages
+    failures, told = [], False
+    with utils.StopSignals() as stop:
+        while running or (waiting and stop.signal is None):
+            while waiting and len(running) < jobs and stop.signal is None:
+                name = waiting.pop(0)
+                running[name] = start([*flags[name], "--name", name], environment)
+            if stop.signal is not None and not told:
+                told = True
+                for child, _ in running.values():
+                    child.terminate()  # SIGTERM: save and leave
+            time.sleep(0.1)
+            for name in [name for name, (child, _) in running.items() if child.poll() is not None]:
+                child, messages = running.pop(name)
+                stopped = told and not 0 <= child.returncode <= 128
+                print(f"{name}: {'stopped' if stopped else 'failed' if child.returncode else 'done'}", flush=True)
+                if child.returncode and not stopped:
+                    failures.append(f"{name}: {why_failed(messages)}")
+    summary = "\n".join([f"{len(failures)} of {len(flags)} runs failed:", *failures])
+    if failures and stop.signal is None:
+        raise InputError(summary)
+    if stop.signal is not None:
+        print(summary if failures else "stopped; the same command goes on", file=sys.stderr)
+    return stop.signal or 0
+
+
+def start(flags: Sequence[str], environment: Mapping[str, str]) -> tuple[subprocess.Popen, IO[str]]:
+    """Start ``train.py``. Returns the process and the file of its messages, which, unlike a pipe, is never full."""
+    messages = tempfile.TemporaryFile("w+")
+    command = [sys.executable, str(HERE / "train.py"), *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=messages), messages
+
+
+def why_failed(messages: IO[str]) -> str:
+    """What ``train.py`` said of its failure, or the last line of a traceback."""
+    messages.seek(0)
+    _, mark, told = messages.read().strip().rpartition("train.py: error: ")
+    return told if mark else (told.splitlines() or ["no message"])[-1]
+
+
+def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | None:
+    """In which options, or pictures, the run that stands is not one of these flags, and what to do; None where it is.
+
+    An option that the run does not know had its default, as ``train.py --resume`` has it, too. Raises InputError.
+    """
+    options = train.parse_options(flags)
+    wanted, root = train.stored_options(options), Path(options.data_dir) / options.dataset_name
+    known = {key: each.default for key, each in train.all_options(options.system).items()} | state["options"]
+    if known["system"] == options.system:
+        keys = sorted(wanted.keys() - set(train.MACHINE))
+        changes = [f"--{k} {known[k]} (expected {wanted[k]})" for k in keys if known[k] != wanted[k]]
+        changes += [f"{lost} (which this version does not know)" for lost in train.unknown_options(known, wanted)]
+    else:
+        changes = [f"--system {known['system']} (expected {options.system})"]
+    if not changes:
+        if options.dataset_name == BUILT_IN:
+            draw_built_in(root)
+        if train.build_dataset(options).digest() != state["pictures"]:
+            changes = [f"pictures of other names than those in {root}"]
+    folder = SAVED_MODELS / name
+    return f"{folder}: trained with {', '.join(changes)}; remove it to train it anew" if changes else None
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Measure
+# ----------------------------------------------------------------------------------------------------------
+
+
+def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, Rows]:
+    """What ``evaluate.py`` says of each run on the data set in ``root``, by its name. Raises InputError.
+
+    A row has the run's "figures", those of "untranslated" pictures, and those of real ones in their place ("floor").
+    """
+    arguments = ["--dataset_name", root.name, "--data_dir", str(root.parent), "--extractor", extractor]
+    options = evaluate.make_parser().parse_args([*arguments, "--checkpoint", *(run.name for run in runs)])
+    evaluate.check_options(options)
+    evaluate.evaluate(options)
+    reports = {run.name: record.IMAGES / run.name / "evaluation.json" for run in runs}
+    return {name: last_rows(json.loads(path.read_text())["rows"], root, extractor) for name, path in reports.items()}
+
+
+def last_rows(rows: Sequence[dict[str, Any]], root: Path, extractor: str) -> Rows:
+    """The rows of the last weights on this data set with this extractor, by direction."""
+    wanted = root.name, extractor, evaluate.LAST
+    return {row["direction"]: row for row in rows if (row["dataset"], row["extractor"], row["weights"]) == wanted}
+
+
+@utils.no_tf32()
+@torch.no_grad()
+def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 500) -> dict[str, Rows]:
+    """``measure`` where pictures are drawn from noise: the KID of ``n`` samples to the test pictures.
+
+    The floor is that of all training pictures.
+    """
+    extract = Extractor(extractor, None, utils.pick_device())
+    opened = {run.name: open_generators(run.name, noise=True)[NOISE] for run in runs}
+    options = opened[runs[0].name][1]["options"]
+    real = {split: extract(quantise(read_all(find_plain(root, split), options))) for split in ("train", "test")}
+
+    def kid(images: Features) -> Figures:
+        return {f"KID{extract.suffix}": kernel_distance(images.vectors, real["test"].vectors)}
+
+    measured = {}
+    for name, (generator, about) in opened.items():
+        noise = fixed_noise(n, generator.settings["nz"], about["options"]["seed"])
+        samples = torch.cat([quantise(part) for part in map(generator.eval(), noise.split(50))])
+        measured[name] = {NOISE: {"figures": kid(extract(samples)), "untranslated": {}, "floor": kid(real["train"])}}
+    return measured
+
+
+def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
+    """Pictures as a run of these options sees them outside training, (n, channels, height, width) in [-1, 1]."""
+    size = options["img_height"], options["img_width"]
+    return normalise(torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures]))
+
+
+def find_inputs(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> list[Picture]:
+    """The first ``n`` test pictures that a run of these options translates."""
+    return find_side(root, "test", direction[0], options.get("task", TASKS[0]))[:n]
+
+
+def find_truths(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
+    """The true translations of ``find_inputs`` where pairs tell them, read by ``read_all``; None elsewhere."""
+    inputs, task = find_inputs(root, direction, options, n), options.get("task", TASKS[0])
+    truths = datasets.true_translations(root, inputs, direction, task, evaluate.takes_pairs(options))
+    return None if truths is None else read_all(truths, options)
+
+
+def measure_grey(root: Path, direction: str, options: Mapping[str, Any]) -> Figures:
+    """The error of pictures of one grey, the mean of the target's training pictures, where truths are known."""
+    if direction == NOISE or (truths := find_truths(root, direction, options)) is None:
+        return {}
+    level = read_all(find_side(root, "train", direction[-1], options.get("task", TASKS[0])), options).mean()
+    return {"L1": (truths - level).abs().mean().item()}
+
+
+def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[str, float]:
+    """Training steps per second of each run on this machine, without the loader, by title: medians over rounds.
+
+    The runs take turns, so that a machine which drifts, or has other work, harms none.
+    """
+    games = {}
+    for run in runs:
+        options = train.parse_options(shlex.split(run.flags))
+        device = utils.pick_device(options.device)
+        system, optimizers, autocast = train.set_up(options, device)
+        shape = options.batch_size, options.channels, options.img_height, options.img_width
+        shapes = {**dict.fromkeys(("A", "B", "image"), shape), "noise": (options.batch_size, getattr(options, "nz", 0))}
+        batch = {key: torch.rand(shape, device=device) * 2 - 1 for key, shape in shapes.items()}
+        games[run.title] = partial(train.training_step, system, optimizers, autocast, batch)
+    seconds: dict[str, list[float]] = {title: [] for title in games}
+    for _ in range(rounds + 1):  # the first one warms up
+        for title, step in games.items():
+            begun = time.perf_counter()
+            for _ in range(steps):
+                shown = step()
+            next(iter(shown.values())).tolist()  # waits for the device
+            seconds[title].append((time.perf_counter() - begun) / steps)
+    return {title: 1 / statistics.median(times[1:]) for title, times in seconds.items()}
+
+
+def hours_taken(log: Path, batch_size: int) -> float:
+    """Hours that the training steps of an unpaired run took, by the speeds in its log."""
+    entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "images_per_s" in entry]
+    before = [0, *(entry["step"] for entry in entries)]
+    pairs = [batch_size * (entry["step"] - step) for entry, step in zip(entries, before, strict=False)]
+    return sum(2 * n / entry["images_per_s"] for entry, n in zip(entries, pairs, strict=True)) / 3600
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Table
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """The figure's name (a regular expression), how it is written, a factor, a heading instead of the name."""
+
+    figure: str
+    form: str = ".3f"
+    factor: int = 1
+    heading: str = ""
+
+    def write(self, values: Sequence[Any]) -> str:
+        """Mean ± standard deviation of numbers; text as it is."""
+        if isinstance(values[0], str):
+            return values[0]
+        numbers = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+        return " ± ".join(f"{self.factor * number:z{self.form}}" for number in numbers)
+
+
+SIZE = "million parameters of a generator"
+COMPARED = (
+    *map(Column, ("IoU", "AP", "change IoU", "change AP", "background error", "L1")),
+    Column(r"KID\S*", ".2f", 100),
+    *map(Column, (".* rate", "cycle error", "change")),
+    Column("steps/s", ".1f"),
+    Column(SIZE, ".2f"),
+)
+RESULTS = (
+    Column(r"KID\S*", ".1f", 100, "100 KID-EffNet"),
+    Column(".* rate", heading="class rate"),
+    Column("AP", heading="attention AP"),
+    Column("IoU", heading="attention IoU"),
+    *(Column(key, heading=key) for key in ("background error", "change", "cycle error")),
+    Column("pairs", ",.0f", heading="pairs"),
+    Column("hours", ".1f", heading="hours"),
+    Column("published", heading="published"),
+)
+
+
+def table(rows: Sequence[tuple[str, Sequence[Figures]]], columns: Sequence[Column], blank: str) -> list[str]:
+    """Markdown: a row for each title, over the figures of its seeds; ``blank`` where there are none.
+
+    A column with a heading is always there, one without stands once for every figure of its name.
+    """
+    keys = dict.fromkeys(key for _, runs in rows for run in runs for key, value in run.items() if value is not None)
+    shown: list[tuple[str, Column, list[str]]] = []
+    for column in columns:
+        found = [key for key in keys if re.fullmatch(column.figure, key)]
+        many = f"{column.factor} " if column.factor != 1 else ""
+        shown += [(column.heading, column, found)] if column.heading else [(many + k, column, [k]) for k in found]
+    lines = [["", *(heading for heading, _, _ in shown)], ["---"] * (len(shown) + 1)]
+    for title, runs in rows:
+        values = [[run[k] for run in runs for k in found if run.get(k) is not None] for _, _, found in shown]
+        cells = [column.write(each) if each else blank for (_, column, _), each in zip(shown, values, strict=True)]
+        lines.append([title, *cells])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def find_block(page: Path, name: str) -> tuple[str, str]:
+    """A page's text before the marks of a block and after them. Raises InputError where they are not there."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.search(rf"^<!-- begin {name}[: ].*?^<!-- end {name} -->$", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise InputError(f"{page}: expected a line <!-- begin {name} --> and, below it, a line <!-- end {name} -->")
+    return text[: found.start()], text[found.end() :]
+
+
+def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> None:
+    """Put lines between the marks of a block, and the command that made them into the first mark."""
+    before, after = find_block(page, name)
+    block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", f"<!-- end {name} -->"])
+    with utils.name_file(page):
+        page.write_text(before + block + after, encoding="utf-8")
+    print(f"{page} written")
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Draw
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def translate(run: str, direction: str, root: Path, n: int) -> dict[str, Tensor]:
+    """What a run makes of its first ``n`` test pictures, or 8 samples: those of the parts below that there are.
+
+    All are (n, channels or 1, H, W) in [-1, 1]; but masks (n, n_masks, H, W) and contents (n, n_contents, channels, H,
+    W), see ``Translation``.
+    """
+    opened = open_generators(run, noise=direction == NOISE)
+    generator, about = opened[direction]
+    options = about["options"]
+    if direction == NOISE:
+        return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], options["seed"]))}
+    inputs = read_all(find_inputs(root, direction, options, n), options)
+    made = generator.eval()(inputs)
+    back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
+    parts = {
+        "input": inputs,
+        "output": made.image,
+        "attention": None if made.foreground is None else 2 * made.foreground - 1,
+        "truth": find_truths(root, direction, options, n),
+        "recovered": None if back is None else back.eval()(made.image).image,
+    }
+    if made.content is not None:
+        parts |= {"masks": made.attention, "contents": made.content, "content": painted(made)}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def painted(translation: Translation) -> Tensor:
+    """(B, channels, H, W): the contents weighed by their masks, as if the background mask kept nothing."""
+    masks = translation.attention[:, : translation.content.shape[1], None]
+    return (masks * translation.content).sum(dim=1) / masks.sum(dim=1).clamp_min(torch.finfo(masks.dtype).tiny)
+
+
+def chosen(parts: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: parts[name] for name in names if name in parts}
+
+
+def grid(rows: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
+    """A sheet of pictures, (channels or 1, H, W), by the names of row and column; white where a row has none."""
+    widest = max(rows.values(), key=len)
+    channels = max(picture.shape[0] for row in rows.values() for picture in row.values())
+    columns = {
+        name: torch.stack([row.get(name, torch.ones_like(like)).expand(channels, -1, -1) for row in rows.values()])
+        for name, like in widest.items()
+    }
+    return record.draw_sheet(columns, rows=list(rows))
+
+
+def draw_comparison(runs: Sequence[Run], direction: str, root: Path) -> Image.Image:
+    """A row for each run: its first samples; or inputs, outputs, attention and truths."""
+    rows = {}
+    for run in runs:
+        parts = chosen(translate(run.name, direction, root, 4), "sample", "input", "output", "attention", "truth")
+        n = len(next(iter(parts.values())))
+        rows[run.title] = {f"{name} {i + 1}": part[i] for i in range(n) for name, part in parts.items()}
+    return grid(rows)
+
+
+def draw_shipped(run: str, direction: str, root: Path) -> Image.Image:
+    """A column for each of the first test pictures."""
+    parts = chosen(translate(run, direction, root, 6), "input", "output", "attention", "truth")
+    return grid({name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()})
+
+
+def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]:
+    """The sheets of a run, by the ends of their names: what it makes of the first test pictures; its best, median and
+    worst translations, the sheet of ``evaluate.py``; every mask and content of the first picture.
+    """
+    parts = translate(run, direction, root, 6)
+    sheets = {"": record.draw_sheet(chosen(parts, "input", "attention", "content", "output", "recovered"))}
+    with Image.open(record.IMAGES / run / f"evaluation_{direction}.png") as judged:
+        sheets["_judged"] = judged.copy()
+    if "masks" in parts:
+        masks, contents = parts["masks"][0], [*parts["contents"][0]]
+        names = [f"{i}" for i in range(1, len(contents) + 1)] + ["background"] * (len(masks) - len(contents))
+        kept = contents + [parts["input"][0]] * (len(masks) - len(contents))  # what the background mask keeps
+        shown = {name: 2 * mask[None] - 1 for name, mask in zip(names, masks, strict=True)}
+        sheets["_masks"] = grid({"mask": shown, "content": dict(zip(names, kept, strict=True))})
+    return sheets
+
+
+def save_sheet(picture: Image.Image, path: Path) -> None:
+    with utils.name_file(path):
+        picture.save(path, quality=85, method=6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The script
+# ----------------------------------------------------------------------------------------------------------
+
+
+def check(page: Path, block: str, extractor: str) -> None:
+    """Raise InputError where features or the page cannot be had: before hours of training, not after."""
+    find_block(page, block)
+    if extractor != "none":
+        Extractor(extractor, None, torch.device("cpu"))
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Train a comparison's runs, measure them, write its table and sheet. Returns the exit status. Raises InputError."""
+    name, seeds, extractor = options.comparison, options.seeds, options.extractor
+    shared, runs, page = train.parse_options(shlex.split(SHARED[name])), compared_runs(name, seeds), PAGES[name]
+    root, from_noise = options.data_dir / shared.dataset_name, SYSTEMS[shared.system].game.data == "plain"
+    if from_noise and extractor == "none":
+        raise InputError("--extractor none: samples are compared by their features, expected an extractor")
+    check(page, name, extractor)
+    if stopped := train_all(runs, options.jobs, options.data_dir):
+        return utils.exit_status(stopped)
+    measured = (measure_samples if from_noise else measure)(runs, root, extractor)
+    first = runs[: len(SETTINGS[name])]  # those of the first seed
+    speeds = time_steps(first)
+    command = f"python experiments.py compare {name} --seeds {' '.join(map(str, seeds))} --extractor {extractor}"
+    lines = [
+        f"`{command}`: mean ± standard deviation over the seeds. {date.today():%B %Y}, PyTorch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} thread(s).",
+        "",
+        f"All settings: `{SHARED[name]}`.",
+    ]
+    directions = [way for way in measured[first[0].name] if all(way in rows for rows in measured.values())]
+    for direction in directions:
+        rows = {
+            run.title: [measured[r.name][direction]["figures"] for r in runs if r.title == run.title] for run in first
+        }
+        for run in first:  # what all seeds have in common
+            generator, about = open_generators(run.name, noise=from_noise)[direction]
+            millions = sum(parameter.numel() for parameter in generator.parameters()) / 1e6
+            rows[run.title][0] = {**rows[run.title][0], "steps/s": speeds[run.title], SIZE: millions}
+        others = measured[first[0].name][direction]
+        rows["untranslated"], rows["real training pictures"] = [others["untranslated"]], [others["floor"]]
+        rows["mean grey of the training pictures"] = [measure_grey(root, direction, about["options"])]
+        shown = [(title, figures) for title, figures in rows.items() if any(figures)]
+        lines += ["", f"**{direction}**", "", *table(shown, COMPARED, blank="–")]
+    lines += ["", "**Settings**", "", *(f"- {s}: `{own or 'as above'}`" for s, own in SETTINGS[name].items())]
+    sheet = DOCS / f"compare_{name}.webp"
+    save_sheet(draw_comparison(first, directions[0], root), sheet)
+    write_block(page, name, command, [*lines, "", f"![A row for each setting]({sheet.name})"])
+    return 0
+
+
+def results(options: argparse.Namespace) -> int:
+    """Train the named runs, measure all that are finished here, write the table and the sheets that its page shows.
+
+    Returns the exit status. Raises InputError.
+    """
+    page, store = DOCS / "results.md", DOCS / "results.json"
+    check(page, "results", EXTRACTOR)
+    if stopped := train_all([run for run in RUNS if run.name in options.train], 1, options.data_dir):
+        return utils.exit_status(stopped)
+    known = json.loads(store.read_text()) if store.exists() else {}
+    for group in dict.fromkeys(run.group for run in RUNS):
+        root = options.data_dir / group.partition(",")[0]
+        here = [run for run in RUNS if run.group == group and is_here(run.name)]
+        for name, rows in measure(here, root, EXTRACTOR).items() if here else ():
+            _, about = open_generators(name)["AtoB"]
+            batch_size = about["options"]["batch_size"]
+            hours = hours_taken(SAVED_MODELS / name / "log.jsonl", batch_size)
+            known[name] = {"pairs": about["step"] * batch_size, "hours": hours, "rows": [*rows.values()]}
+            for direction in rows:
+                for end, picture in draw_results(name, direction, root).items():
+                    path = DOCS / f"{name}_{direction}{end}.webp"
+                    if path.name in page.read_text(encoding="utf-8"):
+                        save_sheet(picture, path)
+    store.write_text(json.dumps(known, indent=1) + "\n")
+    write_block(page, "results", "python experiments.py results", table(result_rows(known), RESULTS, blank=""))
+    return 0
+
+
+def is_here(name: str) -> bool:
+    """Whether the generators of a run are on this machine, and not those of a training that goes on."""
+    state = find_run(name)
+    return has_direction(SAVED_MODELS / name, "AtoB") and (state is None or is_finished(state))
+
+
+def result_rows(known: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Figures]]]:
+    """All ``RUNS`` by group and direction; what is not in ``known`` is named and empty."""
+    rows: list[tuple[str, list[Figures]]] = []
+    for group, direction in dict.fromkeys((run.group, direction) for run in RUNS for direction in DIRECTIONS):
+        dataset, _, size = group.partition(", ")
+        source, target, _ = REAL_SETS[dataset]
+        if direction == "BtoA":
+            source, target = target, source
+        published = PUBLISHED.get((dataset, direction), "–")
+        rows.append((f"**{dataset}: {source} → {target}, {size}**", [{"published": published}]))
+        runs = [run for run in RUNS if run.group == group]
+        found = {
+            run: row
+            for run in runs
+            for row in known.get(run.name, {"rows": []})["rows"]
+            if (row["direction"], row["weights"]) == (direction, evaluate.LAST)
+        }
+        for row in [*found.values()][:1]:
+            rows += [("real training pictures", [row["floor"]]), ("untranslated", [row["untranslated"]])]
+        for run in runs:
+            if run in found:
+                about = {key: known[run.name][key] for key in ("pairs", "hours")}
+                rows.append((run.title, [{**found[run]["figures"], **about}]))
+            else:
+                rows.append((f"{run.title}: not trained, `{run.name}`", []))
+    return rows
+
+
+def ship(options: argparse.Namespace) -> int:
+    """Write a run's generators in half precision to ``saved_models/pretrained/NAME``, and what they make of the first
+    test pictures to ``docs/NAME_<direction>.webp``. Returns the exit status. Raises InputError.
+    """
+    run, name = options.run, options.name
+    utils.check_name("NAME", name)
+    opened, sheets = open_generators(run), {}
+    for direction, (_, about) in opened.items():
+        if "dataset_name" not in about.get("options", {}):
+            raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
+        root = options.data_dir / about["options"]["dataset_name"]
+        if not find_inputs(root, direction, about["options"]):
+            raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
+        sheets[direction] = draw_shipped(run, direction, root)
+    DOCS.mkdir(exist_ok=True)
+    for direction, (generator, about) in opened.items():
+        path = save_generator(generator.half(), about, SAVED_MODELS / "pretrained" / name)
+        save_sheet(sheets[direction], DOCS / f"{name}_{direction}.webp")
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def make_parser() -> utils.Parser:
+    parser = utils.Parser("Train runs, measure them all alike, write tables and sheets into the pages of docs.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(work: Callable[[argparse.Namespace], int], description: str) -> Callable[..., argparse.Action]:
+        own = commands.add_parser(work.__name__, description=description, help=description)
+        own.set_defaults(work=work)
+        own.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+        return own.add_argument
+
+    add = command(compare, "Settings side by side, each from several seeds.")
+    add("comparison", choices=SETTINGS, help="what to compare; the flags stand in experiments.py")
+    add("--seeds", type=utils.at_least(0), nargs="+", default=[0, 1, 2], help="seeds of every setting")
+    add("--jobs", type=utils.at_least(1), default=2, help="runs at a time")
+    add("--extractor", default="none", help="for KID, as in evaluate.py")
+    add = command(results, "The table of runs on real pictures: measure those that are finished here.")
+    names = [run.name for run in RUNS]
+    add("--train", nargs="+", choices=names, default=[], metavar="RUN", help="runs to train first, or to go on with")
+    add = command(ship, "Write a run's generators in half precision to saved_models/pretrained, and their sheets.")
+    add("run", metavar="RUN", help="a run of train.py")
+    add("name", metavar="NAME", help="its name among the shipped weights")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def work() -> int:
+        options = make_parser().parse_args(argv)
+        return options.work(options)
+
+    return utils.run_script("experiments.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

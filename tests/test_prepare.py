@@ -1,0 +1,732 @@
+"""Putting data sets on disk: drawing the built-in one, fetching and unpacking public ones, importing pictures."""
+
+import functools
+import gc
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import re
+import socket
+import stat
+import tarfile
+import threading
+import time
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common import below, noise, plain, save
+from PIL import Image, ImageFilter
+
+import datasets
+import prepare
+from datasets import BUILT_IN, UnpairedDataset, find_pictures, find_side
+from prepare import PUBLIC_SETS, PublicSet, atomic_folder, draw_built_in, fetch, import_pictures, unpack
+from utils import InputError
+
+# ----------------------------------------------------------------------------------------------------------
+#  The built-in set
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory):
+    root = tmp_path_factory.mktemp("built_in") / BUILT_IN
+    draw_built_in(root, n_train=3, n_test=4)
+    return root
+
+
+def test_built_in_set_is_the_same_each_time(built_in, tmp_path):
+    draw_built_in(tmp_path / "again", n_train=3, n_test=4)
+    assert below(tmp_path / "again") == below(built_in)
+    assert below(tmp_path).keys() == {"again", *(f"again/{name}" for name in below(built_in))}  # no leftovers
+
+
+def test_built_in_set_has_its_folders_and_no_picture_twice(built_in):
+    counts = {folder.name: len(find_pictures(folder)) for folder in built_in.iterdir()}
+    test_folders = {f"test{side}{view}": 4 for side in "AB" for view in ("", "_mask", "_truth")}
+    assert counts == {"trainA": 3, "trainB": 3, **test_folders}
+    contents = [p.path.read_bytes() for p in find_pictures(built_in)]
+    assert len(set(contents)) == len(contents)
+
+
+def test_a_smaller_built_in_set_is_the_start_of_a_larger_one(built_in, tmp_path):
+    draw_built_in(tmp_path / "small", n_train=1, n_test=1)
+    small, larger = below(tmp_path / "small"), below(built_in)
+    assert small == {name: larger[name] for name in small}
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_truth_differs_from_the_test_picture_on_the_objects_and_nowhere_else(built_in, side):
+    for i in range(4):
+        mask_image = Image.open(built_in / f"test{side}_mask" / f"{i:03d}.png")
+        mask = np.asarray(mask_image)
+        assert mask_image.mode == "L" and set(np.unique(mask)) == {0, 255}
+        picture, truth = (
+            np.asarray(Image.open(built_in / folder / f"{i:03d}.png")).astype(int)
+            for folder in (f"test{side}", f"test{side}_truth")
+        )
+        assert picture.shape == truth.shape == (128, 128, 3) and mask.shape == (128, 128)
+        differs = np.abs(picture - truth).max(axis=-1) > 0
+        around = np.asarray(mask_image.filter(ImageFilter.MaxFilter(5))) == 255  # the soft edge, 2 pixels
+        assert not differs[~around].any()
+        assert differs[mask == 255].mean() > 0.8
+
+
+def test_B_is_striped_and_A_is_not(built_in):
+    def darkest_and_lightest(picture, mask):
+        grey = np.asarray(Image.open(built_in / picture / "000.png").convert("L"))
+        inside = grey[np.asarray(Image.open(built_in / mask / "000.png")) == 255]
+        return np.percentile(inside, [10, 90])
+
+    dark, light = darkest_and_lightest("testB", "testB_mask")
+    assert dark < 40 and light > 130
+    dark, light = darkest_and_lightest("testA", "testA_mask")
+    assert light - dark < 60
+
+
+def test_existing_folder_is_left_alone_and_nothing_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.delattr(prepare, "draw_scene")
+    (tmp_path / BUILT_IN).mkdir()
+    draw_built_in(tmp_path / BUILT_IN, 1, 1)
+    assert below(tmp_path) == {BUILT_IN: None}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_folder_whose_block_fails(tmp_path, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "set") as folder:
+        (folder / "half").write_text("x")
+        raise error
+    assert below(tmp_path) == {}
+
+
+def test_a_folder_appears_only_at_the_end(tmp_path):
+    with atomic_folder(tmp_path / "new" / "set") as folder:
+        (folder / "a").write_text("x")
+        assert not (tmp_path / "new" / "set").exists()
+    assert below(tmp_path) == {"new": None, "new/set": None, "new/set/a": b"x"}
+    assert stat.S_IMODE((tmp_path / "new" / "set").stat().st_mode) == 0o755
+
+
+def test_leftovers_of_a_killed_process_are_removed_after_a_day(tmp_path):
+    ages = {".set.partial.old": 1.01, ".set.partial.young": 0.99, ".other.partial.old": 9, "set.partial.old": 9}
+    for name, days in ages.items():
+        (tmp_path / name / "sub").mkdir(parents=True)
+        os.utime(tmp_path / name, times=(time.time() - days * 24 * 3600,) * 2)
+    with atomic_folder(tmp_path / "set"):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"set", *ages} - {".set.partial.old"}
+
+
+def test_a_faster_process_keeps_its_folder(tmp_path):
+    with atomic_folder(tmp_path / "set") as folder:
+        (folder / "mine").write_text("x")
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "theirs").write_text("y")
+    assert below(tmp_path) == {"set": None, "set/theirs": b"y"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Public sets, from a server on the loopback interface
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder. ``server.send`` makes the pieces that are sent of a file's content.
+
+    ``server.length`` says how their end is told: by its "Content-Length", "chunked", or only by hanging up ("").
+    """
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        path, how = Path(self.translate_path(self.path)), self.server.length
+        if not path.is_file():
+            return self.send_error(404)
+        self.send_response(200)
+        if how:
+            size = str(path.stat().st_size)
+            self.send_header(*(("Transfer-Encoding", how) if how == "chunked" else (how, size)))
+        self.end_headers()
+        for piece in self.server.send(path.read_bytes()):  # a cut shows as a missing last chunk
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if how == "chunked" else piece)
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):  # a client that hangs up early is none of the tests' business
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _past_any_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+
+
+@pytest.fixture
+def web(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web")
+    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.send, server.length = [], lambda content: [content], "Content-Length"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def png_bytes(seed, size=(16, 8)):
+    stream = io.BytesIO()
+    noise(seed, size).save(stream, "PNG")
+    return stream.getvalue()
+
+
+ZIPPED = {f"apple2orange/{f}/{i}.png": png_bytes(i) for f in ("trainA", "trainB", "testA") for i in range(2)}
+TARRED = {f"facades/{f}/{i}.png": png_bytes(i) for f in ("train", "val") for i in range(2)}
+BOTH = pytest.mark.parametrize("name, members", [("apple2orange", ZIPPED), ("facades", TARRED)], ids=["zip", "tar"])
+
+
+def publish(web, monkeypatch, members, name="apple2orange", checksum=False, counts=None):
+    """Put an archive of ``members`` where ``name`` is fetched from; no checksum is expected unless asked for."""
+    archive = PUBLIC_SETS[name].archive
+    path = web.folder / archive
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for member, content in members.items():
+                file.writestr(member, content)
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            for member, content in members.items():
+                entry = tarfile.TarInfo(member) if isinstance(member, str) else member
+                entry.size = len(content)
+                file.addfile(entry, io.BytesIO(content))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if checksum else None
+    monkeypatch.setitem(PUBLIC_SETS, name, PublicSet(archive, sha256, counts or {}))
+    return path
+
+
+def inside(data, name):
+    """The files below data/name under the names they have in the archive; nothing else may stand in data."""
+    assert [p.name for p in data.iterdir()] == [name]
+    return {member: content for member, content in below(data).items() if content is not None}
+
+
+def refused(web, tmp_path, name="apple2orange"):
+    """Why a set cannot be fetched, in one line that names the archive or its address; nothing may be left of it."""
+    before = below(tmp_path)
+    with pytest.raises(InputError) as error:
+        fetch(name, tmp_path / "data", web.url, timeout=0.3)
+    assert below(tmp_path) == {**before, "data": None}
+    message = str(error.value)
+    assert Path(PUBLIC_SETS[name].archive).name in message and "\n" not in message
+    return message
+
+
+def test_fetched_set_stands_whole_and_is_counted(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, ZIPPED, checksum=True, counts={"trainA": 2, "trainB": 2, "testA": 2})
+    data = tmp_path / "data"
+    fetch("apple2orange", data, web.url + "/")
+    assert inside(data, "apple2orange") == ZIPPED
+    counted = "".join(f"  {data}/apple2orange/{folder}: 2 pictures\n" for folder in ("testA", "trainA", "trainB"))
+    assert capsys.readouterr().out == f"fetching {web.url}/cyclegan/datasets/apple2orange.zip\n{counted}"
+
+
+def test_other_numbers_of_pictures_than_expected_are_refused(web, monkeypatch, tmp_path):
+    publish(web, monkeypatch, ZIPPED, counts={"trainA": 2, "trainB": 7, "testA": 2, "testB": 3})
+    root = tmp_path / "data" / "apple2orange"
+    assert refused(web, tmp_path) == (
+        f"{web.url}/cyclegan/datasets/apple2orange.zip: {root}/testB: 0 pictures, expected 3; "
+        f"{root}/trainB: 2 pictures, expected 7"
+    )
+
+
+def test_numbers_that_are_not_known_are_only_printed(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, ZIPPED)
+    fetch("apple2orange", tmp_path, web.url)
+    assert f"{tmp_path}/apple2orange/trainB: 2 pictures\n" in capsys.readouterr().out
+
+
+def test_fetching_again_asks_no_server_and_counts_again(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, ZIPPED, counts={"trainA": 2})
+    fetch("apple2orange", tmp_path, web.url)
+    asked = len(web.asked)
+    capsys.readouterr()
+    fetch("apple2orange", tmp_path, web.url)
+    printed = capsys.readouterr().out
+    assert "stands already" in printed and "trainA: 2 pictures\n" in printed
+    (tmp_path / "apple2orange" / "trainA" / "0.png").unlink()
+    with pytest.raises(InputError, match=f"^{tmp_path}/apple2orange/trainA: 1 pictures, expected 2$"):
+        fetch("apple2orange", tmp_path, web.url)
+    assert len(web.asked) == asked > 0 and (tmp_path / "apple2orange").is_dir()
+
+
+def test_pix2pix_set_serves_its_halves(web, monkeypatch, tmp_path, capsys):
+    publish(web, monkeypatch, TARRED, "facades", counts={"train": 2, "val": 2})
+    fetch("facades", tmp_path, web.url)
+    assert inside(tmp_path, "facades") == TARRED
+    assert capsys.readouterr().out.count(": 2 pictures\n") == 2
+    pair = np.asarray(noise(1, (16, 8)))
+    for side, half in (("A", pair[:, :8]), ("B", pair[:, 8:])):
+        assert np.array_equal(np.asarray(find_side(tmp_path / "facades", "train", side)[1].open()), half)
+    assert UnpairedDataset(tmp_path / "facades", (8, 8))[0, 1]["B"].shape == (3, 8, 8)
+
+
+def test_wrong_checksum_is_told(web, monkeypatch, tmp_path):
+    path = publish(web, monkeypatch, ZIPPED, checksum=True)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes() + b"more")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"sha256 {found}, expected {expected}" in refused(web, tmp_path)
+
+
+@pytest.mark.parametrize("length", ["Content-Length", "chunked"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_connection_closed_midway_is_refused_and_the_second_try_succeeds(web, monkeypatch, tmp_path, checksum, length):
+    size = publish(web, monkeypatch, ZIPPED, checksum=checksum).stat().st_size
+    web.length, web.send = length, lambda content: [content[:-100]]
+    expected = f"{size - 100} of {size} bytes received" if length == "Content-Length" else "IncompleteRead"
+    assert f"could not be fetched ({expected}" in refused(web, tmp_path)
+    web.length, web.send = "Content-Length", lambda content: [content]
+    fetch("apple2orange", tmp_path / "data", web.url)
+    assert inside(tmp_path / "data", "apple2orange") == ZIPPED
+
+
+def test_missing_archive_names_the_address(web, tmp_path):
+    expected = f"{web.url}/cyclegan/datasets/apple2orange.zip: could not be fetched (HTTP Error 404"
+    assert refused(web, tmp_path).startswith(expected)
+    gc.collect()  # a connection that was left open would be a ResourceWarning, which fails the test
+
+
+@pytest.mark.parametrize("mirror", ["efrosgans.eecs.berkeley.edu", "http://127.0.0.1:port", "http://a b"])
+def test_address_that_is_none_is_refused(tmp_path, mirror):
+    with pytest.raises(InputError, match=re.escape(mirror)):
+        fetch("apple2orange", tmp_path, mirror)
+    assert below(tmp_path) == {}
+
+
+def test_silent_server_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(InputError, match="could not be fetched"):
+            fetch("apple2orange", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
+    assert time.monotonic() - start < 5
+    assert socket.getdefaulttimeout() is None
+    assert below(tmp_path) == {}
+
+
+def trickle(content):
+    """Most of it at once, then 20 bytes a second for over a second."""
+    yield content[:-24]
+    for byte in content[-24:]:
+        time.sleep(0.05)
+        yield bytes([byte])
+
+
+def test_slow_server_is_given_up_and_one_just_fast_enough_is_not(web, monkeypatch, tmp_path):
+    publish(web, monkeypatch, ZIPPED | {"apple2orange/trainA/2.png": bytes(10**5)})  # at once: no merit later on
+    web.send = trickle
+    assert re.search(r"could not be fetched \(only \d bytes in 0 s\)", refused(web, tmp_path))
+    monkeypatch.setattr(prepare, "LEAST_SPEED", 1)
+    fetch("apple2orange", tmp_path / "data", web.url, timeout=0.3)
+    assert len(inside(tmp_path / "data", "apple2orange")) == len(ZIPPED) + 1
+
+
+@pytest.mark.parametrize("length", ["Content-Length", ""])
+def test_a_download_of_more_bytes_than_a_data_set_has_is_given_up(web, monkeypatch, tmp_path, length):
+    size = publish(web, monkeypatch, ZIPPED).stat().st_size
+    web.length = length
+    if not length:
+        web.send = lambda content: itertools.repeat(content)  # without end
+    monkeypatch.setattr(prepare, "MOST_DOWNLOAD", size - 1)
+    assert "could not be fetched (more than 0 MiB, expected a data set)" in refused(web, tmp_path)
+    web.send = lambda content: [content]
+    monkeypatch.setattr(prepare, "MOST_DOWNLOAD", size)
+    fetch("apple2orange", tmp_path / "data", web.url)
+    assert inside(tmp_path / "data", "apple2orange") == ZIPPED
+
+
+def test_the_least_speed_and_the_most_bytes_leave_room_for_every_public_set():
+    assert prepare.LEAST_SPEED <= 1000 and prepare.MOST_DOWNLOAD >= 2 * 300 * 2**20
+    assert prepare.MOST_UNPACKED >= 4 * 300 * 2**20 and prepare.MOST_FILES >= 2 * 8500
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Archives
+# ----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
+def test_truncated_archive_without_checksum_is_refused(web, monkeypatch, tmp_path, name, members, kept):
+    path = publish(web, monkeypatch, members, name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    assert "cannot be unpacked" in refused(web, tmp_path, name)
+
+
+def test_however_a_tar_is_cut_no_picture_is_lost_unnoticed(tmp_path, web, monkeypatch):
+    content = publish(web, monkeypatch, TARRED, "facades").read_bytes()
+    archive, refusals = tmp_path / "cut.tar.gz", 0
+    for length in range(0, len(content), 7):
+        archive.write_bytes(content[:length])
+        try:
+            unpack(archive, tmp_path / f"{length}")
+        except InputError:
+            refusals += 1
+        else:  # only padding is missing
+            assert {k: v for k, v in below(tmp_path / f"{length}").items() if v is not None} == TARRED
+    assert refusals > 100
+
+
+@pytest.mark.parametrize("outside", ["../../../evil.txt", "apple2orange/../../../../evil.txt", "{tmp}/evil.txt"])
+def test_zip_that_leads_outside_is_refused(web, monkeypatch, tmp_path, outside):
+    outside = outside.format(tmp=tmp_path)
+    publish(web, monkeypatch, {**ZIPPED, outside: b"evil"})
+    assert refused(web, tmp_path) == f"apple2orange.zip: {outside} would land outside its folder"
+
+
+@pytest.mark.parametrize("kind", ["path", "symlink", "hardlink"])
+def test_tar_that_leads_outside_is_refused(web, monkeypatch, tmp_path, kind):
+    (tmp_path / "secret").mkdir()
+    link = tarfile.TarInfo("facades/link")
+    link.type = tarfile.SYMTYPE if kind == "symlink" else tarfile.LNKTYPE
+    link.linkname = "../../../../secret" if kind == "symlink" else "../../../secret"
+    evil = {"../../../evil.txt": b"evil"} if kind == "path" else {link: b"", "facades/link/evil.txt": b"evil"}
+    publish(web, monkeypatch, {**TARRED, **evil}, "facades")
+    expected = "../../../evil.txt would land outside its folder" if kind == "path" else "facades/link is neither a file"
+    assert refused(web, tmp_path, "facades").startswith(f"facades.tar.gz: {expected}")
+
+
+def zip_link(name):
+    link = zipfile.ZipInfo(name)
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return link
+
+
+def tar_entry(name, kind):
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, "0.png"
+    return entry
+
+
+@pytest.mark.parametrize(
+    "name, members, odd",
+    [
+        ("apple2orange", ZIPPED, zip_link("apple2orange/trainA/9.png")),
+        ("facades", TARRED, tar_entry("facades/train/9.png", tarfile.SYMTYPE)),
+        ("facades", TARRED, tar_entry("facades/train/9.png", tarfile.FIFOTYPE)),
+    ],
+    ids=["link in a zip", "link in a tar", "pipe in a tar"],
+)
+def test_what_is_neither_a_file_nor_a_folder_is_refused(web, monkeypatch, tmp_path, name, members, odd):
+    publish(web, monkeypatch, {**members, odd: b"0.png" if name == "apple2orange" else b""}, name)
+    assert re.fullmatch(r"(\w|\.)+: \w+/\w+/9\.png is neither a file nor a folder", refused(web, tmp_path, name))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "limit, message", [("MOST_FILES", "more than {} files"), ("MOST_UNPACKED", "unpacks to 0 MiB")]
+)
+def test_an_archive_of_more_than_a_data_set_is_refused(web, monkeypatch, tmp_path, name, members, limit, message):
+    publish(web, monkeypatch, members, name)
+    found = len(members) if limit == "MOST_FILES" else sum(map(len, members.values()))
+    monkeypatch.setattr(prepare, limit, found - 1)
+    assert refused(web, tmp_path, name).split(": ")[1].startswith(message.format(found - 1))
+    monkeypatch.setattr(prepare, limit, found)
+    fetch(name, tmp_path / "data", web.url)
+    assert inside(tmp_path / "data", name) == members
+
+
+@pytest.mark.parametrize("limit", ["MOST_FILES", "MOST_UNPACKED"])
+def test_a_tar_without_end_is_not_read_to_its_end(web, monkeypatch, tmp_path, limit):
+    path = publish(web, monkeypatch, {"facades/0.png": b"0", "facades/1.png": bytes(10**6), "2.png": b"2"}, "facades")
+    tar = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(tar[:5000]))  # a sound archive, cut within its second file
+    assert "cannot be unpacked" in refused(web, tmp_path, "facades")
+    monkeypatch.setattr(prepare, limit, 1)
+    assert "cannot be unpacked" not in refused(web, tmp_path, "facades")
+
+
+def test_encrypted_zip_is_refused(web, monkeypatch, tmp_path):
+    path = publish(web, monkeypatch, ZIPPED)
+    content = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # of each file, and in the directory at the end
+        for found in re.finditer(re.escape(header), bytes(content)):
+            content[found.start() + flags] |= 1
+    path.write_bytes(content)
+    assert re.match(r"apple2orange\.zip: cannot be unpacked \(.* is encrypted", refused(web, tmp_path))
+
+
+def test_archive_of_something_else_says_what_it_holds(web, monkeypatch, tmp_path):
+    publish(web, monkeypatch, {"pears/trainA/0.png": b"", "readme": b""})
+    assert "expected a folder apple2orange in the archive, found pears, readme" in refused(web, tmp_path)
+
+
+@BOTH
+def test_a_damaged_archive_is_refused_in_one_line_or_unpacked(web, monkeypatch, tmp_path, name, members):
+    """Whatever the damage: no other error comes out of zipfile, tarfile and zlib."""
+    content = publish(web, monkeypatch, members, name).read_bytes()
+    archive, rng, refusals = tmp_path / Path(PUBLIC_SETS[name].archive).name, np.random.default_rng(0), 0
+    if archive.suffix == ".gz":
+        content = gzip.decompress(content)
+    for i in range(400):
+        damaged = bytearray(content)
+        for place in rng.integers(len(content), size=rng.integers(1, 30)):
+            damaged[place] = rng.integers(256)
+        archive.write_bytes(gzip.compress(damaged, 1) if archive.suffix == ".gz" else damaged)
+        try:
+            unpack(archive, tmp_path / f"{i}")
+        except InputError as error:
+            assert str(error).startswith(archive.name)
+            refusals += 1
+    assert refusals > 100
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Names of public sets
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_set_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(InputError, match=r"cat2dog: not a public set, expected one of apple2orange, .*maps"):
+        fetch("cat2dog", tmp_path)
+
+
+def test_a_set_that_a_browser_must_fetch_says_where_it_is_and_is_counted(tmp_path, capsys, monkeypatch):
+    page, root = "https://drive.google.com/file/d/1xOWj1UVgp6NKMT3HbPhBbtq2A4EDkghF/view", tmp_path / "selfie2anime"
+    with pytest.raises(InputError, match=re.escape(f"{page} and unpack it to {root} (trainA, ")):
+        fetch("selfie2anime", tmp_path)
+    assert below(tmp_path) == {}
+    assert "python prepare.py --dataset_name selfie2anime" in datasets.missing(root, "A")
+    save(noise(0), root / "trainA" / "0.png")
+    with pytest.raises(
+        InputError, match=f"{root}/testB: 0 pictures, expected 100; {root}/trainA: 1 pictures, expected"
+    ):
+        fetch("selfie2anime", tmp_path)
+    assert f"{root}/trainA: 1 pictures\n" in capsys.readouterr().out
+    monkeypatch.setitem(prepare.BY_HAND, "selfie2anime", (page, {"trainA": 1}))
+    fetch("selfie2anime", tmp_path)
+
+
+def test_every_public_set_has_a_well_formed_entry():
+    for name, entry in PUBLIC_SETS.items():
+        assert Path(entry.archive).name in (f"{name}.zip", f"{name}.tar.gz")
+        assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Your own pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two folders of 10 and 4 pictures."""
+    folders = tmp_path / "horses", tmp_path / "zebras"
+    for seed, (folder, n) in enumerate(zip(folders, (10, 4), strict=True)):
+        for i in range(n):
+            save(noise(100 * seed + i), folder / f"p{i}.png")
+    return folders
+
+
+def names(folder):
+    return [p.path.name for p in find_pictures(folder)]
+
+
+def test_own_pictures_are_linked(own, tmp_path):
+    import_pictures(*own, tmp_path / "mine")
+    links = [p.path for p in find_pictures(tmp_path / "mine")]
+    assert len(links) == 14 and all(path.is_symlink() for path in links)
+    sources = {p.path.resolve() for folder in own for p in find_pictures(folder)}
+    assert {path.resolve() for path in links} == sources
+    dataset = UnpairedDataset(tmp_path / "mine", (16, 16))  # which can be trained on
+    dataset.check()
+    assert len(dataset) == 9 and dataset[0, 8]["A"].shape == (3, 16, 16)
+
+
+def test_links_hold_when_the_sources_were_given_relative(own, tmp_path, monkeypatch):
+    import_pictures(Path("horses"), Path("zebras"), Path("data/mine"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    UnpairedDataset(tmp_path / "data" / "mine", (16, 16)).check()
+    assert len(find_pictures(tmp_path / "data" / "mine")) == 14
+
+
+def test_copies_outlive_their_sources(own, tmp_path):
+    sources = [p.path for folder in own for p in find_pictures(folder)]
+    contents = sorted(path.read_bytes() for path in sources)
+    import_pictures(*own, tmp_path / "mine", copy=True)
+    for path in sources:
+        path.unlink()
+    copies = [p.path for p in find_pictures(tmp_path / "mine")]
+    assert not any(path.is_symlink() for path in copies)
+    assert sorted(path.read_bytes() for path in copies) == contents
+
+
+def test_test_share_is_split_off_by_the_seed(own, tmp_path):
+    splits = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        import_pictures(*own, tmp_path / name, test_share=0.3, seed=seed)
+        splits[name] = {f: names(tmp_path / name / f) for f in ("trainA", "testA", "trainB", "testB")}
+    assert {f: len(found) for f, found in splits["one"].items()} == {"trainA": 7, "testA": 3, "trainB": 3, "testB": 1}
+    assert splits["one"] == splits["again"]
+    assert splits["one"]["testA"] != splits["other"]["testA"]
+    assert len({*splits["one"]["trainA"], *splits["one"]["testA"]}) == 10
+    assert splits["one"]["testA"] != sorted(splits["one"]["trainA"] + splits["one"]["testA"])[:3]  # not just the first
+
+
+def test_without_a_share_all_is_for_training(own, tmp_path):
+    import_pictures(*own, tmp_path / "mine", test_share=0)
+    assert len(names(tmp_path / "mine" / "trainA")) == 10
+    assert names(tmp_path / "mine" / "testA") == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_train_is_never_empty(own, tmp_path, share):
+    plain(tmp_path / "single" / "0.png")
+    import_pictures(tmp_path / "single", own[1], tmp_path / "mine", test_share=share)
+    assert len(names(tmp_path / "mine" / "trainA")) == 1
+    assert len(names(tmp_path / "mine" / "trainB")) >= 1
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_share_that_is_none_is_refused(own, tmp_path, share):
+    with pytest.raises(InputError, match="--test_share"):
+        import_pictures(*own, tmp_path / "mine", test_share=share)
+
+
+def test_equal_names_in_different_folders_do_not_clash(own, tmp_path):
+    for i in range(3):
+        save(noise(50 + i), own[0] / f"album{i}" / "p0.png")
+    import_pictures(*own, tmp_path / "mine", test_share=0)
+    assert len(names(tmp_path / "mine" / "trainA")) == 13
+
+
+def test_duplicates_and_damaged_files_are_named_and_left_out(own, tmp_path, capsys):
+    horses, zebras = own
+    (horses / "q.png").write_bytes((horses / "p3.png").read_bytes())
+    (zebras / "page.jpg").write_text("not a picture")
+    import_pictures(horses, zebras, tmp_path / "mine", test_share=0)
+    printed = capsys.readouterr().out
+    assert f"left out, duplicate:  {horses}/q.png (the same bytes as {horses}/p3.png)" in printed
+    assert f"left out, unreadable: {zebras}/page.jpg (" in printed
+    assert printed.count("left out") == 2
+    assert f"{tmp_path}/mine/trainA: 10 pictures" in printed
+    assert not any("q.png" in n or "page" in n for f in ("trainA", "trainB") for n in names(tmp_path / "mine" / f))
+    assert len(names(tmp_path / "mine" / "trainB")) == 4
+
+
+def test_one_picture_stands_on_only_one_side(own, tmp_path, capsys):
+    horses, zebras = own
+    (zebras / "q.png").write_bytes((horses / "p3.png").read_bytes())
+    import_pictures(horses, zebras, tmp_path / "mine", test_share=0)
+    expected = f"left out, duplicate:  {zebras}/q.png (the same bytes as {horses}/p3.png)"
+    assert expected in (printed := capsys.readouterr().out) and printed.count("left out") == 1
+    assert f"{tmp_path}/mine/trainA: 10 pictures" in printed
+    expected = r"--from_B .*none of its 10 pictures is left: all are unreadable or duplicates"
+    with pytest.raises(InputError, match=expected):
+        import_pictures(horses, horses, tmp_path / "again")
+
+
+def test_folder_with_nothing_readable_is_refused(own, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("no")
+    with pytest.raises(InputError, match=r"--from_B .*none of its 1 pictures can be read"):
+        import_pictures(own[0], tmp_path / "bad", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_existing_target_is_refused_and_left_alone(own, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine stands already"):
+        import_pictures(*own, tmp_path / "mine")
+    assert below(tmp_path / "mine") == {}
+
+
+def test_missing_and_empty_sources_are_named(own, tmp_path):
+    with pytest.raises(InputError, match=f"--from_A {tmp_path}/none: no such folder"):
+        import_pictures(tmp_path / "none", own[1], tmp_path / "mine")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(InputError, match=f"--from_B {tmp_path}/void: no pictures in it"):
+        import_pictures(own[0], tmp_path / "void", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs prepare.py: what it printed, or what it was refused with, as one line."""
+
+    def run(*argv, status=0):
+        assert prepare.main([str(a) for a in argv]) == status
+        out, err = capsys.readouterr()
+        assert not status or err.count("\n") == 1
+        return err.strip() if status else out
+
+    return run
+
+
+def test_command_draws_the_built_in_set(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "draw_built_in", functools.partial(draw_built_in, n_train=2, n_test=1))
+    printed = command("--dataset_name", "solid2striped", "--data_dir", tmp_path)
+    assert f"{tmp_path}/solid2striped/trainA: 2 pictures" in printed
+    assert f"{tmp_path}/solid2striped/testB_truth: 1 pictures" in printed
+    assert len(UnpairedDataset(tmp_path / "solid2striped", (16, 16))) == 2
+
+
+def test_command_fetches_from_the_mirror(command, web, monkeypatch, tmp_path):
+    publish(web, monkeypatch, ZIPPED)
+    command("--dataset_name", "apple2orange", "--data_dir", tmp_path, "--mirror", web.url)
+    assert inside(tmp_path, "apple2orange") == ZIPPED
+
+
+def test_command_imports_own_pictures(command, own, tmp_path):
+    named = ["--from_A", own[0], "--from_B", own[1], "--dataset_name", "mine", "--data_dir", tmp_path / "data"]
+    command(*named, "--test_share", "0.5", "--copy")
+    found = [p.path for p in find_pictures(tmp_path / "data" / "mine" / "testA")]
+    assert len(found) == 5 and not found[0].is_symlink()
+
+
+@pytest.mark.parametrize("name", ["a/b", "../b", "/b", "..", ".", "", "pretrained"])
+def test_command_wants_a_plain_name(command, own, tmp_path, name):
+    data = tmp_path / "new" / "data"
+    flags = ["--from_A", own[0], "--from_B", own[1], "--dataset_name", name, "--data_dir", data]
+    assert "expected a plain name" in command(*flags, status=2)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--dataset_name cat2dog", "--dataset_name cat2dog: not a public set, expected one of apple2orange"),
+        ("--copy", "--copy needs --from_A and --from_B"),
+        ("--test_share 0.2", "--test_share needs --from_A and --from_B"),
+        ("--seed 3", "--seed needs --from_A and --from_B"),
+        ("--from_A a --from_B b --mirror here", "--mirror goes with fetching a public set"),
+        ("--from_A a --from_B b --seed -1", "--seed: expected at least 0, found -1"),
+        ("--from_A a", "--from_A and --from_B: expected both or neither"),
+        ("--from_B a", "--from_A and --from_B: expected both or neither"),
+        ("--fetch", "unrecognized arguments: --fetch (--help lists all flags)"),
+    ],
+)
+def test_command_refuses_what_it_cannot_do_or_would_ignore(command, tmp_path, flags, message):
+    data = tmp_path / "data"
+    told = command("--dataset_name", "horse2zebra", "--data_dir", data, *flags.split(), status=2)
+    assert told.startswith(f"prepare.py: error: {message}")
+    assert not data.exists()

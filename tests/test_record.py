@@ -1,0 +1,154 @@
+import html
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from common import QUICK, log, run
+
+import record
+import train
+from record import Record, draw_sheet, read_log, thin
+
+
+def make_record(total_steps=1000, interval=1, start=0):
+    return Record("r", Path("saved_models/r/log.jsonl"), {}, total_steps, interval, start)
+
+
+def add(record, steps=1, images=1):
+    for _ in range(steps):
+        record.add({"G": torch.tensor(1.0)}, images, 0, 0.1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_told_once_with_the_file_and_ends_nothing(capsys):
+    record = make_record()
+    record.log = Path("/dev/full")
+    add(record, 2)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert re.search(r"no log, .*/dev/full: could not be written \(.*No space left on device", warning)
+    assert record.step == 2
+    record.close()
+
+
+def test_a_sheet_shows_the_pictures_where_it_says():
+    red = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1).expand(2, 3, 96, 96)
+    mask = torch.full((2, 1, 96, 96), 1.0)
+    mask[1] = -1
+    sheet = draw_sheet({"real": red, "attention": mask})
+    assert sheet.size == (2 * 98 + 2, 2 * 98 + 2 + 18)
+    assert sheet.getpixel((50, 18 + 50)) == (255, 0, 0)
+    assert sheet.getpixel((98 + 50, 18 + 50)) == (255, 255, 255)
+    assert sheet.getpixel((98 + 50, 18 + 98 + 50)) == (0, 0, 0)
+    heading = sheet.crop((0, 0, 98, 18)).convert("L")
+    assert heading.getextrema() == (0, 255)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 9, 10, 11, 12, 57, 300])
+def test_lists_are_thinned_to_equal_distances_and_the_last(n):
+    thinned = thin(range(n), 10)
+    assert min(n, 5) <= len(thinned) <= 11 and [*thinned[:1], *thinned[-1:]] == [*range(n)][:1] + [*range(n)][-1:]
+    gaps = [b - a for a, b in itertools.pairwise(thinned)]
+    assert len(set(gaps[:-1])) <= 1 and all(0 < gap <= gaps[0] for gap in gaps)
+
+
+def test_curves_and_slider_stay_bounded_also_in_a_resumed_run(monkeypatch):
+    monkeypatch.setattr(Record, "CURVE_POINTS", 10)
+    monkeypatch.setattr(Record, "SHEETS_SHOWN", 4)
+    drawn = []
+
+    def draw(history, validations, path):
+        drawn.append([entry["step"] for entry in history])
+        path.touch()
+
+    monkeypatch.setattr(record, "draw_curves", draw)
+    straight = make_record()
+    add(straight, 300)
+    for step in range(0, 300, 10):
+        Path(f"images/r/{step:08d}.png").touch()
+    assert not Path("images/r/index.html").exists() and not drawn
+    straight.page(final=True)
+    assert drawn == [[*range(1, 300, 30), 300]]
+    page = Path("images/r/index.html").read_text()
+    assert json.loads(page.split("sheets = ")[1].split(", slider")[0]) == [
+        f"{step:08d}.png" for step in (0, 80, 160, 240, 290)
+    ]
+    make_record(start=300).page(final=True)
+    assert drawn[1] == drawn[0]
+
+
+def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr(Record, "PAGE_SECONDS", 0)
+    record = make_record(interval=2)
+    add(record)
+    assert not Path("images/r/index.html").exists()
+    add(record)
+    assert "step 2 of 1000" in Path("images/r/index.html").read_text() and Path("images/r/curves.png").exists()
+
+
+def test_the_rate_is_only_of_training(monkeypatch):
+    """Images over seconds; those of an evaluation and of drawing the page are left out."""
+    now = 100.0
+
+    def draw(record):
+        nonlocal now
+        now += 20
+
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(Record, "page", draw)
+    log = make_record(total_steps=4, interval=2)
+    log.bar.disable = True  # which divides by the time since the last line
+    for _ in range(2):
+        now += 5
+        add(log, images=3)
+    now += 7
+    log.add_validation({"KID": 0.5}, 0, seconds=6)
+    for _ in range(2):
+        now += 1
+        add(log, images=4)
+    first, validation, second = (entry for _, entry in read_log(log.log))
+    assert first["images_per_s"] == 6 / 10 and validation["validation"] == {"KID": 0.5}
+    assert second["images_per_s"] == pytest.approx(8 / 3, abs=1e-3)
+
+
+def test_the_bar_shows_the_rate_up_to_this_step(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now)
+    log = make_record(total_steps=4)
+    log.bar.disable, log.bar.mininterval, shown = False, 0, []
+    monkeypatch.setattr(log.bar, "set_postfix_str", lambda text, **_: shown.append(text))
+    for images in (100, 200):
+        now += 40
+        add(log, images=images)
+    assert shown == ["2.5 images/s G 1.000", "5.0 images/s G 1.000"]
+    log.bar.disable = True
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 2, "G"', b"5\n", b"\xff\xfe\x00\n", b'{"epoch": 1}\n', b'{"step": 60}\n']
+)
+def test_a_log_is_cut_where_damage_begins_and_where_the_checkpoint_ends(damage):
+    path = Path("saved_models/r/log.jsonl")
+    path.parent.mkdir(parents=True)
+    sound = b'{"step": 1, "G": 0.5}\n'
+    path.write_bytes(sound + damage)
+    make_record(start=50)
+    assert path.read_bytes() == sound
+
+
+def test_the_log_holds_means_over_its_interval(small_set):
+    assert run(f"{QUICK} --n_epochs 2 --name each --log_interval 1 --seed 3") == 0
+    assert run(f"{QUICK} --n_epochs 2 --name four --log_interval 4 --seed 3") == 0
+    each, four = log("each"), log("four")
+    for i, entry in enumerate(four):
+        window = each[4 * i : 4 * i + 4]
+        assert entry["D_A"] == pytest.approx(sum(e["D_A"] for e in window) / 4, rel=1e-5)
+
+
+def test_names_are_escaped_on_the_page(small_set):
+    name = "a&b<c>"
+    assert train.main([*QUICK.split(), "--n_epochs", "1", "--name", name]) == 0
+    page = Path(f"images/{name}/index.html").read_text()
+    assert f"<h1>{html.escape(name)}</h1>" in page and name not in page
