@@ -45,7 +45,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import utils
 from datasets import BUILT_IN, EpochSampler, make_loader, normalise
-from models import NOISE
 from prepare import draw_built_in
 from record import write_block
 from systems import SYSTEMS, System, TwoWay, Weights
@@ -158,7 +157,7 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
         return lambda: textbook_step(system, optimizers, batch)
     if variant.kind == "step":
         return lambda: train.training_step(system, optimizers, autocast, batch)
-    generator = system.generator("AtoB")
+    generator = system.generator(next(iter(system.generators)))
 
     def translate() -> Tensor:
         with torch.no_grad(), autocast():
@@ -175,7 +174,7 @@ def count_flop(kind: str, options: argparse.Namespace) -> int:
         batch = {side: torch.zeros(shape) for side in "AB"}
         if kind == "inference":
             with torch.no_grad():
-                system.generator("AtoB")(batch["A"])
+                system.generator(next(iter(system.generators)))(batch["A"])
         else:
             fakes = system(batch)
             for turn in system.turns:
@@ -212,7 +211,7 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         start = time.perf_counter()
         work = make_work(variant, options, device)
         repeat(2)  # the first also compiles, and makes the optimizers' state
-        figures: dict[str, Any] = {"warm-up": time.perf_counter() - start, "seconds": []}
+        figures: dict[str, Any] = {"warm-up": time.perf_counter() - start}
         if cuda:  # cuDNN's search for the fastest way tries out large workspaces
             torch.cuda.reset_peak_memory_stats()
         times = math.ceil(1.0 / repeat(1))  # in a turn, which so takes about a second at least
@@ -220,7 +219,7 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         pipe.send(figures)
         while pipe.recv():
             repeat(1)  # gets back memory and caches that the others had meanwhile
-            figures["seconds"].append(repeat(times))
+            figures.setdefault("seconds", []).append(repeat(times))
             free_cached_memory(device)
             pipe.send(figures)
         figures["peak memory"] = peak_memory(device) / MIB
@@ -296,13 +295,6 @@ def measure(
                 row["of matmul's rate"] = flop / median / (2 * MATMUL**3 / matmul)
         rows.append(row | figures)
     return rows
-
-
-def measure_peak(variant: Variant, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The peak memory of a variant, or its trouble."""
-    worker = Worker(variant, options, device)
-    worker.ask(False)
-    return {name: figure for name, figure in worker.figures.items() if name in ("peak memory", "trouble")}
 
 
 def wait_for(device: torch.device) -> None:
@@ -421,7 +413,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {  # of columns; others have two deci
     "median (least–most)": seconds,
     "pairs/s: median (least–most)": "{:,.0f}".format,
     "TFLOP/s": "{:.3f}".format,
-    "of matmul's rate": "{:.0%}".format,
+    "of matmul's rate": lambda share: f"{100 * share:.0f} %",
     "warm-up": "{:.0f} s".format,
     "peak memory": "{:,.0f} MiB".format,
     "kept for backward": "{:,.0f} MiB".format,
@@ -486,23 +478,20 @@ def make_parser() -> utils.Parser:
     what.add_argument("--loader", action="store_true", help="measure only decoding and augmenting")
     what.add_argument("--memory", action="store_true", help="find what fits: the peak memory of train.py's own step")
     add, number = parser.add_argument, utils.at_least(1)
-    add(
-        "--own",
-        action="store_true",
-        help="measure what train.py does, by --precision and --compile, in the place of the variants",
-    )
-    add("--systems", nargs="+", choices=sorted(SYSTEMS), default=["attentiongan"], help="systems to measure")
+    add("--own", action="store_true", help="measure no variants, but what train.py does by --precision and --compile")
+    translating = sorted(name for name in SYSTEMS if SYSTEMS[name].game.data != "plain")  # the other draws from noise
+    add("--systems", nargs="+", choices=translating, default=["attentiongan"], help="systems to measure")
     add(
         "--sizes",
         type=number,
         nargs="+",
         default=[128, 256],
-        help="sides of the pictures, which are square here, pixels (in place of --img_height and --img_width)",
+        help="sides of the pictures, pixels; they are square here, so this stands for --img_height and --img_width",
     )
     add("--batch_sizes", type=number, nargs="+", default=[1], help="pictures of each side in a batch")
-    add("--rounds", type=number, default=5, help="turns of every variant, of about a second at least; not for --memory")
+    add("--rounds", type=number, default=5, help="turns of each variant, of about a second or more; none for --memory")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
-    add("--out", type=Path, help="write the tables to OUT.json too, and all tables of it to OUT.md")
+    add("--out", type=Path, help="also write the tables to OUT.json, and all tables in it to OUT.md")
     return parser
 
 
@@ -511,30 +500,27 @@ def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
     instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
     instead["--batch_size"] = "--batch_sizes"
     if not (own.memory or own.loader or own.own):
-        instead |= {"--precision": "the variants, or by --own", "--compile": "the variants, or by --own"}
+        instead |= dict.fromkeys(("--precision", "--compile"), "--own with it")
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
-            raise InputError(f"{flag} is set by {instead[flag]} here")
+            raise InputError(f"{flag} would be ignored here, expected {instead[flag]}")
     if own.own and own.loader:
-        raise InputError("--own is for steps and --inference, expected it without --loader")
+        raise InputError("--own would be ignored by --loader, expected one of the two")
 
 
 def plan(
     own: argparse.Namespace, others: Sequence[str], device: torch.device, system: str, size: int, batch_size: int
 ) -> tuple[argparse.Namespace, list[Variant]]:
-    """The options of train.py, and what is timed. Raises InputError for what cannot be measured."""
+    """The options of train.py, and what is timed. Raises InputError for options that cannot be used."""
     shape = f"--system {system} --img_height {size} --img_width {size} --batch_size {batch_size}"
     options = train.parse_options([*others, *shape.split(), "--device", own.device])
-    with torch.device("meta"):
-        built = train.build_system(options)
-    if NOISE in built.generators:
-        raise InputError(f"--systems {system}: draws pictures from noise, expected systems that translate")
     kind = "inference" if own.inference else "step"
     if own.own or own.memory:
         precision = "bf16" if utils.make_autocast(device, options.precision).keywords["enabled"] else "float32"
         layout = utils.pick_layout(device) == torch.channels_last
         return options, [Variant("train.py", kind, precision, channels_last=layout, compile=options.compile)]
-    return options, ladder(kind, device, has_textbook(built))
+    with torch.device("meta"):
+        return options, ladder(kind, device, has_textbook(train.build_system(options)))
 
 
 def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> None:
@@ -559,7 +545,9 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> N
             rows = []
             for size, n in product(own.sizes, own.batch_sizes):
                 options, (variant,) = plans[system, size, n]
-                rows.append({"size": f"{size} × {size}", "batch": n, **measure_peak(variant, options, device)})
+                worker = Worker(variant, options, device)
+                worker.ask(False)
+                rows.append({"size": f"{size} × {size}", "batch": n, **worker.figures})
             show(f"Peak memory of a training step, {' '.join([system, *others])}", rows)
         return
     for (system, size, n), (options, variants) in plans.items():

@@ -430,11 +430,28 @@ def init_generators(system: Any, where: str) -> None:
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
             raise InputError(
-                f"--init_from {where} holds {type(source).__name__} {source.settings} for {direction}, "
-                f"expected {type(network).__name__} {network.settings}"
+                f"--init_from {where} holds another {type(source).__name__} for {direction} than this run's "
+                f"{type(network).__name__}; these flags fit: {fitting_flags(source)}"
             )
         network.load_state_dict(source.state_dict())
         print0(f"{name} starts from {where}")
+
+
+def fitting_flags(generator: Generator) -> str:
+    """The flags of train.py that make such a generator."""
+    systems = {"AttentionGenerator": "attentiongan", "SingleMaskGenerator": "attentiongan1"}
+    systems |= {"ResNetGenerator": "cyclegan", "UNetGenerator": "pix2pix", "UGATITGenerator": "ugatit"}
+    flags = {"system": systems.get(type(generator).__name__, "dcgan"), **generator.settings}
+    if not flags.pop("background", True):
+        flags["no_background"] = ""
+    if "depth" in flags:
+        flags["unet_depth"] = flags.pop("depth")
+    size = flags.pop("size", ())
+    if size is None:
+        flags["light"] = ""
+    elif size:
+        flags["img_height"], flags["img_width"] = (size, size) if isinstance(size, int) else size
+    return " ".join(f"--{name} {value}".strip() for name, value in flags.items())
 
 
 def init_networks(system: Any, where: str) -> None:

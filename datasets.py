@@ -43,8 +43,10 @@ from utils import InputError, usable_cores
 # Formats that Pillow decodes in this process: it judges a file by its content, and would start Ghostscript for an EPS
 # that is named .png. HEIF is there with pillow-heif.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-EXTENSIONS += (".heic", ".heif")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
+    *(".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
+)
 MOST_PIXELS = 10**8  # of one file: 300 MB as RGB
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS
 MOST_SCANS = 200  # of a progressive JPEG, whose decoding takes as many passes; cameras and editors write about 10

@@ -154,7 +154,7 @@ class Exam:
             self.tests[side] = fresh if dedup else pictures
             if not self.tests[side]:
                 where = root / self.folders[side]
-                raise InputError(f"{where}: every test picture also stands in train, --dedup leaves none")
+                raise InputError(f"{where}: every test picture is also in train, --dedup leaves none")
 
     def side(self, side: str, reading: Reading) -> tuple[Tensor, Features | None]:
         """The test pictures of a side, uint8, and their features; made once for both directions."""
@@ -243,7 +243,7 @@ class Exam:
             masks = f", object masks for {int(reference.masked.sum())}" if reference.masked.any() else ""
             lines.append(
                 f"{direction}: {len(reference.inputs)} pictures of {self.folders[side]} "
-                f"({self.n_in_train[side]} that also stand in train {left}){masks}, "
+                f"({self.n_in_train[side]} that are also in train {left}){masks}, "
                 f"against {len(reference.targets)} of {self.folders[target]} ({self.n_in_train[target]} {left})"
             )
         if self.extractor is not None:
@@ -741,7 +741,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
     check_extractor(options.extractor, options.inception)
     if options.spread and len(options.checkpoint) < 2:
-        raise InputError("--spread is over several checkpoints, found one")
+        raise InputError("--spread: expected several checkpoints, found one")
     names: dict[str, str] = {}
     for where in options.checkpoint:
         name = output_name(where)
@@ -765,13 +765,13 @@ def make_parser() -> utils.Parser:
     add("--inception", type=Path, metavar="PATH", help=weights)
     add("--class_A", help="ImageNet class that side A shows, for the class rate (known for horse2zebra, apple2orange)")
     add("--class_B", help="the same for side B")
-    draws = "draws of real training pictures for the floor of FID and KID; 0 leaves it out"
+    draws = "draws of real training pictures, scored for comparison; 0 leaves them out"
     add("--floor_draws", type=utils.at_least(0), default=5, help=draws)
-    masks = "folder with testA, testB (as the test pictures' folders): masks of their names, objects above grey 127"
+    masks = "folder with object masks, object above grey 127; folders and files are named as those of the test pictures"
     add("--mask_dir", type=Path, help=masks)
     add("--dedup", action="store_true", help="leave out test pictures that are also in train, byte for byte")
-    add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures themselves")
-    add("--spread", action="store_true", help="also the median and worst over the checkpoints, seeds of one setting")
+    add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures (--keep_evaluated)")
+    add("--spread", action="store_true", help="also the median and worst of the checkpoints, which are seeds of one setting")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     return parser
 

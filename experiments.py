@@ -22,13 +22,12 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -42,14 +41,15 @@ import utils
 from checkpoints import DIRECTIONS, SAVED_MODELS, find_run, has_direction, is_finished, open_generators, save_generator
 from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_noise, normalise, quantise, unaugmented
 from metrics import EFFICIENTNET, Extractor, Features, kernel_distance
-from models import NOISE, Translation
+from models import NOISE
 from prepare import draw_built_in
 from systems import SYSTEMS
 from utils import InputError
 
 HERE, DOCS = Path(__file__).resolve().parent, Path("docs")
 Figures = Mapping[str, Any]  # numbers, or text, by what they are
-Rows = dict[str, dict[str, Any]]  # of a run's ``evaluation.json`` by direction
+About = dict[str, Any]  # of a run: "rows" of its ``evaluation.json``, and figures that all its directions share
+Row = tuple[str, Sequence[Figures]]  # of a table: its title, the figures of its seeds
 
 
 class Run(NamedTuple):
@@ -173,39 +173,31 @@ PUBLISHED = {
 }
 
 
-def real_run(dataset: str, size: int, title: str, name: str, own: str) -> Run:
+def real_run(dataset: str, title: str, name: str, own: str, size: int = 64, schedule: str = "") -> Run:
     """A run on real pictures. Its group says the size, too, because figures depend on it."""
-    flags = f"--dataset_name {dataset} --img_height {size} --img_width {size} --system {own}"
+    flags = f"--dataset_name {dataset} --img_height {size} --img_width {size} --system {own} {REAL} "
+    flags += schedule or REAL_SETS[dataset][-1]
     return Run(title, f"results_{dataset}_{name}", flags, f"{dataset}, {size} × {size}")
-
-
-def horse_run(title: str, name: str, own: str) -> Run:
-    return real_run("horse2zebra", 64, title, name, f"{own} {REAL} {REAL_SETS['horse2zebra'][-1]}")
 
 
 def finer_run(title: str, name: str, own: str) -> Run:
     """At 64 x 64 the stripes of AttentionGAN II came out as checks, perhaps because they are narrower than the 4 x 4
     pixels of a feature.
     """
-    own += f" {REAL} --lr 0.0001 --n_epochs 12 --decay_epoch 1 --init_from results_horse2zebra_{name}/checkpoint.pt"
-    return real_run("horse2zebra", 128, f"{title}, after 18,676 pairs at 64 × 64", f"{name}_128", own)
+    schedule = f"--lr 0.0001 --n_epochs 12 --decay_epoch 1 --init_from results_horse2zebra_{name}/checkpoint.pt"
+    return real_run("horse2zebra", f"{title}, after 18,676 pairs at 64 × 64", f"{name}_128", own, 128, schedule)
 
 
+LED = "attentiongan1 --attn_disc none --curriculum_epochs 14"
 RUNS = (
-    horse_run("AttentionGAN II", "attentiongan", "attentiongan"),
-    horse_run("CycleGAN", "cyclegan", "cyclegan"),
-    horse_run("AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 1"),
-    horse_run(
-        "AttentionGAN I, unguided, led", "attentiongan1_led", "attentiongan1 --attn_disc none --curriculum_epochs 14"
-    ),
+    real_run("horse2zebra", "AttentionGAN II", "attentiongan", "attentiongan"),
+    real_run("horse2zebra", "CycleGAN", "cyclegan", "cyclegan"),
+    real_run("horse2zebra", "AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 1"),
+    real_run("horse2zebra", "AttentionGAN I, unguided, led", "attentiongan1_led", LED),
     finer_run("AttentionGAN II", "attentiongan", "attentiongan"),
     finer_run("CycleGAN", "cyclegan", "cyclegan"),
     finer_run("AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 0"),  # it has had its curriculum
-    *(
-        real_run(dataset, 64, "AttentionGAN II", "attentiongan", f"attentiongan {REAL} {schedule}")
-        for dataset, (*_, schedule) in REAL_SETS.items()
-        if dataset != "horse2zebra"
-    ),
+    *(real_run(dataset, "AttentionGAN II", "attentiongan", "attentiongan") for dataset in [*REAL_SETS][1:]),
 )
 
 
@@ -227,47 +219,40 @@ def train_all(runs: Sequence[Run], jobs: int, data_dir: Path) -> int:
     changed = [change for name, state in standing.items() if (change := differs(name, state, flags[name]))]
     if changed:
         raise InputError("\n".join(changed))
-    flags |= dict.fromkeys(standing, ["--resume", *data])
     waiting = [name for name in flags if name not in standing or not is_finished(standing[name])]
     environment = {"OMP_NUM_THREADS": str(max(1, utils.usable_cores() // jobs)), **os.environ}
-    running: dict[str, tuple[subprocess.Popen, IO[str]]] = {}  # each with the file of its messages
-    failures, told = [], False
+    running: dict[str, subprocess.Popen] = {}
+    failures, handed_on = [], False
     with utils.StopSignals() as stop:
         while running or (waiting and stop.signal is None):
             while waiting and len(running) < jobs and stop.signal is None:
                 name = waiting.pop(0)
-                running[name] = start([*flags[name], "--name", name], environment)
-            if stop.signal is not None and not told:
-                told = True
-                for child, _ in running.values():
+                own = ["--resume", *data] if name in standing else flags[name]
+                command = [sys.executable, str(HERE / "train.py"), *own, "--name", name]
+                pipes: Any = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                running[name] = subprocess.Popen(command, env=environment, **pipes)
+            if stop.signal is not None and not handed_on:
+                handed_on = True
+                for child in running.values():
                     child.terminate()  # SIGTERM: save and leave
-            time.sleep(0.1)
-            for name in [name for name, (child, _) in running.items() if child.poll() is not None]:
-                child, messages = running.pop(name)
-                stopped = told and not 0 <= child.returncode <= 128
+            for name, child in [*running.items()]:
+                try:
+                    _, messages = child.communicate(timeout=0.1)
+                except subprocess.TimeoutExpired:
+                    continue
+                del running[name]
+                stopped = handed_on and not 0 <= child.returncode <= 128
                 print(f"{name}: {'stopped' if stopped else 'failed' if child.returncode else 'done'}", flush=True)
                 if child.returncode and not stopped:
-                    failures.append(f"{name}: {why_failed(messages)}")
+                    _, mark, said = messages.strip().rpartition("train.py: error: ")
+                    reason = said if mark else (said.splitlines() or ["no message"])[-1]
+                    failures.append(f"{name}: {reason}")
     summary = "\n".join([f"{len(failures)} of {len(flags)} runs failed:", *failures])
     if failures and stop.signal is None:
         raise InputError(summary)
     if stop.signal is not None:
         print(summary if failures else "stopped; the same command goes on", file=sys.stderr)
     return stop.signal or 0
-
-
-def start(flags: Sequence[str], environment: Mapping[str, str]) -> tuple[subprocess.Popen, IO[str]]:
-    """Start ``train.py``. Returns the process and the file of its messages, which, unlike a pipe, is never full."""
-    messages = tempfile.TemporaryFile("w+")
-    command = [sys.executable, str(HERE / "train.py"), *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=messages), messages
-
-
-def why_failed(messages: IO[str]) -> str:
-    """What ``train.py`` said of its failure, or the last line of a traceback."""
-    messages.seek(0)
-    _, mark, told = messages.read().strip().rpartition("train.py: error: ")
-    return told if mark else (told.splitlines() or ["no message"])[-1]
 
 
 def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | None:
@@ -298,8 +283,8 @@ def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | 
 # ----------------------------------------------------------------------------------------------------------
 
 
-def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, Rows]:
-    """What ``evaluate.py`` says of each run on the data set in ``root``, by its name. Raises InputError.
+def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, About]:
+    """What ``evaluate.py`` says of each run on the data set in ``root``, by name. Raises InputError.
 
     A row has the run's "figures", those of "untranslated" pictures, and those of real ones in their place ("floor").
     """
@@ -307,19 +292,16 @@ def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, Rows]:
     options = evaluate.make_parser().parse_args([*arguments, "--checkpoint", *(run.name for run in runs)])
     evaluate.check_options(options)
     evaluate.evaluate(options)
-    reports = {run.name: record.IMAGES / run.name / "evaluation.json" for run in runs}
-    return {name: last_rows(json.loads(path.read_text())["rows"], root, extractor) for name, path in reports.items()}
-
-
-def last_rows(rows: Sequence[dict[str, Any]], root: Path, extractor: str) -> Rows:
-    """The rows of the last weights on this data set with this extractor, by direction."""
-    wanted = root.name, extractor, evaluate.LAST
-    return {row["direction"]: row for row in rows if (row["dataset"], row["extractor"], row["weights"]) == wanted}
+    known = {}
+    for run in runs:
+        rows = json.loads((record.IMAGES / run.name / "evaluation.json").read_text())["rows"]
+        known[run.name] = {"rows": [r for r in rows if (r["dataset"], r["extractor"]) == (root.name, extractor)]}
+    return known
 
 
 @utils.no_tf32()
 @torch.no_grad()
-def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 500) -> dict[str, Rows]:
+def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 500) -> dict[str, About]:
     """``measure`` where pictures are drawn from noise: the KID of ``n`` samples to the test pictures.
 
     The floor is that of all training pictures.
@@ -332,12 +314,18 @@ def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 50
     def kid(images: Features) -> Figures:
         return {f"KID{extract.suffix}": kernel_distance(images.vectors, real["test"].vectors)}
 
-    measured = {}
+    known = {}
     for name, (generator, about) in opened.items():
         noise = fixed_noise(n, generator.settings["nz"], about["options"]["seed"])
         samples = torch.cat([quantise(part) for part in map(generator.eval(), noise.split(50))])
-        measured[name] = {NOISE: {"figures": kid(extract(samples)), "untranslated": {}, "floor": kid(real["train"])}}
-    return measured
+        figures = {"figures": kid(extract(samples)), "untranslated": {}, "floor": kid(real["train"])}
+        known[name] = {"rows": [{"direction": NOISE, "weights": evaluate.LAST, **figures}]}
+    return known
+
+
+def find_row(about: About, direction: str) -> dict[str, Any] | None:
+    """The row of a direction, by the last weights."""
+    return next((r for r in about["rows"] if (r["direction"], r["weights"]) == (direction, evaluate.LAST)), None)
 
 
 def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
@@ -440,7 +428,7 @@ RESULTS = (
 )
 
 
-def table(rows: Sequence[tuple[str, Sequence[Figures]]], columns: Sequence[Column], blank: str) -> list[str]:
+def table(rows: Sequence[Row], columns: Sequence[Column], blank: str) -> list[str]:
     """Markdown: a row for each title, over the figures of its seeds; ``blank`` where there are none.
 
     A column with a heading is always there, one without stands once for every figure of its name.
@@ -457,6 +445,19 @@ def table(rows: Sequence[tuple[str, Sequence[Figures]]], columns: Sequence[Colum
         cells = [column.write(each) if each else blank for (_, column, _), each in zip(shown, values, strict=True)]
         lines.append([title, *cells])
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def make_rows(runs: Sequence[Run], known: Mapping[str, About], direction: str) -> tuple[list[Row], list[Row]]:
+    """Rows of what the runs are compared with, none where nothing is known; and a row for each title of the runs."""
+    found = {run: row for run in runs if run.name in known and (row := find_row(known[run.name], direction))}
+    others: list[Row] = []
+    for row in [*found.values()][:1]:
+        others = [("real training pictures", [row["floor"]]), ("untranslated", [row["untranslated"]])]
+    rows: list[Row] = []
+    for title, name in {run.title: run.name for run in runs}.items():
+        figures = [{**known[run.name], **row["figures"]} for run, row in found.items() if run.title == title]
+        rows.append((title if figures else f"{title}: not trained, `{name}`", figures))
+    return others, rows
 
 
 def find_block(page: Path, name: str) -> tuple[str, str]:
@@ -487,7 +488,7 @@ def translate(run: str, direction: str, root: Path, n: int) -> dict[str, Tensor]
     """What a run makes of its first ``n`` test pictures, or 8 samples: those of the parts below that there are.
 
     All are (n, channels or 1, H, W) in [-1, 1]; but masks (n, n_masks, H, W) and contents (n, n_contents, channels, H,
-    W), see ``Translation``.
+    W), as in ``models.Translation``.
     """
     opened = open_generators(run, noise=direction == NOISE)
     generator, about = opened[direction]
@@ -503,16 +504,17 @@ def translate(run: str, direction: str, root: Path, n: int) -> dict[str, Tensor]
         "attention": None if made.foreground is None else 2 * made.foreground - 1,
         "truth": find_truths(root, direction, options, n),
         "recovered": None if back is None else back.eval()(made.image).image,
+        "masks": made.attention,
+        "contents": made.content,
+        "content": None if made.content is None else painted(made.attention, made.content),
     }
-    if made.content is not None:
-        parts |= {"masks": made.attention, "contents": made.content, "content": painted(made)}
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def painted(translation: Translation) -> Tensor:
-    """(B, channels, H, W): the contents weighed by their masks, as if the background mask kept nothing."""
-    masks = translation.attention[:, : translation.content.shape[1], None]
-    return (masks * translation.content).sum(dim=1) / masks.sum(dim=1).clamp_min(torch.finfo(masks.dtype).tiny)
+def painted(masks: Tensor, contents: Tensor) -> Tensor:
+    """(n, channels, H, W): the contents weighed by their masks, as if the background mask kept nothing."""
+    masks = masks[:, : contents.shape[1], None]
+    return (masks * contents).sum(dim=1) / masks.sum(dim=1).clamp_min(torch.finfo(masks.dtype).tiny)
 
 
 def chosen(parts: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -554,7 +556,7 @@ def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]
     sheets = {"": record.draw_sheet(chosen(parts, "input", "attention", "content", "output", "recovered"))}
     with Image.open(record.IMAGES / run / f"evaluation_{direction}.png") as judged:
         sheets["_judged"] = judged.copy()
-    if "masks" in parts:
+    if "contents" in parts:
         masks, contents = parts["masks"][0], [*parts["contents"][0]]
         names = [f"{i}" for i in range(1, len(contents) + 1)] + ["background"] * (len(masks) - len(contents))
         kept = contents + [parts["input"][0]] * (len(masks) - len(contents))  # what the background mask keeps
@@ -581,7 +583,7 @@ def check(page: Path, block: str, extractor: str) -> None:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Train a comparison's runs, measure them, write its table and sheet. Returns the exit status. Raises InputError."""
+    """Train a comparison's runs, measure them, write its table and sheet. Returns the exit status; or InputError."""
     name, seeds, extractor = options.comparison, options.seeds, options.extractor
     shared, runs, page = train.parse_options(shlex.split(SHARED[name])), compared_runs(name, seeds), PAGES[name]
     root, from_noise = options.data_dir / shared.dataset_name, SYSTEMS[shared.system].game.data == "plain"
@@ -590,9 +592,13 @@ def compare(options: argparse.Namespace) -> int:
     check(page, name, extractor)
     if stopped := train_all(runs, options.jobs, options.data_dir):
         return utils.exit_status(stopped)
-    measured = (measure_samples if from_noise else measure)(runs, root, extractor)
+    known = (measure_samples if from_noise else measure)(runs, root, extractor)
     first = runs[: len(SETTINGS[name])]  # those of the first seed
     speeds = time_steps(first)
+    for run in first:  # what all seeds have in common
+        generator, about = next(iter(open_generators(run.name, from_noise).values()))
+        millions = sum(parameter.numel() for parameter in generator.parameters()) / 1e6
+        known[run.name] |= {"steps/s": speeds[run.title], SIZE: millions}
     command = f"python experiments.py compare {name} --seeds {' '.join(map(str, seeds))} --extractor {extractor}"
     lines = [
         f"`{command}`: mean ± standard deviation over the seeds. {date.today():%B %Y}, PyTorch {torch.__version__}, "
@@ -600,20 +606,12 @@ def compare(options: argparse.Namespace) -> int:
         "",
         f"All settings: `{SHARED[name]}`.",
     ]
-    directions = [way for way in measured[first[0].name] if all(way in rows for rows in measured.values())]
+    directions = [d for d in (*DIRECTIONS, NOISE) if all(find_row(each, d) for each in known.values())]
     for direction in directions:
-        rows = {
-            run.title: [measured[r.name][direction]["figures"] for r in runs if r.title == run.title] for run in first
-        }
-        for run in first:  # what all seeds have in common
-            generator, about = open_generators(run.name, noise=from_noise)[direction]
-            millions = sum(parameter.numel() for parameter in generator.parameters()) / 1e6
-            rows[run.title][0] = {**rows[run.title][0], "steps/s": speeds[run.title], SIZE: millions}
-        others = measured[first[0].name][direction]
-        rows["untranslated"], rows["real training pictures"] = [others["untranslated"]], [others["floor"]]
-        rows["mean grey of the training pictures"] = [measure_grey(root, direction, about["options"])]
-        shown = [(title, figures) for title, figures in rows.items() if any(figures)]
-        lines += ["", f"**{direction}**", "", *table(shown, COMPARED, blank="–")]
+        others, rows = make_rows(runs, known, direction)
+        grey = "mean grey of the training pictures", [measure_grey(root, direction, about["options"])]
+        rows += [row for row in (*reversed(others), grey) if any(row[1])]
+        lines += ["", f"**{direction}**", "", *table(rows, COMPARED, blank="–")]
     lines += ["", "**Settings**", "", *(f"- {s}: `{own or 'as above'}`" for s, own in SETTINGS[name].items())]
     sheet = DOCS / f"compare_{name}.webp"
     save_sheet(draw_comparison(first, directions[0], root), sheet)
@@ -634,12 +632,13 @@ def results(options: argparse.Namespace) -> int:
     for group in dict.fromkeys(run.group for run in RUNS):
         root = options.data_dir / group.partition(",")[0]
         here = [run for run in RUNS if run.group == group and is_here(run.name)]
-        for name, rows in measure(here, root, EXTRACTOR).items() if here else ():
+        known |= measure(here, root, EXTRACTOR) if here else {}
+        for name in (run.name for run in here):
             _, about = open_generators(name)["AtoB"]
             batch_size = about["options"]["batch_size"]
             hours = hours_taken(SAVED_MODELS / name / "log.jsonl", batch_size)
-            known[name] = {"pairs": about["step"] * batch_size, "hours": hours, "rows": [*rows.values()]}
-            for direction in rows:
+            known[name] = {"pairs": about["step"] * batch_size, "hours": hours, **known[name]}
+            for direction in DIRECTIONS:
                 for end, picture in draw_results(name, direction, root).items():
                     path = DOCS / f"{name}_{direction}{end}.webp"
                     if path.name in page.read_text(encoding="utf-8"):
@@ -655,31 +654,16 @@ def is_here(name: str) -> bool:
     return has_direction(SAVED_MODELS / name, "AtoB") and (state is None or is_finished(state))
 
 
-def result_rows(known: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Figures]]]:
-    """All ``RUNS`` by group and direction; what is not in ``known`` is named and empty."""
-    rows: list[tuple[str, list[Figures]]] = []
+def result_rows(known: Mapping[str, About]) -> list[Row]:
+    """All ``RUNS`` by group and direction, of which ``known`` says what has been measured."""
+    rows: list[Row] = []
     for group, direction in dict.fromkeys((run.group, direction) for run in RUNS for direction in DIRECTIONS):
         dataset, _, size = group.partition(", ")
-        source, target, _ = REAL_SETS[dataset]
-        if direction == "BtoA":
-            source, target = target, source
+        source, target = REAL_SETS[dataset][:2] if direction == "AtoB" else REAL_SETS[dataset][1::-1]
         published = PUBLISHED.get((dataset, direction), "–")
         rows.append((f"**{dataset}: {source} → {target}, {size}**", [{"published": published}]))
-        runs = [run for run in RUNS if run.group == group]
-        found = {
-            run: row
-            for run in runs
-            for row in known.get(run.name, {"rows": []})["rows"]
-            if (row["direction"], row["weights"]) == (direction, evaluate.LAST)
-        }
-        for row in [*found.values()][:1]:
-            rows += [("real training pictures", [row["floor"]]), ("untranslated", [row["untranslated"]])]
-        for run in runs:
-            if run in found:
-                about = {key: known[run.name][key] for key in ("pairs", "hours")}
-                rows.append((run.title, [{**found[run]["figures"], **about}]))
-            else:
-                rows.append((f"{run.title}: not trained, `{run.name}`", []))
+        others, own = make_rows([run for run in RUNS if run.group == group], known, direction)
+        rows += others + own
     return rows
 
 
@@ -706,11 +690,12 @@ def ship(options: argparse.Namespace) -> int:
 
 
 def make_parser() -> utils.Parser:
-    parser = utils.Parser("Train runs, measure them all alike, write tables and sheets into the pages of docs.")
+    what = "Train runs, measure them all alike, write tables and sheets into the pages of docs."
+    parser = utils.Parser(what, usage=None)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(work: Callable[[argparse.Namespace], int], description: str) -> Callable[..., argparse.Action]:
-        own = commands.add_parser(work.__name__, description=description, help=description)
+        own = commands.add_parser(work.__name__, description=description, help=description, usage=None)
         own.set_defaults(work=work)
         own.add_argument("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
         return own.add_argument
@@ -721,8 +706,8 @@ def make_parser() -> utils.Parser:
     add("--jobs", type=utils.at_least(1), default=2, help="runs at a time")
     add("--extractor", default="none", help="for KID, as in evaluate.py")
     add = command(results, "The table of runs on real pictures: measure those that are finished here.")
-    names = [run.name for run in RUNS]
-    add("--train", nargs="+", choices=names, default=[], metavar="RUN", help="runs to train first, or to go on with")
+    names, what = [run.name for run in RUNS], "runs to train first, or to go on with (default: none)"
+    add("--train", nargs="+", choices=names, default=[], metavar="RUN", help=what)
     add = command(ship, "Write a run's generators in half precision to saved_models/pretrained, and their sheets.")
     add("run", metavar="RUN", help="a run of train.py")
     add("name", metavar="NAME", help="its name among the shipped weights")

@@ -9,6 +9,7 @@ import html
 import json
 import math
 import re
+import string
 import sys
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from matplotlib.figure import Figure
@@ -39,6 +41,7 @@ class Record:
 
     CURVE_POINTS = 1000  # at most so many lines of the log are drawn
     SHEETS_SHOWN = 200  # at most so many sheets are on the page's slider
+    SETTLED_SECONDS = 20  # of training, before its duration is told
     PATIENCE = 1000  # steps that a sign of collapse lasts before it is said
     PAGE_SECONDS = 60  # between two drawings of the page, each of which takes about a second
 
@@ -50,16 +53,21 @@ class Record:
         total_steps: int,
         interval: int,
         start: int = 0,
+        defaults: Mapping[str, Any] | None = None,
         symptoms: Callable[[Mapping[str, Any]], Iterable[str]] = lambda values: (),
     ):
-        """``symptoms``: signs of collapse in the values of a line of the log (see ``System.symptoms``)."""
-        self.name, self.log, self.settings = name, log, settings
+        """``defaults`` of the ``settings``; ``symptoms``: signs of collapse in the values of a line of the log (see
+        ``System.symptoms``).
+        """
+        self.name, self.log, self.settings, self.defaults = name, log, settings, defaults or {}
         self.total_steps, self.interval = total_steps, interval
         self.symptoms = symptoms
         self.since_step: dict[str, int] = {}  # when each present symptom was first seen
         self.warned: set[str] = set()
         self.folder = IMAGES / name
-        self.step = start
+        self.step = self.first = start
+        self.started = time.perf_counter()
+        self.columns: list[str] = []  # of the sheets
         self.names: list[str] = []
         self.lengths: list[int] = []
         self.sums: Tensor | None = None
@@ -82,6 +90,9 @@ class Record:
         )
         self._shown = time.perf_counter()
         self._drawn = self._shown
+        self._announced = False
+        if rank() == 0:
+            self._write_page()
 
     # -- resuming ----------------------------------------------------------------------------------------
 
@@ -119,6 +130,9 @@ class Record:
         if not self.bar.disable and now - self._shown > max(2.0, self.bar.mininterval):
             self._shown = now
             self._show(flat, epoch)
+        if not self._announced and self.step - self.first >= 5 and now - self.started > self.SETTLED_SECONDS:
+            self._announced = True
+            self._announce()
         if self.step % self.interval == 0 or self.step == self.total_steps:
             self._write_line(epoch, lr)
 
@@ -144,6 +158,15 @@ class Record:
             self._warn_of_collapse(values)
             self.page()
         self.since = time.perf_counter()
+
+    def _announce(self) -> None:
+        """Say what the first steps have told."""
+        print0(
+            f"about {self.time_left()} to go; pictures and curves: {self.folder}/index.html; Ctrl-C saves and leaves, "
+            "--resume goes on"
+        )
+        if (self.total_steps - self.step) * (time.perf_counter() - self.started) > 86400 * (self.step - self.first):
+            print0("--preset small trains a small network on small pictures, within an evening on two CPU cores")
 
     def check_finite(self) -> None:
         """Raise InputError, on every rank, where a value since the last line of the log was NaN or infinite."""
@@ -201,10 +224,11 @@ class Record:
     # -- pictures ----------------------------------------------------------------------------------------
 
     def sheet(self, columns: Mapping[str, Tensor]) -> None:
-        """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1]."""
-        with self.never_fatal("sheet"):
-            with replacing(self.folder / f"{self.step:08d}.png") as path:
-                draw_sheet(columns).save(path)
+        """Save a sheet of named columns of pictures, (B, channels or 1, H, W) in [-1, 1], and show it on the page."""
+        self.columns = list(columns)
+        with self.never_fatal("sheet"), replacing(self.folder / f"{self.step:08d}.png") as path:
+            draw_sheet(columns).save(path)
+        self._write_page()
 
     def page(self, final: bool = False) -> None:
         """Draw the curves and write ``index.html``: ``final``, or ``PAGE_SECONDS`` after the last time."""
@@ -212,28 +236,47 @@ class Record:
         if rank() != 0 or not (final or now - self._drawn > self.PAGE_SECONDS):
             return
         self._drawn = now
-        with self.never_fatal("page"):
-            self._draw_page()
+        with self.never_fatal("curves"):
+            entries = [entry for _, entry in read_log(self.log)]
+            validations = [entry for entry in entries if "validation" in entry]
+            if history := thin([entry for entry in entries if "validation" not in entry], self.CURVE_POINTS):
+                with replacing(self.folder / "curves.png") as path:
+                    draw_curves(history, validations, path)
+        self._write_page(final)
 
-    def _draw_page(self) -> None:
-        entries = [entry for _, entry in read_log(self.log)]
-        validations = [entry for entry in entries if "validation" in entry]
-        if history := thin([entry for entry in entries if "validation" not in entry], self.CURVE_POINTS):
-            with replacing(self.folder / "curves.png") as path:
-                draw_curves(history, validations, path)
-        shown = thin(sorted(p.name for p in self.folder.glob("[0-9]*.png")), self.SHEETS_SHOWN)
-        rows = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in self.settings.items())
-        with replacing(self.folder / "index.html") as path:
-            path.write_text(
-                PAGE.format(
-                    name=html.escape(self.name),
-                    state=f"step {self.step} of {self.total_steps}",
-                    sheets=json.dumps(shown),
-                    last=max(0, len(shown) - 1),
-                    rows=rows,
-                ),
-                encoding="utf-8",
-            )
+    def _write_page(self, final: bool = False) -> None:
+        with self.never_fatal("page"):
+            sheets = thin(sorted(p.name for p in self.folder.glob("[0-9]*.png")), self.SHEETS_SHOWN)
+            words = {name: WORDS[name.partition(" ")[0]] for name in self.columns if name.partition(" ")[0] in WORDS}
+            changed = {k: v for k, v in self.settings.items() if v != self.defaults.get(k, v)}
+            values = {
+                "name": html.escape(self.name),
+                "state": self._progress(final),
+                "running": "false" if final else "true",
+                "sheets": json.dumps(sheets),
+                "last": max(0, len(sheets) - 1),
+                "words": "".join(f"<dt>{html.escape(k)}<dd>{html.escape(v)}" for k, v in words.items()),
+                "curves": '<img src="curves.png" class="curves" alt="loss curves">'
+                if (self.folder / "curves.png").exists()
+                else "<p>The curves come with the first lines of the log.",
+                "links": links(self.folder),
+                "changed": rows(changed) or "<tr><td>all are the defaults",
+                "settings": rows(self.settings),
+            }
+            with replacing(self.folder / "index.html") as path:
+                path.write_text(string.Template(PAGE).substitute(values), encoding="utf-8")
+
+    def _progress(self, final: bool) -> str:
+        """Where the run is, and how long it will take."""
+        state = f"step {self.step:,} of {self.total_steps:,}"
+        if final or self.step == self.first:
+            return state + (": done" if self.step == self.total_steps else ": stopped" if final else "")
+        return f"{state}, about {self.time_left()} left"
+
+    def time_left(self) -> str:
+        """In words, by the speed since the start of this process."""
+        passed, steps = time.perf_counter() - self.started, self.step - self.first
+        return duration(passed / max(1, steps) * (self.total_steps - self.step))
 
     def close(self) -> None:
         self.bar.close()
@@ -260,36 +303,105 @@ def thin(items: Sequence[Any], most: int) -> list[Any]:
     return [*items[:-1:stride], *items[-1:]]
 
 
-PAGE = """<!doctype html>
+# The columns of sheets in words, by the first part of their names.
+WORDS = {
+    "real": "the input",
+    "fake": "its translation",
+    "attention": "where the generator paints: white is painted anew, black is kept",
+    "recovered": "there and back: the translation translated back, which should be the input again",
+    "global": "where the global discriminator looks",
+    "local": "where the local discriminator looks",
+    "sample": "a picture from noise",
+}
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
 <meta charset="utf-8">
-<title>{name}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$name</title>
+<link rel="icon" href="data:,">
 <style>
-  body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }}
-  img {{ max-width: 100%; image-rendering: pixelated }}
-  input {{ width: 100% }}
-  table {{ border-collapse: collapse }}
-  td {{ border-bottom: 1px solid #ddd; padding: 0 1.5em 0 0; font-family: monospace }}
+  :root { color-scheme: light dark }
+  body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 1200px; padding: 0 1em }
+  img { max-width: 100%; height: auto }
+  #sheet { image-rendering: pixelated; background: white }
+  input { width: 100% }
+  table { border-collapse: collapse }
+  td { border-bottom: 1px solid #8884; padding: 0 1.5em 0 0; font-family: monospace; overflow-wrap: anywhere }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1em }
+  dd { margin: 0 }
+  dt { font-family: monospace }
+  @media (prefers-color-scheme: dark) { .curves { filter: invert(0.9) hue-rotate(180deg) } }
 </style>
-<h1>{name}</h1>
-<p>{state}</p>
-<h2>Sheets <small id="label"></small></h2>
-<input type="range" id="slider" min="0" max="{last}" value="{last}">
-<img id="sheet" alt="no sheet yet">
+<h1>$name</h1>
+<p id="state">$state</p>
+<h2>Pictures <small id="label"></small></h2>
+<input type="range" id="slider" min="0" max="$last" value="$last" aria-label="step">
+<p id="none">The first sheet comes after the first step.</p>
+<img id="sheet" alt="pictures of the run" hidden>
+<dl>$words</dl>
+<div id="links"><!-- begin links -->$links<!-- end links --></div>
 <h2>Curves</h2>
-<img src="curves.png" alt="no curves yet">
-<h2>Settings</h2>
-<table>{rows}</table>
+$curves
+<h2>Settings that differ from the defaults</h2>
+<table>$changed</table>
+<details><summary>All settings</summary><table>$settings</table></details>
 <script>
-  const sheets = {sheets}, slider = document.getElementById("slider");
-  function show() {{
+  const sheets = $sheets, running = $running, slider = document.getElementById("slider");
+  function show() {
     if (!sheets.length) return;
-    document.getElementById("sheet").src = sheets[slider.value];
+    const sheet = document.getElementById("sheet");
+    sheet.src = sheets[slider.value];
+    sheet.hidden = false;
+    document.getElementById("none").hidden = true;
     document.getElementById("label").textContent = "after step " + parseInt(sheets[slider.value]);
-  }}
-  slider.oninput = show;
+  }
+  // While the run goes on the page loads itself again; a sheet that was chosen stays.
+  const chosen = sheets.indexOf(sessionStorage.getItem(location.pathname));
+  if (chosen >= 0) slider.value = chosen;
+  slider.oninput = () => {
+    if (slider.value == slider.max) sessionStorage.removeItem(location.pathname);
+    else sessionStorage.setItem(location.pathname, sheets[slider.value]);
+    show();
+  };
   show();
+  if (running) setTimeout(() => location.reload(), 30000);
 </script>
+</html>
 """
+
+
+def rows(settings: Mapping[str, Any]) -> str:
+    return "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in settings.items())
+
+
+def links(folder: Path) -> str:
+    """Links to what evaluate.py and translate.py have written beside the page."""
+    found = sorted(p for p in folder.glob("*") if p.name.startswith(("evaluation", "translated")))
+    shown = (f'<a href="{html.escape(quote(p.name))}">{html.escape(p.name)}</a>' for p in found)
+    return "<p>Beside this page: " + ", ".join(shown) if found else ""
+
+
+def update_links(folder: Path) -> None:
+    """Show on the page of a run, if there is one, what has been written beside it since. Raises OSError."""
+    page = folder / "index.html"
+    if page.exists():
+        before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- begin links -->")
+        after = rest.partition("<!-- end links -->")[2]
+        if mark and after:
+            with replacing(page) as path:
+                path.write_text(f"{before}{mark}{links(folder)}<!-- end links -->{after}", encoding="utf-8")
+
+
+def duration(seconds: float) -> str:
+    """In words: 40 s, 12 min, 3 h 20 min, 19 days."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"
 
 
 def draw_sheet(
@@ -352,25 +464,32 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))  # a rate's six decimals would not fit
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
-            axes.legend(fontsize="xx-small", ncols=2)
+            axes.legend(fontsize="small", ncols=5 if len(axes.lines) > 6 else 2, framealpha=0.6)
     figure.savefig(path, dpi=80)
 
 
-def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> None:
-    """Put lines between the marks ``<!-- begin NAME: COMMAND -->`` and ``<!-- end NAME -->`` of a page.
+def find_block(page: Path, name: str) -> tuple[str, str]:
+    """A page's text before the marks of a block and after them; nothing of a page that does not exist.
 
-    They replace what stands there, and the begin mark then names this command. A missing page is created with only the
-    block. Raises InputError where a mark is missing, OSError where the page cannot be written.
+    Raises InputError where the marks are missing.
     """
-    end = f"<!-- end {name} -->"
-    block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", end])
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{block}\n"
-    begin = re.search(rf"<!-- begin {re.escape(name)}[ :].*-->", text)
-    if begin is None:
-        raise InputError(f"{page}: the mark <!-- begin {name}: ... --> is missing")
-    stop = text.find(end, begin.end())
-    if stop < 0:
-        raise InputError(f"{page}: the mark {end} is missing after <!-- begin {name}: ... -->")
+    if not page.exists():
+        return "", "\n"
+    text = page.read_text(encoding="utf-8")
+    found = re.search(rf"^<!-- begin {name}[: ].*?^<!-- end {name} -->$", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise InputError(f"{page}: expected a line <!-- begin {name} --> and, below it, a line <!-- end {name} -->")
+    return text[: found.start()], text[found.end() :]
+
+
+def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> None:
+    """Put lines between the marks of a block, and the command that made them into the first mark.
+
+    A page that does not exist is created with only the block. Raises InputError where the marks are missing, OSError
+    where the page cannot be written.
+    """
+    before, after = find_block(page, name)
+    block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", f"<!-- end {name} -->"])
     page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as path:
-        path.write_text(text[: begin.start()] + block + text[stop + len(end) :], encoding="utf-8")
+        path.write_text(before + block + after, encoding="utf-8")

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 import os
 import re
@@ -77,6 +78,11 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "Adam: this share of every weight is added to its gradient", least=0)
     # torch takes seeds below 2 ** 64, and ranks add to theirs.
     seed: int = option(0, "seed of weights, shuffling, crops, flips and replay buffers", least=0, most=2**62)
+    preset: str = option(
+        "full",
+        "small: other defaults, with which two CPU cores train in an evening: 64 x 64 pixels, a quarter of the weights",
+        choices=("full", "small"),
+    )
     precision: str = option(
         "auto",
         "auto: bf16 where the hardware multiplies it natively, else float32",
@@ -96,7 +102,9 @@ class TrainingOptions:
     extractor: str = option(INCEPTION, f"whose features that KID compares, as in evaluate.py: {EFFICIENTNET}, ...")
     keep_evaluated: bool = option(False, "keep the generators of every evaluation, for evaluate.py --oracle")
     log_interval: int = option(50, "steps between lines of log.jsonl", least=1)
-    sample_interval: int = option(1000, "steps between picture sheets; 0: only at the end of the run", least=0)
+    sample_interval: int = option(
+        1000, "steps between picture sheets, after those at 1, 2, 4, 8, ...; 0: only at the end of the run", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +134,11 @@ class RunOptions:
     resume: bool = option(
         False, "go on with the run of this name exactly at its checkpoint; options not given are the run's own"
     )
+    auto_resume: bool = option(
+        False, "as --resume where the run has a checkpoint, else start it; restarts by torchrun do so by themselves"
+    )
     overwrite: bool = option(False, "delete the run of this name and start anew")
+    max_steps: int = option(0, "save and leave after so many steps of the run, for a first try; 0: none", least=0)
 
 
 MACHINE = tuple(options_of(MachineOptions))
@@ -134,6 +146,34 @@ FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
 # Files that a run may leave that has saved nothing yet.
 TRACES = re.compile(r"log\.(jsonl|partial)|\d{8}\.png|curves\.png|index\.html|\..*\.partial|\.partial\..*")
 DEFAULT_SYSTEM = "attentiongan"
+SMALL = {"img_height": 64, "img_width": 64, "ngf": 32, "n_layers_D": 2, "upsample": "nearest"}
+SMALL |= {"n_residual_blocks": 6, "n_epochs": 15, "decay_epoch": 10}
+# Flags of PyTorch-GAN, of the official codes and of other projects, and ours.
+FOREIGN = {
+    "--epoch": "--resume goes on at the checkpoint's epoch",
+    "--epochs": "here --n_epochs",
+    "--niter": "here --n_epochs and --decay_epoch",
+    "--niter_decay": "here --n_epochs and --decay_epoch",
+    "--dataset": "here --dataset_name",
+    "--dataroot": "here --data_dir (the folder above) and --dataset_name",
+    "--gpu_ids": "here --device cuda:0, or train_dist.py for several",
+    "--gpu": "here --device cuda:0, or train_dist.py for several",
+    "--cuda": "here --device cuda",
+    "--img_size": "here --img_height and --img_width",
+    "--image_size": "here --img_height and --img_width",
+    "--load_size": "here 1.12 x --img_height and --img_width",
+    "--crop_size": "here --img_height and --img_width",
+    "--continue_train": "here --resume",
+    "--model": "here --system",
+    "--batchSize": "here --batch_size",
+    "--lambda_A": "here --lambda_cyc, for both directions",
+    "--lambda_B": "here --lambda_cyc, for both directions",
+    "--lambda_identity": "here --lambda_id, which is lambda_A x lambda_identity",
+    "--num_workers": "here --n_cpu",
+    "--num_threads": "here --n_cpu",
+    "--checkpoints_dir": "runs are in saved_models/NAME (--name)",
+}
+SAVING = "saving, then leaving; Ctrl-C once more leaves at once"
 EPILOG = """\
 The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
 rate falling to zero from epoch 100. The official AttentionGAN script for horse2zebra trains instead with
@@ -141,8 +181,8 @@ rate falling to zero from epoch 100. The official AttentionGAN script for horse2
 """
 
 
-def option_groups(system: str) -> dict[str, dict[str, Option]]:
-    """All options by group and name, with the defaults of ``system``."""
+def option_groups(system: str, preset: str = "full") -> dict[str, dict[str, Option]]:
+    """All options by group and name, with the defaults of ``system`` and of the preset."""
     which = Option(str, DEFAULT_SYSTEM, "what to train; its defaults are shown here", choices=tuple(sorted(SYSTEMS)))
     groups = {
         "data": options_of(DataOptions),
@@ -151,14 +191,16 @@ def option_groups(system: str) -> dict[str, dict[str, Option]]:
         "machine (may change with --resume)": options_of(MachineOptions),
         "run": options_of(RunOptions),
     }
+    presets = {**SYSTEMS[system].presets, **(SMALL if preset == "small" else {})}
     for group in groups.values():
-        for name in group.keys() & SYSTEMS[system].presets.keys():
-            group[name] = replace(group[name], default=SYSTEMS[system].presets[name])
+        for name in group.keys() & presets.keys():
+            smaller = preset == "small" and name == "n_residual_blocks" and group[name].default < presets[name]
+            group[name] = group[name] if smaller else replace(group[name], default=presets[name])
     return groups
 
 
-def all_options(system: str) -> dict[str, Option]:
-    return {name: each for group in option_groups(system).values() for name, each in group.items()}
+def all_options(system: str, preset: str = "full") -> dict[str, Option]:
+    return {name: each for group in option_groups(system, preset).values() for name, each in group.items()}
 
 
 def stored_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -167,10 +209,10 @@ def stored_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in sorted(names)}
 
 
-def make_parser(system: str = DEFAULT_SYSTEM) -> utils.Parser:
-    """All flags with the defaults of ``system``; the names are those of PyTorch-GAN where it has the flag."""
+def make_parser(system: str = DEFAULT_SYSTEM, preset: str = "full") -> utils.Parser:
+    """All flags with these defaults; the names are those of PyTorch-GAN where it has the flag."""
     parser = utils.Parser(f"Train {system}.", EPILOG)
-    for title, group in option_groups(system).items():
+    for title, group in option_groups(system, preset).items():
         utils.add_options(parser, title, group)
     return parser
 
@@ -184,9 +226,10 @@ def parse_options(
     flags that cannot be read and values that do not fit together.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("system", "dataset_name", "name"):
+    for name in ("system", "preset", "dataset_name", "name"):
         first.add_argument(f"--{name}", default=all_options(DEFAULT_SYSTEM)[name].default)
-    first.add_argument("--resume", action="store_true")
+    for name in ("resume", "auto_resume"):
+        first.add_argument(f"--{name}", action="store_true")
     first.add_argument("-h", "--help", action="store_true")
     known = first.parse_known_args(argv)[0]
     if known.name is None:
@@ -194,19 +237,24 @@ def parse_options(
     name = f"{known.dataset_name}_{known.system}" if known.name is None else known.name
     utils.check_name("--name", name)
     own, resumed = {}, None
-    if known.resume and not known.help:
-        resumed = checkpoints.CheckpointFiles(SAVED_MODELS / name).load(quiet=True)
+    files = checkpoints.CheckpointFiles(SAVED_MODELS / name)
+    restarted = known.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if (known.resume or (restarted and files.exist())) and not known.help:
+        resumed = files.load(quiet=True)
         own = resumed["options"]
 
     system = own.get("system", known.system)
-    parser = make_parser(system if system in SYSTEMS else DEFAULT_SYSTEM)  # else the parser refuses --system itself
+    # An unknown system is refused by the parser itself.
+    parser = make_parser(system if system in SYSTEMS else DEFAULT_SYSTEM, own.get("preset", known.preset))
     extend(parser)
     defaults = vars(parser.parse_args([]))
     unset = object()
     namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
     if unknown:
-        parser.error(f"{' '.join(unknown)}: no option of {system}")
+        parser.error(explain_unknown(unknown[0].partition("=")[0], system))
     given = {key: value for key, value in vars(namespace).items() if value is not unset}
+    if resumed is not None and not known.resume:  # the command that started the run
+        given |= {"resume": True, "overwrite": False, "init_from": own.get("init_from")}
 
     for key in ("init_from", "overwrite"):
         if known.resume and given.get(key):
@@ -227,12 +275,23 @@ def parse_options(
     if options.decay_epoch is None:
         options.decay_epoch = max(1, options.n_epochs // 2)
     with torch.device("meta"):  # takes no memory, whatever the options say
-        system = check_options(options)
+        built = check_options(options)
     if resumed is not None:
-        checkpoints.check_networks(f"saved_models/{name}", resumed["networks"], system, system.trained())
+        checkpoints.check_networks(f"saved_models/{name}", resumed["networks"], built, built.trained())
     if options.n_epochs < own.get("n_epochs", 1):
         raise InputError(f"--n_epochs {options.n_epochs}: expected at least {own['n_epochs']}")
     return options
+
+
+def explain_unknown(flag: str, system: str) -> str:
+    """One line on a flag that ``system`` does not have."""
+    others = [name for name, declared in SYSTEMS.items() if flag.removeprefix("--") in options_of(declared)]
+    if flag in FOREIGN:
+        return f"{flag}: {FOREIGN[flag]}"
+    if others:
+        return f"{flag} belongs to --system {' or '.join(others)}, found --system {system}"
+    near = difflib.get_close_matches(flag, [f"--{name}" for name in all_options(system)], n=3)
+    return f"{flag}: no flag of {system}" + (f"; near: {', '.join(near)}" if near else "")
 
 
 def unknown_options(own: Mapping[str, Any], known: Container[str]) -> list[str]:
@@ -458,6 +517,7 @@ def train(
         total,
         options.log_interval,
         restored["step"],
+        {name: each.default for name, each in all_options(options.system, options.preset).items()},
         system.symptoms,
     )
     if options.resume:
@@ -475,7 +535,7 @@ def train(
     # Sheets and validation have other batch sizes and modes, for which compiled networks would compile again.
     eager = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
     start = time.perf_counter()
-    with nullcontext(listening) if listening else utils.StopSignals() as stop, closing(log):
+    with nullcontext(listening) if listening else utils.StopSignals(SAVING) as stop, closing(log):
         for epoch in range(first, options.n_epochs):
             sampler.epoch, sampler.start = epoch, done * options.batch_size
             for batch in utils.to_device(loader, device, normalise):
@@ -487,13 +547,16 @@ def train(
                 log.add(training_step(players, optimizers, autocast, batch), images, epoch, lr)
                 if options.compile and log.step == restored["step"] + 1:
                     print0(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
-                if utils.rank() == 0 and is_due(log.step, options.sample_interval, total):
+                if utils.rank() == 0 and sheet_is_due(log.step, options.sample_interval, total):
                     with eager(), autocast():
                         log.sheet(system.sheet(samples))
                 if validation is not None and is_due(log.step, options.eval_interval * len(loader), total):
                     with eager():
                         validate(validation, system, state, log, epoch, options.keep_evaluated)
-                stopped, save = utils.any_rank([stop.signal is not None, state.is_due(options.checkpoint_minutes)])
+                enough = 0 < options.max_steps <= log.step < total
+                stopped, save = utils.any_rank(
+                    [enough or stop.signal is not None, state.is_due(options.checkpoint_minutes)]
+                )
                 if stopped or save:
                     log.check_finite()
                     state.save(log.step, log.state_dict())
@@ -511,7 +574,7 @@ def train(
         print0(f"done: see {log.folder}/index.html; weights in {folder}")
         return 0
     print0(f"stopped after step {log.step} of {total}, saved; the same command with --resume goes on")
-    return stop.signal or signal.SIGTERM
+    return 0 if enough else stop.signal or signal.SIGTERM
 
 
 def validate(
@@ -532,6 +595,11 @@ def validate(
 def is_due(count: int, interval: int, last: int) -> bool:
     """Every ``interval`` (never for 0), and at the last."""
     return count == last or (interval > 0 and count % interval == 0)
+
+
+def sheet_is_due(step: int, interval: int, last: int) -> bool:
+    """As ``is_due``, and after steps 1, 2, 4, 8, … up to the interval: a run changes most at its start."""
+    return is_due(step, interval, last) or (step < interval and step & (step - 1) == 0)
 
 
 @contextmanager

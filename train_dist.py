@@ -14,6 +14,7 @@ import copy
 import inspect
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -30,14 +31,15 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
 import train
 import utils
 from checkpoints import SAVED_MODELS
 from systems import System
 from utils import InputError
 
-# How long ranks wait for rank 0, which saves and draws.
-TIMEOUT = timedelta(hours=1)
+TIMEOUT = timedelta(hours=1)  # how long ranks wait for rank 0, which saves and draws
+MEETING = timedelta(minutes=5)  # how long ranks wait for one another at the start
 GRACE = 30  # seconds that ranks have to end after one of them has failed
 # Broadcasting buffers at each of the several calls of one step would change tensors that the backward pass still
 # needs. torch has renamed the switch.
@@ -88,7 +90,6 @@ def join(
     local_rank: int,
     world_size: int,
     init_method: str,
-    listening: utils.StopSignals | None = None,
     tell: Callable[[Exception], None] = lambda error: None,
 ) -> int:
     """Be one rank: join the group, train, leave it. Returns what ``train.train`` returns.
@@ -102,19 +103,23 @@ def join(
     else:
         device, backend = "cpu", "gloo"
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    parent = os.getppid()
+    store, rank, world_size = next(iter(dist.rendezvous(init_method, rank, world_size, timeout=MEETING)))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             prepare_together(options, rank, local_rank)
         lock = utils.lock_folder(SAVED_MODELS / options.name) if rank == 0 else nullcontext()
-        with train.explain_out_of_memory(options), lock:
+        # To the very end: Ctrl-C can reach a rank twice, from the terminal and from ``launch``. The second one must not
+        # end a rank that has saved already and is leaving the group. Ranks whose launcher was killed stop as well.
+        with train.explain_out_of_memory(options), lock, utils.StopSignals(parent=parent) as listening:
             utils.barrier()  # another process may have saved while rank 0 waited for the lock
             number = train.train(options, distribute, device, listening)
+            dist.destroy_process_group()
+            return number
     except Exception as error:
         tell(error)
         raise  # without leaving the group: NCCL would wait for the others, who wait for this one
-    dist.destroy_process_group()
-    return number
 
 
 def prepare_together(options: argparse.Namespace, rank: int, local_rank: int) -> None:
@@ -139,12 +144,10 @@ def spawned(rank: int, options: argparse.Namespace, world_size: int, reports: Si
         expected = isinstance(error, (InputError, OSError))
         reports.put((rank, utils.one_line(error) if expected else traceback.format_exc()))
 
-    # From beginning to end: Ctrl-C reaches the ranks twice, from the terminal and from ``launch``. The second one must
-    # not end a rank that has saved already and is leaving the group.
-    with utils.StopSignals() as listening:
-        number = join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", listening, tell)
-        if number:
-            reports.put((rank, number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the group stands; ``launch`` hands it on as SIGTERM
+    number = join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", tell)
+    if number:
+        reports.put((rank, number))
 
 
 def pick_kind(options: argparse.Namespace) -> str:
@@ -211,7 +214,7 @@ def launch(options: argparse.Namespace) -> int:
     ranks = mp.spawn(spawned, (options, world_size, reports), world_size, join=False)
     told, deadline = False, math.inf
     heard: list[tuple[int, int | str]] = []  # the reports, in their order
-    with utils.StopSignals() as stop:
+    with utils.StopSignals(train.SAVING) as stop:
         try:
             while not ranks.join(timeout=0.5, grace_period=GRACE):
                 if stop.signal is not None and not told:
@@ -234,7 +237,9 @@ def launch(options: argparse.Namespace) -> int:
                 rank, reason = failures[0] if failures else (error.error_index, str(error))
                 raise InputError(f"rank {rank} failed, all ranks ended: {reason}") from error
             how = error.signal_name or f"exit code {error.exit_code}"
-            raise InputError(f"rank {error.error_index} died ({how}); all ranks ended. --resume goes on") from error
+            saved = checkpoints.CheckpointFiles(SAVED_MODELS / options.name).exist()
+            go_on = "--resume goes on" if saved else "nothing was saved yet"
+            raise InputError(f"rank {error.error_index} died ({how}); all ranks ended; {go_on}") from error
     return stop.signal or next((n for _, n in heard + drain(reports) if isinstance(n, int)), 0)
 
 

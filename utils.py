@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ContextDecorator, contextmanager
+from contextlib import ContextDecorator, contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from io import TextIOWrapper
@@ -164,16 +164,19 @@ def print0(message: str) -> None:
 class StopSignals:
     """Within the block, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set ``signal``: a request to stop.
 
-    A second Ctrl-C interrupts at once. A signal that was ignored before (nohup) stays ignored.
+    SIGUSR1, with which batch systems announce the end of the time, does the same. A second Ctrl-C interrupts at once. A
+    signal that was ignored before (nohup) stays ignored. ``message`` is printed at once. ``parent``: the end of this
+    process, which has started this one, is a request to stop too.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, message: str = "", parent: int | None = None) -> None:
+        self._signal: int | None = None
+        self._message, self._parent = message, parent
         self._before: dict[int, Any] = {}
         self._terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
 
     def __enter__(self) -> StopSignals:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
@@ -183,10 +186,20 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that asks to stop, None without one."""
+        if self._signal is None and self._parent is not None and os.getppid() != self._parent:
+            self._signal = signal.SIGTERM
+        return self._signal
+
     def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal is not None:
+        if number == signal.SIGINT and self._signal is not None:
             raise KeyboardInterrupt
-        self.signal = number
+        self._signal = number
+        if self._message:
+            with suppress(OSError):  # print would fail inside another print
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._message}\n".encode())
         if number == getattr(signal, "SIGHUP", None):
             # Writing to the closed terminal would fail, and with it the save that follows.
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -296,13 +309,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """An argparse parser without abbreviated flags, whose errors are an InputError of one line."""
 
-    def __init__(self, description: str, epilog: str | None = None):
+    def __init__(self, description: str, epilog: str | None = None, **others: Any):
         super().__init__(
-            usage="%(prog)s [flags]",
             description=description,
             epilog=epilog,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
+            **{"usage": "%(prog)s [flags]", **others},  # argparse gives those of commands more
         )
 
     def error(self, message: str) -> NoReturn:

@@ -295,7 +295,7 @@ def test_pictures_of_one_name_are_all_written(tmp_path):
         assert torch.equal(read(written / f"{path}.png"), read(SMALL / "testA" / f"{source}.png"))
 
 
-def test_pictures_that_also_stand_in_train_are_counted_and_left_out_on_demand(capsys):
+def test_pictures_that_are_also_in_train_are_counted_and_left_out_on_demand(capsys):
     make_set(SMALL, nA=4, nB=4, tests=4)
     shutil.copy(SMALL / "testA/1.png", SMALL / "trainA/again.png")
     shutil.copy(SMALL / "testA/3.png", SMALL / "trainB/again.png")
@@ -306,7 +306,7 @@ def test_pictures_that_also_stand_in_train_are_counted_and_left_out_on_demand(ca
     assert whole["also_in_train"] == {"A": 2, "B": 1} and whole["dedup"] is False
     assert (whole["translated"], whole["target"]) == (4, 4)
     assert {p.name for p in Path("images/net/translated_AtoB").iterdir()} == {f"{i}.png" for i in range(4)}
-    assert "AtoB: 4 pictures of testA (2 that also stand in train among them)" in capsys.readouterr().out
+    assert "AtoB: 4 pictures of testA (2 that are also in train among them)" in capsys.readouterr().out
     Path("images/net/translated_BtoA").mkdir()
     save(noise(0), Path("images/net/translated_BtoA/0.png"))  # what belongs to no row of this one stays
     assert run("net --dedup") == 0
@@ -314,7 +314,7 @@ def test_pictures_that_also_stand_in_train_are_counted_and_left_out_on_demand(ca
     assert less["also_in_train"] == {"A": 2, "B": 1} and less["dedup"] is True
     assert (less["translated"], less["target"]) == (2, 3)
     out = capsys.readouterr().out
-    assert "2 pictures of testA (2 that also stand in train left out), against 3 of testB (1 left out)" in out
+    assert "2 pictures of testA (2 that are also in train left out), against 3 of testB (1 left out)" in out
     assert {p.name for p in Path("images/net/translated_AtoB").iterdir()} == {"0.png", "2.png"}
     assert Path("images/net/translated_BtoA/0.png").exists()
     kept = side("testA")[[0, 2]]
@@ -322,7 +322,7 @@ def test_pictures_that_also_stand_in_train_are_counted_and_left_out_on_demand(ca
     for i in range(4):
         shutil.copy(SMALL / f"testA/{i}.png", SMALL / f"trainA/all{i}.png")
     assert run("net --dedup") == 2
-    message = "data/small/testA: every test picture also stands in train, --dedup leaves none"
+    message = "data/small/testA: every test picture is also in train, --dedup leaves none"
     assert message in capsys.readouterr().err
 
 
@@ -694,7 +694,7 @@ def test_the_floor_is_the_mean_and_deviation_over_draws_of_real_pictures(capsys)
     assert table(capsys.readouterr().out)["AtoB", "real training pictures"]["FID-tiny"] == f"{fids[0]:.1f}"
 
 
-def test_the_floor_leaves_out_training_pictures_that_also_stand_in_test():
+def test_the_floor_leaves_out_training_pictures_that_are_also_in_test():
     make_set(SMALL, nA=4, nB=7, tests=5)
     copies = {"testB/0.png": "00.png", "testB/3.png": "33.png", "testA/1.png": "44.png"}
     for source, name in copies.items():
@@ -1347,7 +1347,7 @@ def test_kid_needs_two_pictures(small_set, capsys):
         ("net --inception w.pth", "none", "--inception is for torch-fidelity's extractors, found --extractor none"),
         ("net --inception w.pth", EFFICIENTNET, f"found --extractor {EFFICIENTNET}"),
         ("net --class_B zebra", "tiny", "--class_A and --class_B need a classifier"),
-        ("net --spread", "none", "--spread is over several checkpoints, found one"),
+        ("net --spread", "none", "--spread: expected several checkpoints, found one"),
         ("net net --spread", "none", "--checkpoint net and net would both be written to images/net"),
         ("run saved_models/run", "none", "--checkpoint run and saved_models/run would both be written to images/run"),
         (".", "none", "--checkpoint .: has no name to write under, expected a run or a longer path"),

@@ -117,7 +117,7 @@ def test_interpolation_goes_straight_from_sample_to_sample():
 )
 def test_what_cannot_be_generated_is_named(generator, capsys, flags, message):
     Path("file").write_text("")
-    torch.save(pack_generator(ResNetGenerator(ngf=4, n_residual_blocks=1)), "AtoB.pt")
+    torch.save({**pack_generator(ResNetGenerator(ngf=4, n_residual_blocks=1)), "direction": "AtoB"}, "AtoB.pt")
     assert run(f"--output out {flags}") == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -373,7 +373,7 @@ def test_truncated_archive_without_checksum_is_refused(web, monkeypatch, tmp_pat
     path = publish(web, monkeypatch, members, name)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    assert "cannot be unpacked" in refused(web, tmp_path, name)
+    assert re.search(r"cannot be unpacked \(.*[^:]\)$", refused(web, tmp_path, name))  # with a reason
 
 
 def test_however_a_tar_is_cut_no_picture_is_lost_unnoticed(tmp_path, web, monkeypatch):
@@ -474,24 +474,24 @@ def test_archive_of_something_else_says_what_it_holds(web, monkeypatch, tmp_path
     assert "expected a folder apple2orange in the archive, found pears, readme" in refused(web, tmp_path)
 
 
-@BOTH
-def test_a_damaged_archive_is_refused_in_one_line_or_unpacked(web, monkeypatch, tmp_path, name, members):
-    """Whatever the damage: no other error comes out of zipfile, tarfile and zlib."""
-    content = publish(web, monkeypatch, members, name).read_bytes()
+@pytest.mark.parametrize("name", ["apple2orange", "facades"], ids=["zip", "tar"])
+def test_a_damaged_archive_is_refused_by_its_name_in_one_line_or_unpacked(web, monkeypatch, tmp_path, name):
+    """Whatever zipfile, tarfile and zlib raise: UnicodeDecodeError, for example."""
+    content = publish(web, monkeypatch, {f"{name}/ä{i}.png": b"some bytes" for i in range(3)}, name).read_bytes()
     archive, rng, refusals = tmp_path / Path(PUBLIC_SETS[name].archive).name, np.random.default_rng(0), 0
-    if archive.suffix == ".gz":
-        content = gzip.decompress(content)
-    for i in range(400):
+    content = gzip.decompress(content) if archive.suffix == ".gz" else content
+    filled = np.flatnonzero(np.frombuffer(content, dtype=np.uint8))
+    for i in range(150):
         damaged = bytearray(content)
-        for place in rng.integers(len(content), size=rng.integers(1, 30)):
+        for place in rng.choice(filled, rng.integers(1, 4)):
             damaged[place] = rng.integers(256)
         archive.write_bytes(gzip.compress(damaged, 1) if archive.suffix == ".gz" else damaged)
         try:
             unpack(archive, tmp_path / f"{i}")
         except InputError as error:
-            assert str(error).startswith(archive.name)
+            assert re.fullmatch(rf"{archive.name}: .+", str(error))
             refusals += 1
-    assert refusals > 100
+    assert 50 < refusals < 150
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout
 from systems import SYSTEMS, Turn, least_squares, mask_measures
-from train import system_options, trained_parameters, training_step, update
+from train import all_options, trained_parameters, training_step, update
 from utils import InputError
 
 
@@ -52,7 +52,7 @@ def test_the_terms_that_tie_the_output_to_the_input_may_come_later():
     def ratios(epoch, curriculum):
         """Each loss over its plain one: the common factor of the tying terms, and that of the others."""
         plain, system = (build("attentiongan1", pool_size=0, curriculum_epochs=n) for n in (0, curriculum))
-        system.begin(epoch)
+        system.set_epoch(epoch)
         expected = plain.generators_losses(batch, plain(batch))
         found = {
             key: (loss / expected[key]).item() for key, loss in system.generators_losses(batch, system(batch)).items()
@@ -245,13 +245,13 @@ def test_pix2pix_has_one_direction_and_only_the_networks_it_needs():
 
 
 def test_settings_reach_the_networks_of_pix2pix():
-    def make(**settings):
+    def make(size=(256, 256), **settings):
         with torch.device("meta"):
-            return SYSTEMS["pix2pix"](**settings)
+            return SYSTEMS["pix2pix"](**settings).build(size)
 
     assert make().G.settings == dict(channels=3, ngf=64, depth=8)
-    assert make(img_height=300, img_width=128).G.settings["depth"] == make(unet_depth=7).G.settings["depth"] == 7
-    small = make(channels=1, ngf=8, ndf=4, n_layers_D=2, img_height=64, img_width=64)
+    assert make((300, 128)).G.settings["depth"] == make(unet_depth=7).G.settings["depth"] == 7
+    small = make((64, 64), channels=1, ngf=8, ndf=4, n_layers_D=2)
     assert small.G.settings == dict(channels=1, ngf=8, depth=6) and small.D.layers[0].weight.shape == (4, 2, 4, 4)
     assert (small.size_multiple, small.min_size) == (64, 64)
     assert (make(unet_depth=2).size_multiple, make(unet_depth=2).min_size) == (4, 24)
@@ -260,7 +260,7 @@ def test_settings_reach_the_networks_of_pix2pix():
 
 
 def test_pix2pix_draws_its_noise_while_training_and_none_for_a_sheet():
-    system = build("pix2pix", ngf=2, img_height=64, img_width=64)
+    system = build("pix2pix", size=(64, 64), ngf=2)
     assert any(isinstance(m, NoiseDropout) for m in system.G.modules())
     batch = make_batch(0, size=64)
     assert not torch.equal(system(batch), system(batch))
@@ -355,7 +355,7 @@ def test_the_spread_of_dcgan_tells_a_collapse():
 def test_dcgan_takes_square_pictures_of_its_sizes_alone():
     for size in ((24, 24), (64, 32), (256, 256)):
         with pytest.raises(InputError, match=f"--img_height {size[0]} --img_width {size[1]}: .* 16, 32, 64, 128"):
-            SYSTEMS["dcgan"](img_height=size[0], img_width=size[1])
+            SYSTEMS["dcgan"]().build(size)
 
 
 class TextbookPool:
@@ -513,7 +513,7 @@ def test_least_squares_sums_over_maps():
 
 def test_bf16_keeps_u_gat_its_norms_maps_and_losses_in_float32():
     torch.manual_seed(0)
-    system = SYSTEMS["ugatit"](**SYSTEM_SETTINGS["ugatit"])
+    system = build("ugatit").float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     norms = [m for m in system.G_AB.modules() if isinstance(m, (AdaLIN, ILN))]
     seen = []
@@ -531,7 +531,7 @@ def test_bf16_keeps_u_gat_its_norms_maps_and_losses_in_float32():
 
 def test_bf16_keeps_the_picture_and_losses_of_pix2pix_in_float32():
     torch.manual_seed(0)
-    system = SYSTEMS["pix2pix"](**SYSTEM_SETTINGS["pix2pix"])
+    system = build("pix2pix").float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
         fake = system(batch)
@@ -541,7 +541,7 @@ def test_bf16_keeps_the_picture_and_losses_of_pix2pix_in_float32():
 
 def test_bf16_keeps_dcgans_pictures_logits_and_losses_in_float32():
     torch.manual_seed(0)
-    system = SYSTEMS["dcgan"](**SYSTEM_SETTINGS["dcgan"])
+    system = build("dcgan").float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
         fakes = system(batch)
@@ -556,7 +556,7 @@ def test_bf16_keeps_dcgans_pictures_logits_and_losses_in_float32():
 @pytest.mark.parametrize("name", ["attentiongan", "attentiongan1"])
 def test_bf16_keeps_masks_fusion_and_losses_in_float32(name):
     torch.manual_seed(0)
-    system = SYSTEMS[name](**SYSTEM_SETTINGS[name])
+    system = build(name).float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
         fakes = system(batch)
@@ -572,7 +572,7 @@ def test_bf16_keeps_masks_fusion_and_losses_in_float32(name):
 )
 def test_unless_told_otherwise_networks_and_buffers_have_the_papers_size(name, generator):
     with torch.device("meta"):
-        system = SYSTEMS[name]()
+        system = SYSTEMS[name]().build()
     for network, expected in dict(G_AB=generator, G_BA=generator, D_A=2_763_841, D_B=2_763_841).items():
         assert sum(p.numel() for p in system.get_submodule(network).parameters()) == expected
     assert system.pool_A.size == system.pool_B.size == 50
@@ -606,7 +606,7 @@ def test_what_is_logged_of_rho_is_the_norms_in_their_order():
 
 
 def test_settings_reach_the_networks():
-    system = SYSTEMS["attentiongan"](**SMALL, n_masks=3, attention_kernel=7, channels=1)
+    system = SYSTEMS["attentiongan"](**SMALL, n_masks=3, attention_kernel=7, channels=1).build()
     assert isinstance(system.G_BA, AttentionGenerator)
     expected = dict(channels=1, ngf=4, n_residual_blocks=2, n_masks=3, attention_kernel=7)
     expected |= dict(background=True, upsample="transposed")
@@ -615,7 +615,7 @@ def test_settings_reach_the_networks():
 
 
 def test_scheme_i_needs_its_adversarial_terms():
-    with pytest.raises(InputError, match="--lambda_gan 0: nothing but a copy to train for"):
+    with pytest.raises(InputError, match="--lambda_gan 0: only a copy is left to train for"):
         build("attentiongan1", lambda_gan=0.0)
 
 
@@ -624,14 +624,14 @@ def test_settings_reach_u_gat_its_networks():
         return len(system.global_D_B.layers) + 1, len(system.local_D_A.layers) + 1
 
     with torch.device("meta"):
-        full = SYSTEMS["ugatit"](ngf=8, ndf=4, channels=1, img_height=128, img_width=256)
-        light = SYSTEMS["ugatit"](light=True)
+        full = SYSTEMS["ugatit"](ngf=8, ndf=4, channels=1).build((128, 256))
+        light = SYSTEMS["ugatit"](light=True).build()
     assert full.G_BA.settings == dict(channels=1, ngf=8, n_residual_blocks=4, size=(128, 256))
     assert layers(full) == (6, 4) and full.global_D_A.layers[0].bias.shape == (4,) and full.min_size == 48
     assert light.G_AB.settings == dict(channels=3, ngf=64, n_residual_blocks=4, size=None)
     assert layers(light) == (7, 5)
     torch.manual_seed(0)
-    default = SYSTEMS["ugatit"](light=True, init="default", ngf=8, ndf=8)
+    default = SYSTEMS["ugatit"](light=True, init="default", ngf=8, ndf=8).build()
     for network, key in (
         (default.G_AB, "encoder.0.weight"),
         (default.local_D_B, "layers.0.parametrizations.weight.original"),
@@ -650,8 +650,8 @@ def test_a_step_asks_for_no_value(name, monkeypatch):
     for fetch in ("cpu", "numpy"):  # which tensors on the CPU could answer
         monkeypatch.setattr(torch.Tensor, fetch, refuse)
     with FakeTensorMode():
-        pool = {"pool_size": 1} if "pool_size" in system_options(name) else {}
-        system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool)
+        pool = {"pool_size": 1} if "pool_size" in all_options(name) else {}
+        system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool).build((16, 16))
         optimizers = {
             t.player: torch.optim.Adam(trained_parameters(system, t.networks), fused=True) for t in system.turns
         }
@@ -676,11 +676,11 @@ class NoMoves(TorchDispatchMode):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_moves_nothing_to_the_device(name, monkeypatch):
     """Shown on CUDA tensors without values, for which no GPU is needed but in the backward pass."""
-    pool = {"pool_size": 1} if "pool_size" in system_options(name) else {}
+    pool = {"pool_size": 1} if "pool_size" in all_options(name) else {}
     monkeypatch.setattr(train, "update", lambda *_: None)
     with FakeTensorMode():
         with torch.device("cuda"):
-            system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool)
+            system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool).build((16, 16))
             batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
         assert {t.device.type for t in (*batch.values(), *system.parameters(), *system.buffers())} == {"cuda"}
         with NoMoves():

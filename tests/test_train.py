@@ -258,7 +258,7 @@ def test_help_shows_each_systems_own_defaults(capsys):
             train.parse_options(["--system", system, "--help"])
         assert caught.value.code == 0
         shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-        assert re.search(rf"--lambda_id LAMBDA_ID weight of [^-]*\(default: {identity}\)", shown)
+        assert re.search(rf"--lambda_id X weight of [^-]*\(default: {identity}\)", shown)
         assert ("--n_masks" in shown) == (system == "attentiongan")
         assert "--batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5" in shown
 
@@ -390,9 +390,7 @@ def test_every_graph_of_a_step_is_compiled(monkeypatch):
 def test_torchs_random_state_goes_on_too(small_set, monkeypatch):
     """As a system with dropout would need it."""
     training_step = train.training_step
-    monkeypatch.setattr(
-        train, "training_step", lambda *arguments: {**training_step(*arguments), "noise": torch.rand(())}
-    )
+    monkeypatch.setattr(train, "training_step", lambda *given: {**training_step(*given), "noise": torch.rand(())})
     command = f"{QUICK} --n_epochs 2 --log_interval 1"
     assert run(f"{command} --name straight") == 0
     with monkeypatch.context() as patch:
@@ -748,6 +746,7 @@ REFUSED = {
         ("--unet_depth 7", r"--unet_depth 7: expected 2 to 6 at 64 x 64, or 0 for the most"),
         ("--lambda_gan 0 --lambda_L1 0", r"nothing to train by"),
         ("--unet_depth 12", r"--unet_depth 12: expected 2 to 6 at 64 x 64"),
+        ("--unet_depth 18", r"--unet_depth 18: expected at most 12"),
         ("--unet_depth 1", r"--unet_depth 1: expected 2 to 6 at 64 x 64"),
         ("--img_height 2", r"--img_height 2, --img_width \d+: expected at least 4"),
         ("--lambda_L1 -1", r"--lambda_L1 -1.0: expected at least 0"),

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import QUICK, QUICK_PIX2PIX, build, checkpoint, log, make_batch, quick, same_run, stop_at
+from common import (
+    QUICK,
+    QUICK_PIX2PIX,
+    build,
+    checkpoint,
+    default_signals,
+    log,
+    make_batch,
+    quick,
+    same_run,
+    stop_at,
+)
 from conftest import ROOT
 from torch import nn
 
@@ -30,9 +41,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(flags: str, launcher: str = "", **options) -> subprocess.Popen:
+def launch(flags: str, launcher: str = "") -> subprocess.Popen:
     command = [sys.executable, *launcher.split(), str(ROOT / "train_dist.py"), *QUICK.split(), *flags.split()]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes, preexec_fn=default_signals)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -278,13 +290,7 @@ def test_a_rank_tells_what_fails_before_the_group_breaks(small_set, monkeypatch)
 def test_no_rank_reads_a_checkpoint_before_the_first_has_the_run(small_set, monkeypatch, rank):
     """Another process may be saving there as long as it has."""
     done = []
-
-    @contextmanager
-    def hold(folder):
-        done.append("held")
-        yield
-
-    monkeypatch.setattr(utils, "hold", hold)
+    monkeypatch.setattr(utils, "lock_folder", lambda _: nullcontext(done.append("locked")))
     monkeypatch.setattr(utils, "barrier", lambda: done.append("met"))
     monkeypatch.setattr(train, "train", lambda *_: done.append("trained") or 0)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -292,7 +298,7 @@ def test_no_rank_reads_a_checkpoint_before_the_first_has_the_run(small_set, monk
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
     options = train.parse_options([*QUICK.split(), "--device", "cpu"])
     assert train_dist.join(options, rank, rank, 2, "tcp://nowhere") == 0
-    assert done == (["held", "met", "trained"] if rank == 0 else ["met", "trained"])
+    assert done == (["locked", "met", "trained"] if rank == 0 else ["met", "trained"])
 
 
 def test_a_signal_to_one_rank_alone_is_the_status_of_all(small_set, monkeypatch):
@@ -321,7 +327,7 @@ def test_batch_norm_over_several_processes_needs_cuda(small_set, capsys, monkeyp
     command = [*tiny.split(), "--device", "cpu"]
     assert train_dist.main([*command, "--n_procs", "2", "--port_num", str(free_port())]) == 2
     error = capsys.readouterr().err
-    assert "--system dcgan has BatchNorm, whose statistics 2 processes can share on CUDA alone" in error
+    assert "--system dcgan has BatchNorm, whose statistics 2 processes can share only on CUDA" in error
     for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():
         monkeypatch.setenv(key, str(value))
     assert train_dist.main(command) == 2
@@ -393,7 +399,7 @@ def test_missing_data_is_told_before_anything_starts(capsys):
     flags = ["--dataset_name", "horse2zebra", "--multi_gpu_flag", "True", "--port_num", str(free_port())]
     assert train_dist.main(flags) == 2
     error = capsys.readouterr().err
-    assert "python datasets.py --dataset_name horse2zebra" in error and "make demo" in error
+    assert "python prepare.py --dataset_name horse2zebra" in error and "make demo" in error
 
 
 def test_the_number_of_processes(monkeypatch, capsys):
@@ -418,6 +424,5 @@ def test_the_number_of_processes(monkeypatch, capsys):
     with pytest.raises(InputError, match="--device cuda:1 names one device"):
         count("--device cuda:1", gpus=2)
     assert count("--device cuda:1 --n_procs 1", gpus=2) == 1
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="'maybe': expected True or False"):
         count("--multi_gpu_flag maybe", gpus=2)
-    assert "'maybe': expected True or False" in capsys.readouterr().err
