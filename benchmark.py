@@ -228,7 +228,7 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         if cuda:
             figures["kernels"] = count_kernels(work)
         pipe.send(figures)
-    except EOFError:  # the parent has ended
+    except (EOFError, ConnectionError):  # the parent has ended
         return
     except Exception as error:
         if utils.is_out_of_memory(error):
@@ -253,14 +253,14 @@ class Worker:
     def hear(self) -> None:
         try:
             self.figures = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             self.process.join()
             code = self.process.exitcode
             self.figures = {"trouble": f"ended with exit code {code} (-9: killed, as systems do when memory runs out)"}
 
     def ask(self, another_turn: bool) -> None:
         if "trouble" not in self.figures:
-            with suppress(BrokenPipeError):  # the process has been killed; what is heard says so
+            with suppress(ConnectionError):  # the process has been killed; what is heard says so
                 self.pipe.send(another_turn)
             self.hear()
         if not another_turn:

@@ -280,8 +280,8 @@ def is_finished(state: Mapping[str, Any]) -> bool:
 class RunState:
     """What a run's checkpoint holds: networks, optimizers, position, and of each rank its pools and random states.
 
-    Takes the run's folder, its ``options`` (plain values), the names of those that generator files leave out, and the
-    digest of its ``pictures``.
+    Takes the run's folder, its ``options`` (plain values), the names of those that generator files leave out, the digest
+    of its ``pictures``, and their names.
     """
 
     def __init__(
@@ -293,11 +293,12 @@ class RunState:
         optimizers: Mapping[str, torch.optim.Optimizer],
         steps_per_epoch: int,
         pictures: str,
+        picture_names: Sequence[str],
         device: torch.device,
     ):
         self.folder, self.options, self.leave_out = folder, dict(options), set(leave_out)
         self.system, self.optimizers, self.device = system, optimizers, device
-        self.steps_per_epoch, self.pictures = steps_per_epoch, pictures
+        self.steps_per_epoch, self.pictures, self.picture_names = steps_per_epoch, pictures, list(picture_names)
         self.networks = [name for name, child in system.named_children() if any(True for _ in child.parameters())]
         self.files = CheckpointFiles(folder)
         self.saved_at = time.monotonic()
@@ -338,6 +339,7 @@ class RunState:
                 "step": step,
                 "steps_per_epoch": self.steps_per_epoch,
                 "pictures": self.pictures,
+                "picture_names": self.picture_names,
                 "best": self.best,
                 "networks": {name: self.system.get_submodule(name).state_dict() for name in self.networks},
                 "optimizers": {player: optimizer.state_dict() for player, optimizer in self.optimizers.items()},
@@ -357,7 +359,10 @@ class RunState:
                 raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
         if state["pictures"] != self.pictures:
             root = Path(self.options["data_dir"]) / self.options["dataset_name"]
-            raise InputError(f"--resume: the pictures in {root} have other names than the run's, expected the same")
+            before, now = {str(name) for name in state.get("picture_names") or ()}, set(self.picture_names)
+            lost, new = sorted(before - now), sorted(now - before) if before else []
+            told = "; ".join(f"{what} {some(names)}" for what, names in (("missing:", lost), ("new:", new)) if names)
+            raise InputError(f"--resume: {root} has other pictures than the run's, expected the same. {told}".rstrip())
         path = self.files.loaded
         networks = {name: self.system.get_submodule(name) for name in self.networks}
         check_networks(f"{path}", state["networks"], self.system, self.networks)

@@ -120,10 +120,14 @@ def open_image(path: Path) -> Image.Image:
         pillow_heif.register_heif_opener()
     Image.init()
     image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+    problem = None
     if image.width * image.height > MOST_PIXELS:
-        raise OSError(f"{image.width} x {image.height} pixels, expected at most {MOST_PIXELS // 10**6} million")
-    if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
-        raise OSError(f"a progressive JPEG of more than {MOST_SCANS} scans")
+        problem = f"{image.width} x {image.height} pixels, expected at most {MOST_PIXELS // 10**6} million"
+    elif image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
+        problem = f"a progressive JPEG of more than {MOST_SCANS} scans"
+    if problem is not None:
+        image.close()
+        raise OSError(problem)
     return image
 
 
@@ -354,13 +358,16 @@ class PictureDataset(Dataset, ABC):
                     "narrower pairs go to trainA and trainB, under equal names"
                 )
 
-    def digest(self) -> str:
-        """SHA-256 of the names of all pictures by side, held-out ones included. It changes when the pictures change."""
-        names = [
+    def names(self) -> list[dict[str, list[str]]]:
+        """The names of all pictures by side, first those that are trained on, then those that are held out."""
+        return [
             {side: [str(p.path.relative_to(self.root)) for p in pictures] for side, pictures in sides.items()}
             for sides in (self.sides, self.held_out)
         ]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """SHA-256 of the ``names``. It changes when the pictures change."""
+        return hashlib.sha256(json.dumps(self.names()).encode()).hexdigest()
 
     def load(self, limit: float) -> bool:
         """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes.

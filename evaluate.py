@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 import checkpoints
@@ -43,6 +43,7 @@ import utils
 from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import TASKS, Picture, find_pictures, find_side, normalise, quantise
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
+from models import Generator
 from record import IMAGES, draw_sheet
 from systems import SYSTEMS
 from utils import InputError
@@ -77,8 +78,8 @@ class Entry(NamedTuple):
     name: str  # of its folder in ``images``
     weights: str  # LAST, BEST or ORACLE
     direction: str
-    generator: nn.Module
-    back: nn.Module | None  # the generator of the other direction, where there is one
+    generator: Generator
+    back: Generator | None  # the generator of the other direction, where there is one
     reading: Reading
     step: int | None
     folder: Path  # of the generator's file
@@ -392,7 +393,7 @@ def judge(entry: Entry, reference: Reference, device: torch.device) -> Judged:
     return Judged(figures, outputs, foreground, recovered, *scored(singly, found, reference.real))
 
 
-def translate_all(generator: nn.Module, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def translate_all(generator: Generator, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """uint8 translations of uint8 pictures, and the foreground attention (or heat map), (N, 1, H, W), if any."""
     outputs, foregrounds = [], []
     with torch.inference_mode():
@@ -759,19 +760,16 @@ def make_parser() -> utils.Parser:
     add("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     add("--checkpoint", nargs="+", required=True, help="runs, shipped weights, folders or generator files")
     add("--direction", nargs="+", choices=DIRECTIONS, help="which ways to translate (default: all a checkpoint has)")
-    extractors = f"{INCEPTION}, {EFFICIENTNET}, another that torch-fidelity knows, or none"
+    extractors = f"{INCEPTION}, {EFFICIENTNET}, another of torch-fidelity's, or none"
     add("--extractor", default=INCEPTION, help=f"what FID and KID compare: {extractors}")
-    weights = "weights for torch-fidelity's extractor, instead of fetching them"
-    add("--inception", type=Path, metavar="PATH", help=weights)
+    add("--inception", type=Path, metavar="PATH", help="a file of weights for torch-fidelity's extractor")
     add("--class_A", help="ImageNet class that side A shows, for the class rate (known for horse2zebra, apple2orange)")
     add("--class_B", help="the same for side B")
-    draws = "draws of real training pictures, scored for comparison; 0 leaves them out"
-    add("--floor_draws", type=utils.at_least(0), default=5, help=draws)
-    masks = "folder with object masks, object above grey 127; folders and files are named as those of the test pictures"
-    add("--mask_dir", type=Path, help=masks)
+    add("--floor_draws", type=utils.at_least(0), default=5, help="draws of real training pictures to score; 0: none")
+    add("--mask_dir", type=Path, help="masks (object above grey 127); folders and files have the test pictures' names")
     add("--dedup", action="store_true", help="leave out test pictures that are also in train, byte for byte")
-    add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures (--keep_evaluated)")
-    add("--spread", action="store_true", help="also the median and worst of the checkpoints, which are seeds of one setting")
+    add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures")
+    add("--spread", action="store_true", help="also the median and worst of the checkpoints (seeds of one setting)")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     return parser
 

@@ -223,13 +223,13 @@ def train_all(runs: Sequence[Run], jobs: int, data_dir: Path) -> int:
     environment = {"OMP_NUM_THREADS": str(max(1, utils.usable_cores() // jobs)), **os.environ}
     running: dict[str, subprocess.Popen] = {}
     failures, handed_on = [], False
-    with utils.StopSignals() as stop:
+    with utils.StopSignals(train.SAVING) as stop:
         while running or (waiting and stop.signal is None):
             while waiting and len(running) < jobs and stop.signal is None:
                 name = waiting.pop(0)
                 own = ["--resume", *data] if name in standing else flags[name]
                 command = [sys.executable, str(HERE / "train.py"), *own, "--name", name]
-                pipes: Any = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                pipes: Any = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace")
                 running[name] = subprocess.Popen(command, env=environment, **pipes)
             if stop.signal is not None and not handed_on:
                 handed_on = True
@@ -473,8 +473,8 @@ def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> No
     """Put lines between the marks of a block, and the command that made them into the first mark."""
     before, after = find_block(page, name)
     block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", f"<!-- end {name} -->"])
-    with utils.name_file(page):
-        page.write_text(before + block + after, encoding="utf-8")
+    with utils.replacing(page) as new:
+        new.write_text(before + block + after, encoding="utf-8")
     print(f"{page} written")
 
 
@@ -484,8 +484,8 @@ def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> No
 
 
 @torch.no_grad()
-def translate(run: str, direction: str, root: Path, n: int) -> dict[str, Tensor]:
-    """What a run makes of its first ``n`` test pictures, or 8 samples: those of the parts below that there are.
+def translate(run: str, direction: str, root: Path, n: int, *wanted: str) -> dict[str, Tensor]:
+    """What a run makes of its first ``n`` test pictures, or 8 samples: those of the ``wanted`` parts that there are.
 
     All are (n, channels or 1, H, W) in [-1, 1]; but masks (n, n_masks, H, W) and contents (n, n_contents, channels, H,
     W), as in ``models.Translation``.
@@ -508,17 +508,13 @@ def translate(run: str, direction: str, root: Path, n: int) -> dict[str, Tensor]
         "contents": made.content,
         "content": None if made.content is None else painted(made.attention, made.content),
     }
-    return {name: part for name, part in parts.items() if part is not None}
+    return {name: parts[name] for name in wanted if parts[name] is not None}
 
 
 def painted(masks: Tensor, contents: Tensor) -> Tensor:
     """(n, channels, H, W): the contents weighed by their masks, as if the background mask kept nothing."""
     masks = masks[:, : contents.shape[1], None]
     return (masks * contents).sum(dim=1) / masks.sum(dim=1).clamp_min(torch.finfo(masks.dtype).tiny)
-
-
-def chosen(parts: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
-    return {name: parts[name] for name in names if name in parts}
 
 
 def grid(rows: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
@@ -533,27 +529,22 @@ def grid(rows: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
 
 
 def draw_comparison(runs: Sequence[Run], direction: str, root: Path) -> Image.Image:
-    """A row for each run: its first samples; or inputs, outputs, attention and truths."""
+    """A row for each run: its samples; or input, output, attention and truth of the first pictures."""
     rows = {}
     for run in runs:
-        parts = chosen(translate(run.name, direction, root, 4), "sample", "input", "output", "attention", "truth")
+        parts = translate(run.name, direction, root, 4, "input", "output", "attention", "truth")
         n = len(next(iter(parts.values())))
         rows[run.title] = {f"{name} {i + 1}": part[i] for i in range(n) for name, part in parts.items()}
     return grid(rows)
-
-
-def draw_shipped(run: str, direction: str, root: Path) -> Image.Image:
-    """A column for each of the first test pictures."""
-    parts = chosen(translate(run, direction, root, 6), "input", "output", "attention", "truth")
-    return grid({name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()})
 
 
 def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]:
     """The sheets of a run, by the ends of their names: what it makes of the first test pictures; its best, median and
     worst translations, the sheet of ``evaluate.py``; every mask and content of the first picture.
     """
-    parts = translate(run, direction, root, 6)
-    sheets = {"": record.draw_sheet(chosen(parts, "input", "attention", "content", "output", "recovered"))}
+    wanted = "input", "attention", "content", "output", "recovered"
+    parts = translate(run, direction, root, 6, *wanted, "masks", "contents")
+    sheets = {"": record.draw_sheet({name: part for name, part in parts.items() if name in wanted})}
     with Image.open(record.IMAGES / run / f"evaluation_{direction}.png") as judged:
         sheets["_judged"] = judged.copy()
     if "contents" in parts:
@@ -566,8 +557,8 @@ def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]
 
 
 def save_sheet(picture: Image.Image, path: Path) -> None:
-    with utils.name_file(path):
-        picture.save(path, quality=85, method=6)
+    with utils.replacing(path) as new:
+        picture.save(new, quality=85, method=6)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -643,7 +634,8 @@ def results(options: argparse.Namespace) -> int:
                     path = DOCS / f"{name}_{direction}{end}.webp"
                     if path.name in page.read_text(encoding="utf-8"):
                         save_sheet(picture, path)
-    store.write_text(json.dumps(known, indent=1) + "\n")
+    with utils.replacing(store) as new:
+        new.write_text(json.dumps(known, indent=1) + "\n")
     write_block(page, "results", "python experiments.py results", table(result_rows(known), RESULTS, blank=""))
     return 0
 
@@ -680,7 +672,9 @@ def ship(options: argparse.Namespace) -> int:
         root = options.data_dir / about["options"]["dataset_name"]
         if not find_inputs(root, direction, about["options"]):
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
-        sheets[direction] = draw_shipped(run, direction, root)
+        parts = translate(run, direction, root, 6, "input", "output", "attention", "truth")
+        numbered = {name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()}
+        sheets[direction] = grid(numbered)  # a column for each picture
     DOCS.mkdir(exist_ok=True)
     for direction, (generator, about) in opened.items():
         path = save_generator(generator.half(), about, SAVED_MODELS / "pretrained" / name)

@@ -3,8 +3,8 @@
     python generate.py --checkpoint faces_dcgan --output out
     python generate.py --checkpoint faces_dcgan --output out --base 3 17 40 --minus 5 8 61 --plus 9 20 33
 
-writes ``samples.png``, ``interpolation.png`` and ``arithmetic.png``. Samples have numbers: those of a seed are always
-the same, and their first ones stand in the sheets of a run of that seed.
+writes ``samples.png``, ``interpolation.png`` and ``arithmetic.png``. Samples are numbered from 1. A seed always gives
+the same samples; the first ones are those on the sheets of a run with this seed.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from record import draw_sheet
 from utils import InputError
 
 N_SAMPLES, N_COLUMNS = 64, 8
-GROUPS = {"base": (1, 2, 3), "minus": (4, 5, 6), "plus": (7, 8, 9)}  # unless others are asked for
-NEAR = 0.25  # how far from the sum of vectors its neighbours lie, as in the paper's figure
+GROUPS = {"base": (1, 2, 3), "minus": (4, 5, 6), "plus": (7, 8, 9)}  # default numbers of samples
+NEAR = 0.25  # the noise on the neighbours of a result, uniform in ±NEAR, as in the paper
 
 
 def interpolate(noise: Tensor, n_steps: int = 10) -> Tensor:
-    """The ways from each noise vector to the next: (n, nz) to (n - 1, n_steps, nz), both ends included.
+    """Straight lines from each noise vector to the next, with both ends: (n, nz) to (n - 1, n_steps, nz).
 
-    Straight ways: they never leave the cube that the noise fills, which great circles would (those suit normal noise,
-    whose vectors lie near a sphere).
+    They stay in the cube of the uniform noise. Great circles, which suit normal noise, would leave it.
     """
     share = torch.linspace(0, 1, n_steps)[:, None]
     return torch.lerp(noise[:-1, None], noise[1:, None], share)
 
 
 def arithmetic(noise: Tensor, groups: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
-    """mean(base) - mean(minus) + mean(plus) of noise vectors, which ``groups`` names by numbers from 1 (Sec. 6.3.2).
+    """mean(base) - mean(minus) + mean(plus) of noise vectors (Radford et al., ICLR 2016, Sec. 6.3.2).
 
-    One column for each group, its exemplars and their mean below, and one for the result, with as many neighbours of it
-    above: (exemplars + 1, nz) each.
+    ``noise`` is (N, nz), and ``groups`` holds numbers of its vectors from 1. Returns columns of (exemplars + 1, nz)
+    vectors: for each group the exemplars and below them their mean, and for the result its neighbours and below them
+    the result.
     """
     columns = {}
     for name, numbers in groups.items():
@@ -57,7 +57,7 @@ def arithmetic(noise: Tensor, groups: Mapping[str, Sequence[int]], seed: int) ->
 
 @torch.no_grad()
 def generate(options: argparse.Namespace) -> None:
-    """Write the three pictures. Raises InputError."""
+    """Write the three pictures. Raises InputError where the checkpoint is no generator from noise."""
     device = utils.pick_device(options.device)
     generator, _ = open_generator(options.checkpoint, NOISE)
     generator.to(device).eval()
@@ -99,7 +99,7 @@ def make_parser() -> utils.Parser:
     add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file")
     add("--output", type=Path, required=True, help="folder for the pictures")
     add("--seed", type=utils.at_least(0), default=0, help="seed of the noise")
-    what = {"base": "are started from", "minus": "are taken away", "plus": "are added"}
+    what = {"base": "is the start", "minus": "is subtracted", "plus": "is added"}
     for name, verb in what.items():
         default = " ".join(map(str, GROUPS[name]))
         add(
@@ -115,7 +115,7 @@ def make_parser() -> utils.Parser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for values that cannot be meant."""
+    """Raise InputError for numbers that no sample has, and for an output that is a file."""
     for name in GROUPS:
         wrong = [number for number in getattr(options, name) if not 1 <= number <= N_SAMPLES]
         if wrong:

@@ -101,8 +101,23 @@ class Record:
         return {"names": self.names, "lengths": self.lengths, "sums": sums, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self.names, self.lengths, self.count = list(state["names"]), list(state["lengths"]), state["count"]
-        self.sums = None if state["sums"] is None else state["sums"].to(device)
+        """Raises InputError for a state that is none of ``state_dict``."""
+        names: Any = state.get("names")
+        lengths: Any = state.get("lengths")
+        sums: Any = state.get("sums")
+        count: Any = state.get("count")
+        sound = isinstance(names, list) and isinstance(lengths, list) and len(names) == len(lengths)
+        sound = sound and all(isinstance(name, str) for name in names)
+        sound = sound and all(type(length) is int and length > 0 for length in lengths)
+        sound = sound and type(count) is int and count >= 0
+        if isinstance(sums, Tensor):
+            sound = sound and sums.shape == (sum(lengths),) and sums.dtype == torch.float32
+        else:
+            sound = sound and sums is None and not names
+        if not sound:
+            raise InputError("--resume: the checkpoint's record: expected names, lengths, sums and count that fit")
+        self.names, self.lengths, self.count = names, lengths, count
+        self.sums = None if sums is None else sums.to(device)
 
     def _cut_log(self, step: int) -> None:
         """Drop the lines that a stopped run wrote after its checkpoint."""
@@ -122,6 +137,8 @@ class Record:
         if self.sums is None:
             self.names, self.lengths = list(values), [v.numel() for v in values.values()]
             self.sums = torch.zeros_like(flat)
+        if self.sums.shape != flat.shape:
+            raise InputError("--resume: the checkpoint's record is of another system's losses")
         self.sums += flat
         self.count += 1
         self.images_since += images

@@ -504,7 +504,15 @@ def train(
 
     folder = SAVED_MODELS / options.name
     state = checkpoints.RunState(
-        folder, stored_options(options), MACHINE, system, optimizers, len(loader), dataset.digest(), device
+        folder,
+        stored_options(options),
+        MACHINE,
+        system,
+        optimizers,
+        len(loader),
+        dataset.digest(),
+        [name for sides in dataset.names() for names in sides.values() for name in names],
+        device,
     )
     restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
     total = options.n_epochs * len(loader)
@@ -607,7 +615,12 @@ def explain_out_of_memory(options: argparse.Namespace) -> Iterator[None]:
     """Turn running out of memory into an InputError that says what to lower."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if options.n_cpu and any(word in str(error) for word in ("shared memory", "</torch_", "Bus error")):
+            raise InputError(
+                f"--n_cpu {options.n_cpu}: its processes ran out of shared memory (/dev/shm), expected --n_cpu 0 or a "
+                "larger one (docker run --shm-size 1g); saved checkpoints are kept"
+            ) from error
         if not utils.is_out_of_memory(error):
             raise
         raise InputError(

@@ -13,6 +13,7 @@ import argparse
 import copy
 import inspect
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -103,7 +104,8 @@ def join(
     else:
         device, backend = "cpu", "gloo"
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    parent = os.getppid()
+    spawner = multiprocessing.parent_process()  # known even if it has gone already
+    parent = os.getppid() if spawner is None else spawner.pid
     store, rank, world_size = next(iter(dist.rendezvous(init_method, rank, world_size, timeout=MEETING)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:

@@ -4,8 +4,9 @@
     python translate.py --checkpoint latest_net_G_A.pth --input horse.jpg --output out
     python translate.py --checkpoint horse2zebra_attentiongan --export horse2zebra.onnx
 
-Pictures of any size: each output has its input's. They are written as PNG under their inputs' names, an input is never
-overwritten, and a file that cannot be read is reported while all others are done.
+Pictures may have any size; an output has the size of its input, unless ``--max_size`` shrinks it. Outputs are PNG files
+with the names of their inputs. An input is never overwritten. A file that cannot be read is reported, and all others
+are translated.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from tqdm import tqdm
 import utils
 from checkpoints import open_generator
 from datasets import TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, takes_grey, to_tensor
-from models import Translation, fixed_size_message, translate_any_size
-from utils import InputError, print0
+from models import Generator, Translation, fixed_size_message, translate_any_size
+from utils import InputError
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
-# What says that one file cannot be written, and nothing of the others: too long a name, a folder or file in its place.
-OF_THIS_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-AHEAD = 2  # batches that are decoded, and that may wait to be written, while the generator works
+# Errors that concern the name of one file and no other file: it is too long, or a folder or file is in its place.
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+AHEAD = 2  # batches that are decoded in advance, and batches that may wait to be written
 
 
 class Task(NamedTuple):
-    """A picture to translate, its size (height, width) on the way through the generator, and the output's path."""
+    """A picture to translate, the size (height, width) at which it is translated, and the path of the output."""
 
     picture: Picture
     size: tuple[int, int]
@@ -46,14 +47,15 @@ class Task(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  What to do
+#  Inputs and outputs
 # ----------------------------------------------------------------------------------------------------------
 
 
 def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
-    """The pictures to translate: ``source`` itself, or those in it, ``recursive`` below it.
+    """The pictures to translate: the file ``source`` or those in that folder, with ``recursive`` all below it.
 
-    Raises InputError where there is none, and where ``recursive`` would meet the pictures of an earlier output.
+    Raises InputError where there is none, where ``output`` holds ``source``, and where ``recursive`` would find
+    pictures in ``output``.
     """
     if source.is_file():
         return [Picture(source)]
@@ -76,10 +78,10 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
 
 
 def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_masks: bool) -> list[Path]:
-    """An output for each picture: its place below ``source``, as PNG.
+    """The path of each picture's output: the same place and name below ``output`` as below ``source``, as PNG.
 
-    Where two pictures differ in their ending alone, the whole name stays ("a.jpg.png"). InputError when an output, or
-    a mask beside it, would overwrite an input or another output.
+    Pictures whose names differ only in the ending keep it: "a.jpg.png". Raises InputError where an output, or the
+    folder of its masks, would overwrite an input, another output, or a file beside a single input.
     """
     places = [output / (p.path.name if source.is_file() else p.path.relative_to(source)) for p in pictures]
     alike = Counter(str(place.with_suffix("")).casefold() for place in places)  # some disks ignore case
@@ -96,8 +98,8 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_m
         if source.is_file() and output.resolve() == source.parent.resolve():
             for place in (target, mask_folder(target)) if with_masks else (target,):
                 if place.exists():
-                    raise InputError(f"--output {output}: {place} stands there already, expected a folder of its own")
-    # Files are compared, not paths: links and letter case give one file several.
+                    raise InputError(f"--output {output}: {place} exists already, expected a folder of its own")
+    # By inode, because one file can have several paths: by links, and by letter case on macOS and Windows.
     inputs = {identity(p.path) for p in pictures} - {None}
     folders = {path.parent.resolve() for path in (*targets, *(p.path for p in pictures))}
     for target in targets:
@@ -109,7 +111,7 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_m
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What tells an existing file from all others; None where there is none."""
+    """The device and inode of a file, equal for all its paths; None where there is no file."""
     try:
         stat = path.stat()
     except OSError:
@@ -128,7 +130,10 @@ def plan(
     only_size: tuple[int, int] | None,
     failed: dict[Path, str],
 ) -> list[Task]:
-    """Read the sizes; what cannot be read, or is not of the ``only_size``, goes to ``failed`` with the reason."""
+    """Make the tasks from the sizes of the pictures.
+
+    A picture whose size cannot be read, or is not ``only_size``, goes to ``failed`` with the reason.
+    """
     tasks = []
     for picture, target in zip(pictures, targets, strict=True):
         try:
@@ -147,9 +152,9 @@ def plan(
 
 
 def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
-    """Equal sizes together, at most ``batch_size`` pictures and, but for single ones, ``MOST_PIXELS`` pixels.
+    """Batches of one size, with at most ``batch_size`` pictures and ``MOST_PIXELS`` pixels, but at least one picture.
 
-    The largest pictures come last: what runs out of memory then costs no other its turn.
+    The largest pictures come last, so that all others are done if these run out of memory.
     """
     groups = defaultdict(list)
     for task in tasks:
@@ -162,12 +167,12 @@ def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Doing it
+#  Translating
 # ----------------------------------------------------------------------------------------------------------
 
 
 def decode(task: Task, channels: int) -> Tensor | str:
-    """uint8 (channels, height, width), or why there is none."""
+    """The picture, uint8 (channels, height, width), or the reason why it cannot be read."""
     try:
         image = task.picture.open(channels)
         return to_tensor(image if image.size == task.size[::-1] else resize(image, task.size, "squash"))
@@ -176,7 +181,7 @@ def decode(task: Task, channels: int) -> Tensor | str:
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """``map(work, items)`` in the pool, ``AHEAD`` items in advance and no more."""
+    """``map(work, items)`` in the pool, at most ``AHEAD`` items in advance."""
     waiting: deque[Future] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -186,8 +191,8 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[
         yield waiting.popleft().result()
 
 
-def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, with_masks: bool) -> list[Any]:
-    """For each picture of a uint8 batch (B, channels, H, W) what ``write`` takes, or why there is nothing.
+def translate_batch(generator: Generator, images: Tensor, device: torch.device, with_masks: bool) -> list[Any]:
+    """Translate a uint8 batch (B, channels, H, W): for each picture the uint8 parts for ``write``, or a reason (str).
 
     A batch that runs out of memory is tried again picture by picture.
     """
@@ -196,7 +201,7 @@ def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, 
         image = quantise(translation.image).cpu()
         if not with_masks:
             return [Translation(i) for i in image]
-        # quantise takes [-1, 1]; uint8 is a quarter of what would wait in memory to be written.
+        # In uint8, what waits to be written takes a quarter of the memory. quantise takes [-1, 1].
         shares = {"attention": translation.attention, "heat_map": translation.heat_map}
         parts = {name: 2 * share - 1 for name, share in shares.items() if share is not None}
         if translation.content is not None:
@@ -212,10 +217,10 @@ def translate_batch(generator: nn.Module, images: Tensor, device: torch.device, 
 
 
 def write(target: Path, translation: Translation) -> None:
-    """The picture to ``target``; masks and contents, where there are any, to the folder ``<name>_masks`` beside it.
+    """Write the picture to ``target``, and masks and contents, if any, to the folder ``<name>_masks`` beside it.
 
-    All parts are uint8. Unless every mask has a content, the last is the background and ``attention.png`` the rest; of
-    a generator with a heat map ``attention.png`` is that.
+    All parts are uint8. ``attention.png`` is 1 minus the last mask where this is the background (there are fewer
+    contents than masks), or the heat map of a generator that has one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(translation.image).save(target)
@@ -223,7 +228,7 @@ def write(target: Path, translation: Translation) -> None:
         return
     folder = mask_folder(target)
     folder.mkdir(exist_ok=True)
-    for pattern in ("attention.png", "mask_??.png", "content_??.png"):  # another generator's may lie there
+    for pattern in ("attention.png", "mask_??.png", "content_??.png"):  # of an earlier generator
         for path in folder.glob(pattern):
             path.unlink()
     if translation.heat_map is not None:
@@ -240,16 +245,16 @@ def write(target: Path, translation: Translation) -> None:
 
 @torch.inference_mode()
 def translate(
-    generator: nn.Module,
+    generator: Generator,
     batches: Sequence[Sequence[Task]],
     device: torch.device,
     with_masks: bool,
     failed: dict[Path, str],
 ) -> None:
-    """Translate and write every batch; decoding and writing run beside the generator.
+    """Translate and write all batches; threads decode and write while the generator works.
 
-    What cannot be decoded, does not fit in memory or has a name that cannot be written to goes to ``failed``. Raises
-    OSError when no file can be written: the disk is full, say.
+    A picture that cannot be decoded, does not fit in memory, or whose output's name cannot be written goes to
+    ``failed`` with the reason. Raises OSError for other errors of writing, such as a full disk.
     """
     channels = generator.settings["channels"]
     writing: deque[tuple[Task, Future]] = deque()
@@ -259,7 +264,7 @@ def translate(
         try:
             written.result()
         except OSError as error:
-            if error.errno not in OF_THIS_NAME:
+            if error.errno not in NAME_ERRORS:
                 raise OSError(f"{task.target}: could not be written ({error})") from error
             failed[task.picture.path] = str(error)
 
@@ -291,20 +296,20 @@ def translate(
 
 
 def luminance(image: Tensor) -> Tensor:
-    """RGB in [0, 1], (B, 3, H, W), taken to 8 bits, to its luminance in every channel: Pillow's, to the last bit."""
+    """The luminance of RGB in [0, 1], (B, 3, H, W), in every channel: of the 8-bit picture, and equal to Pillow's."""
     weights = image.new_tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 2**16; float32 holds all sums exactly
     grey = (((255 * image).round() * weights).sum(dim=1, keepdim=True) + 2**15).div(2**16).floor() / 255
     return grey.expand_as(image)
 
 
 class OnUnitRange(nn.Module):
-    """A generator from [0, 1] to [0, 1], on pictures of any size: (B, channels, H, W) to the same.
+    """A generator for pictures of any size in [0, 1]: (B, channels, H, W) to the same.
 
-    With ``grey`` it sees the luminance of the pictures (see ``takes_grey``). Beside the picture it returns the
-    foreground attention or heat map, (B, 1, H, W) in [0, 1], where the generator has it.
+    With ``grey`` the generator gets the luminance of the pictures (see ``takes_grey``). Returns the translation and,
+    where the generator has it, the foreground attention or heat map, (B, 1, H, W) in [0, 1].
     """
 
-    def __init__(self, generator: nn.Module, grey: bool = False):
+    def __init__(self, generator: Generator, grey: bool = False):
         super().__init__()
         self.generator, self.grey = generator, grey
 
@@ -316,20 +321,20 @@ class OnUnitRange(nn.Module):
         return tuple(part for part in parts if part is not None)
 
 
-def export(generator: nn.Module, path: Path, grey: bool) -> None:
-    """Write ``OnUnitRange(generator, grey)`` as ONNX with free batch, height and width (batch alone for one size).
+def export(generator: Generator, path: Path, grey: bool) -> None:
+    """Write ``OnUnitRange(generator, grey)`` as ONNX, for any batch, height and width.
 
-    Input "image"; outputs "translation" and, where the generator has it, "attention". Raises InputError when the
-    packages for it are not there.
+    Of a generator that takes only one size, only the batch is free. The input is "image"; the outputs are "translation"
+    and, where the generator has it, "attention". Raises InputError when onnx or onnxscript is not installed.
     """
     utils.import_optional("onnx", "--export")
     utils.import_optional("onnxscript", "--export")
     only_size = generator.settings.get("size")
-    # Sizes that fit no multiple, so that nothing is taken for a constant.
+    # Sizes that are no multiples, so that the exporter sees the padding and takes no size for a constant.
     example = torch.rand(2, generator.settings["channels"], *(only_size or (62, 74)))
     free = {0: "batch"} if only_size else {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own making
+        warnings.simplefilter("ignore")  # they come from inside the exporter
         wrapped = OnUnitRange(generator, grey).eval()
         outputs = ["translation", "attention"][: len(wrapped(example))]
         torch.onnx.export(
@@ -353,39 +358,36 @@ def export(generator: nn.Module, path: Path, grey: bool) -> None:
 def make_parser() -> utils.Parser:
     parser = utils.Parser("Translate pictures with a trained generator, or export it to ONNX.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, official ones too")
-    add("--direction", choices=("AtoB", "BtoA"), help="(default: the file's own, else AtoB, else BtoA)")
+    add(
+        "--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, also an official one"
+    )
+    add(
+        "--direction",
+        choices=("AtoB", "BtoA"),
+        help="which way to translate (default: the file's own, else AtoB, else BtoA)",
+    )
     add("--input", type=Path, help="a picture, or a folder of pictures")
     add("--output", type=Path, help="folder for the translations")
-    add("--recursive", action="store_true", help="the pictures in sub-folders too; the output has the same folders")
     add(
-        "--masks",
+        "--recursive",
         action="store_true",
-        help="write every mask and content, or the heat map, as well, to NAME_masks beside NAME.png",
+        help="also the pictures in sub-folders; the output gets the same sub-folders",
     )
-    add(
-        "--batch_size",
-        type=utils.at_least(1),
-        help="pictures of equal size that are translated at once, fewer of large ones (default: 8)",
-    )
-    add(
-        "--max_size",
-        type=utils.at_least(1),
-        help="shrink pictures whose longer side is above this, and their translations with them. A default generator "
-        "needs about 1.1 kB of memory per pixel of a batch: 13 GB for one picture of 4000 x 3000",
-    )
-    add(
-        "--export",
-        type=Path,
-        metavar="MODEL.onnx",
-        help="write the generator as ONNX instead, RGB in [0, 1] in and out",
-    )
+    masks = "also write every mask and content, or the heat map, to NAME_masks beside NAME.png"
+    add("--masks", action="store_true", help=masks)
+    batch_size = "pictures of one size that are translated at once, fewer of large ones (default: 8)"
+    add("--batch_size", type=utils.at_least(1), help=batch_size)
+    max_size = "shrink pictures whose longer side is longer than this; the translations are as small. A default "
+    max_size += "generator needs about 1.1 kB of memory per pixel of a batch: 13 GB for one picture of 4000 x 3000"
+    add("--max_size", type=utils.at_least(1), help=max_size)
+    model = "write the generator as ONNX instead; pictures are RGB in [0, 1]"
+    add("--export", type=Path, metavar="MODEL.onnx", help=model)
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
     return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for values that do not fit together."""
+    """Raise InputError for options that do not fit together."""
     if options.export is not None:
         others = [n for n in ("input", "output", "masks", "recursive", "max_size", "batch_size") if getattr(options, n)]
         if others:
@@ -425,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             for path, reason in failed.items():
                 print(f"not translated: {path}: {reason}", file=sys.stderr)
-        print0(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
+        print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
         return 1 if failed else 0
 
     return utils.run_script("translate.py", work)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,16 +132,42 @@ def test_steps_are_told_without_the_machines_own_rate(monkeypatch):
     assert row["pairs/s"] == 2 and row["median (least–most)"] == [0.5, 0.25, 1.0]
 
 
-def test_a_process_that_fails_is_not_called_killed(capfd):
-    worker = Worker(Variant("of no options"), None, CPU)
-    assert worker.figures == {"trouble": "failed: vars() argument must have __dict__ attribute"}
+def serve(variant, orders, monkeypatch):
+    """All answers of a variant's process to its orders; without orders, the parent has ended."""
+    monkeypatch.setattr(benchmark.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(benchmark, "MATMUL", 8)
+    ours, theirs = multiprocessing.Pipe()
+    for order in orders:
+        ours.send(order)
+    if not orders:
+        ours.close()
+    benchmark.serve(theirs, variant, None, "cpu")
+    answers = []
+    while orders and ours.poll():
+        answers.append(ours.recv())
+    return answers
+
+
+def test_a_process_takes_turns_until_it_is_told_to_end(monkeypatch, capfd):
+    matmul = Variant("matmul", "matmul")
+    ready, once, twice, last = serve(matmul, [True, True, False], monkeypatch)
+    assert list(ready) == ["warm-up"] and len(once["seconds"]) == 1 and len(twice["seconds"]) == 2
+    assert last == {**twice, "peak memory": last["peak memory"]} and last["peak memory"] > 1
+    assert serve(matmul, [], monkeypatch) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_that_fails_is_not_called_killed(monkeypatch, capfd):
+    (answer,) = serve(Variant("of no options"), [True], monkeypatch)
+    assert answer == {"trouble": "failed: vars() argument must have __dict__ attribute"}
     assert "Traceback" in capfd.readouterr().err
-    worker = Worker(Variant("matmul", "matmul"), None, CPU)
-    assert worker.figures["warm-up"] > 0
-    worker.process.kill()
-    worker.process.join()
+    worker = Worker.__new__(Worker)
+    worker.pipe, theirs = multiprocessing.Pipe()
+    worker.process, worker.figures = SimpleNamespace(join=lambda: None, exitcode=-9), {}
+    theirs.close()
     worker.ask(True)
-    assert worker.figures["trouble"].startswith("ended with exit code -9 (-9: killed, as systems do when memory runs")
+    killed = "ended with exit code -9 (-9: killed, as systems do when memory runs out)"
+    assert worker.figures == {"trouble": killed}
 
 
 def test_peak_memory_grows_with_the_picture(capsys):

@@ -1,5 +1,6 @@
 """Pictures on disk and what becomes of them: decoding, folders, samples, loading."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -15,12 +16,13 @@ import pytest
 import torch
 from common import BLUE, GREEN, RED, make_set, noise, plain, save
 from conftest import ROOT
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps, features
 from torch.utils.data import Dataset
 
 import datasets
 from datasets import (
     BUILT_IN,
+    EXTENSIONS,
     RESIZE,
     EpochSampler,
     PairedDataset,
@@ -111,6 +113,46 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, channels):
     assert opened.tolist() == [[v] * channels for v in (0, 1, 100, 254, 255)]
 
 
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0, 100, 255], [0, 100, 255]),
+        ([0, 257, 257 * 100, 65535], [0, 1, 100, 255]),
+        ([0.0, 0.2, 1.0], [0, 51, 255]),
+        ([-1.0, -0.6, 1.0], [0, 51, 255]),
+        ([0.0, 1.5, 255.0], [0, 2, 255]),
+        ([0.0, 257.0, 65535.0], [0, 1, 255]),
+        ([-1, 255], "-1 to 255"),
+        ([0, 65536], "0 to 65536"),
+        ([-1.0, 2.0], "-1 to 2"),
+        ([0.0, float("nan")], "nan to nan"),
+        ([0.0, float("inf")], "0 to inf"),
+    ],
+)
+def test_whole_numbers_of_32_bits_and_fractions_are_scaled_by_their_range(tmp_path, values, expected):
+    values = np.array([values], dtype=np.int32 if isinstance(values[0], int) else np.float32)
+    path = save(Image.fromarray(values), tmp_path / "deep.tif")
+    with Image.open(path) as file:
+        assert file.mode == ("I" if values.dtype == np.int32 else "F")  # else this tests nothing
+    if isinstance(expected, str):
+        with pytest.raises(
+            InputError, match=f"values from {expected}, expected 0 to 1, -1 to 1, 0 to 255 or 0 to 65535"
+        ):
+            Picture(path).read()
+    else:
+        assert pixels(path, channels=1) == [expected]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_the_size_is_that_of_the_upright_picture(tmp_path, ending):
+    exif = Image.Exif()
+    for orientation, size in ((1, (16, 32)), (3, (16, 32)), (6, (32, 16)), (8, (32, 16))):
+        exif[ExifTags.Base.Orientation] = orientation
+        path = save(Image.new("RGB", (32, 16)), tmp_path / f"{orientation}.{ending}", exif=exif)
+        opened = Picture(path).open()
+        assert Picture(path).size() == size == (opened.height, opened.width)
+
+
 def test_rotated_jpeg_comes_out_upright(tmp_path):
     # Orientation 6: a quarter turn clockwise shows it upright, so the file's left column is the top row.
     image = Image.new("RGB", (32, 16), BLUE)
@@ -124,7 +166,7 @@ def test_rotated_jpeg_comes_out_upright(tmp_path):
     assert bottom[2] > 240 and bottom[0] < 15
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "A.PNG", "a.Bmp"])
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "a.tif", "A.PNG", "a.Bmp"])
 def test_lossless_formats_keep_every_pixel(tmp_path, name):
     path = save(noise(1), tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
     assert find_pictures(tmp_path) == [Picture(path)]
@@ -154,9 +196,55 @@ def test_opening_a_damaged_file_is_an_oserror(tmp_path):
         Picture(path).open()
 
 
+@pytest.mark.parametrize("ending", [".gif", ".tiff", ".jpe", ".jfif", ".mpo", ".avif", ".heif"])
+def test_every_other_format_is_found_and_read(tmp_path, ending):
+    kind = {".heif": "JPEG"}.get(ending)  # a file is judged by its content
+    if ending == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    if ending == ".heif":
+        pytest.importorskip("pillow_heif")
+    path = save(Image.new("RGB", (16, 16), BLUE), tmp_path / f"a{ending}", format=kind)
+    assert find_pictures(tmp_path) == [Picture(path)]
+    red, green, blue = pixels(path)[8][8]
+    assert red < 5 and green < 5 and blue > 250
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "PCX"])
+def test_a_file_of_another_format_is_not_decoded_whatever_its_name(tmp_path, kind):
+    path = save(noise(0), tmp_path / "a.png", format=kind)
+    assert "cannot identify image file" in datasets.unreadable(find_pictures(tmp_path))[path]
+
+
+def test_what_would_never_end_or_fill_the_memory_is_not_decoded(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    save(noise(0), tmp_path / "large.png")
+    monkeypatch.setattr(datasets, "MOST_PIXELS", 40 * 36)
+    fitting = save(noise(0), tmp_path / "long.jpg", progressive=True)
+    assert datasets.unreadable(find_pictures(tmp_path)) == {tmp_path / "pipe.png": "not a regular file"}
+    scans = fitting.read_bytes().count(b"\xff\xda")
+    assert scans > 5
+    fitting.write_bytes(fitting.read_bytes() + (201 - scans) * b"\xff\xda")
+    monkeypatch.setattr(datasets, "MOST_PIXELS", 40 * 36 - 1)
+    size = "40 x 36 pixels, expected at most 0 million"
+    told = {"pipe.png": "not a regular file", "large.png": size, "long.jpg": size}
+    assert datasets.unreadable(find_pictures(tmp_path)) == {tmp_path / name: why for name, why in told.items()}
+    monkeypatch.undo()
+    assert datasets.unreadable([Picture(fitting)]) == {fitting: "a progressive JPEG of more than 200 scans"}
+    gc.collect()  # a file that was left open would be a ResourceWarning, which fails the test
+    assert datasets.MOST_PIXELS == Image.MAX_IMAGE_PIXELS <= 2 * 10**8
+
+
+def test_heic_pictures_say_what_they_need(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(b"no matter what")
+    with pytest.raises(InputError, match=r"a\.heic: cannot be read \(HEIC pictures need pillow-heif: pip install pil"):
+        Picture(tmp_path / "a.heic").read()
+
+
 def test_other_and_hidden_files_are_passed_over_and_the_order_is_that_of_the_paths(tmp_path):
     names = ["b.jpg", "a.PNG", "sub/c.webp", "0.bmp"]
-    for name in [*names, "._b.jpg", ".hidden/d.jpg", "sub/.cache/e.png"]:
+    hidden = ["._b.jpg", ".hidden/d.jpg", "sub/.cache/e.png", "@eaDir/b.jpg", "sub/__MACOSX/c.png", "#recycle/a.png"]
+    for name in [*names, *hidden]:
         plain(tmp_path / name)
     for name in ("list.csv", "Thumbs.db", "jpg", "notes.jpg.txt"):
         (tmp_path / name).write_text("a,b")
@@ -373,8 +461,8 @@ def test_default_data_folder_is_left_out_of_the_commands():
     "files, found",
     [
         ([], "no such folder"),
-        (["trainA/"], "no pictures (.jpg, .jpeg, .png, .webp, .bmp) in it"),
-        (["trainA/list.csv"], "no pictures (.jpg, .jpeg, .png, .webp, .bmp) in it"),
+        (["trainA/"], f"no pictures ({', '.join(EXTENSIONS)}) in it"),
+        (["trainA/list.csv"], f"no pictures ({', '.join(EXTENSIONS)}) in it"),
     ],
 )
 def test_missing_side_is_named_with_what_was_found(tmp_path, files, found):

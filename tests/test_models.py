@@ -1,3 +1,5 @@
+"""Networks against plain formulas of papers and official code; the replay buffer."""
+
 import itertools
 from functools import partial
 
@@ -15,6 +17,7 @@ from models import (
     CAMDiscriminator,
     DCGANDiscriminator,
     DCGANGenerator,
+    FlatSafeInstanceNorm2d,
     InstanceNorm2d,
     NoiseDropout,
     PatchDiscriminator,
@@ -27,6 +30,7 @@ from models import (
     depths,
     evaluation_mode,
     heat_map,
+    layer_instance_norm,
     translate_any_size,
 )
 
@@ -519,6 +523,27 @@ def test_a_discriminator_is_the_official_one_call_after_call(n_layers, size):
             assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) - 1) < 1e-6
 
 
+def test_the_norms_of_u_gat_it_leave_flat_channels_at_zero():
+    """Dividing by their deviation would only enlarge rounding noise, from norm to norm."""
+    x, flat = random(2, 3, 6, 6), torch.full((2, 3, 6, 6), 0.3, dtype=torch.float64) + 1e-6 * random(2, 3, 6, 6)
+    x[0, 1] = flat[0, 1]
+    expected = F.instance_norm(x)
+    assert expected[0, 1].std() > 1e-4  # else there is nothing to leave
+    expected[0, 1] = 0
+    assert (FlatSafeInstanceNorm2d(3)(x) - expected).abs().max() < 1e-12
+    gamma, beta = random(2, 3, 1, 1, seed=1), random(2, 3, 1, 1, seed=2)
+    for rho in (0.0, 1.0):  # the layer's statistics, the instance's
+        assert (layer_instance_norm(flat, torch.tensor(rho), gamma, beta) - beta).abs().max() < 1e-12
+        assert (layer_instance_norm(flat * 1e4, torch.tensor(rho), gamma, beta) - beta).abs().max() > 0.1
+
+    torch.manual_seed(0)
+    generator = UGATITGenerator(ngf=8)
+    for shade in (-1.0, 0.3):
+        t = generator(torch.full((1, 3, 32, 32), shade))
+        gradients = torch.autograd.grad(t.image.square().sum(), list(generator.parameters()), allow_unused=True)
+        assert max(g.abs().max() for g in gradients if g is not None) < 1e-6
+
+
 def test_the_discriminators_depth_follows_the_pictures():
     sizes = {512: (7, 5), 256: (7, 5), 255: (6, 4), 128: (6, 4), 64: (5, 3), 32: (4, 3), 16: (4, 3), 12: (4, 3)}
     for size, expected in sizes.items():
@@ -543,7 +568,9 @@ def test_the_full_u_gat_it_takes_one_size_and_the_light_one_any():
         assert t.foreground is t.heat_map and t.heat_map.shape == (2, 1, *size)
         assert t.heat_map.amin() >= 0 and 0.5 < t.heat_map.amax() <= 1
     for size in ((24, 16), (16, 28)):
-        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels: .* training size alone, 16 x 24"):
+        with pytest.raises(
+            ValueError, match=f"{size[0]} x {size[1]} pixels: .* only pictures of its training size, 16 x 24 "
+        ):
             full(torch.rand(1, 3, *size))
     assert translate_any_size(light, torch.rand(5, 3, 1, 2)).cam_logits.shape == (5, 2)
 

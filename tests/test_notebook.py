@@ -1,5 +1,6 @@
-"""The notebook is executed as it stands, on runs that are built and not trained."""
+"""The notebook is executed unchanged, on runs with untrained generators."""
 
+import builtins
 import re
 import shutil
 import subprocess
@@ -13,11 +14,12 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from checkpoints import pack_generator
+import prepare
+from checkpoints import PRETRAINED, open_generators, pack_generator
 from datasets import Picture, normalise, unaugmented
 from models import (
     AttentionGenerator,
@@ -27,18 +29,16 @@ from models import (
     UGATITGenerator,
     UNetGenerator,
 )
-from prepare import draw_built_in
+from prepare import draw_built_in, draw_scene
 from train import parse_options
 from utils import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "inference.ipynb"
 
 
 @pytest.fixture(autouse=True)
 def _a_plain_kernel(tmp_path, monkeypatch):
-    """No start-up files of the user's, and pictures drawn into the notebook whatever this shell asks for."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    """Without start-up files of the user, and with the notebook's own way of drawing pictures."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.delenv("MPLBACKEND", raising=False)
 
@@ -59,7 +59,7 @@ def make_run(folder, generator_class, size=32, flags="", directions=("AtoB", "Bt
 
 
 def read_notebook(**settings):
-    """The notebook untouched but for the settings named."""
+    """The notebook, unchanged except for these settings."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for name, value in settings.items():
         pattern = re.compile(rf"^{name} = .*$", re.MULTILINE)
@@ -77,7 +77,7 @@ def execute(folder, **settings):
     warnings = [output.text for output in outputs if output.get("name") == "stderr"]
     assert not warnings
     text = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    return text, sum("image/png" in output.get("data", {}) for output in outputs)
+    return text, sum("image/jpeg" in output.get("data", {}) for output in outputs)
 
 
 def test_shows_the_parts_of_the_demo_run(tmp_path):
@@ -86,18 +86,31 @@ def test_shows_the_parts_of_the_demo_run(tmp_path):
     assert pictures == 4  # both directions, masks, contents, fusion
     assert text.count("AttentionGenerator") == 2
     assert text.count("step 12345, pictures of 32 x 32 pixels") == 2
-    assert "4 pictures, 10 masks each" in text
+    assert "4 pictures of data/solid2striped, 10 masks each" in text
     assert "OWN_PICTURE is None" in text
     (difference,) = re.findall(r"max \|fusion - output\| = (\S+)", text)
     assert float(difference) < 1e-5
 
 
-def test_says_how_to_make_a_run_when_there_is_none(tmp_path):
-    with pytest.raises(CellExecutionError) as caught:
-        execute(tmp_path)
-    assert caught.value.ename == "InputError"
-    for way_out in ("make demo", "CHECKPOINT", "latest_net_G_A.pth"):
-        assert way_out in caught.value.evalue
+def test_shows_the_weights_of_this_repository_when_there_is_no_run(tmp_path, execute_here):
+    draw_built_in(tmp_path / "data" / "solid2striped", n_train=1, n_test=4)
+    text, names = execute_here(N_PICTURES=1)
+    assert "There is no demo run yet (make demo trains one). These are the horse2zebra weights" in text
+    assert text.count("from pretrained/horse2zebra_attentiongan\n") == 2 and "pictures of 128 x 128 pixels" in text
+    expected, _ = open_generators(PRETRAINED / "horse2zebra_attentiongan")["BtoA"]
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(names["generators"]["BtoA"].state_dict()[name], weight)
+    assert list(names["columns"]["AtoB"]) == ["input A", "foreground attention", "output B", "truth B", "recovered A"]
+    with pytest.raises(InputError, match=r"runn: no generator for AtoB found.*pretrained/horse2zebra_attentiongan"):
+        execute_here(CHECKPOINT="runn")
+
+
+def test_draws_the_built_in_pictures_on_first_use(execute_here, monkeypatch):
+    monkeypatch.setattr(prepare, "draw_built_in", partial(draw_built_in, n_train=1, n_test=2))
+    execute_here(N_PICTURES=1, DATA="elsewhere/solid2striped")
+    picture = draw_scene(np.random.default_rng((4, 1, 0, 0)))["A"]
+    with Image.open("elsewhere/solid2striped/testA/000.png") as file:
+        assert np.array_equal(np.asarray(file), np.asarray(picture))
 
 
 def test_generators_without_masks_and_a_picture_of_ones_own(tmp_path):
@@ -119,7 +132,7 @@ def test_generators_without_masks_and_a_picture_of_ones_own(tmp_path):
 def test_other_ways_to_fuse_masks_and_contents(tmp_path, network, settings, n_masks):
     make_run(tmp_path, network, **settings)
     text, pictures = execute(tmp_path)
-    assert pictures == 4 and f"4 pictures, {n_masks} masks each" in text
+    assert pictures == 4 and f"4 pictures of data/solid2striped, {n_masks} masks each" in text
     (difference,) = re.findall(r"max \|fusion - output\| = (\S+)", text)
     assert float(difference) < 1e-5
     assert text.count("has no background mask") == 2 * ("background" in settings)
@@ -127,13 +140,13 @@ def test_other_ways_to_fuse_masks_and_contents(tmp_path, network, settings, n_ma
 
 @pytest.fixture
 def execute_here(monkeypatch, capsys):
-    """Executes ``read_notebook`` in this process, without the seconds that a kernel takes: (text, its variables)."""
+    """Executes ``read_notebook`` in this process, because a kernel takes seconds to start: (text, its variables)."""
 
     def run(**settings):
         names = {}
         for cell in read_notebook(**settings).cells:
             if cell.cell_type == "code":
-                exec(cell.source, names)
+                exec(re.sub(r"(?m)^%.*$", "", cell.source), names)  # lines of IPython only
         return capsys.readouterr().out, names
 
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
@@ -157,7 +170,7 @@ def test_a_run_of_one_direction_leaves_the_other_out(tmp_path, execute_here, dir
     make_run(tmp_path, UNetGenerator, flags=flags, directions=(direction,), depth=5)
     Image.new("RGB", (93, 61), "red").save(tmp_path / "own.png")
     text, names = execute_here(OWN_PICTURE="own.png")
-    assert "one direction only: what needs the other generator is left out" in text
+    assert "There is only one direction. What needs the other generator is left out." in text
     assert f"{direction}: UNetGenerator" in text and len(re.findall(r"this generator has no .*", text)) == 4
     a, b = direction.split("to")
     columns = names["columns"][direction]
@@ -171,7 +184,7 @@ def test_a_generator_of_one_size_has_the_picture_brought_to_it(tmp_path, execute
     make_run(tmp_path, partial(UGATITGenerator, size=(32, 32)), flags="--system ugatit")
     Image.new("RGB", (93, 61), "red").save(tmp_path / "own.png")
     text, names = execute_here(OWN_PICTURE="own.png")
-    assert text.count("UGATITGenerator") == 2 and "one direction only" not in text
+    assert text.count("UGATITGenerator") == 2 and "only one direction" not in text
     assert names["own"].shape == names["t"].image[0].shape == (3, 32, 32)
     columns = names["columns"]["BtoA"]
     assert list(columns) == ["input B", "foreground attention", "output A", "truth A", "recovered B"]
@@ -184,7 +197,7 @@ def test_a_run_of_dcgan_is_refused(tmp_path, execute_here):
     run.mkdir(parents=True)
     packed = pack_generator(DCGANGenerator(nz=4, ngf=4, size=16))
     torch.save({**packed, "direction": "generator", "options": {}, "step": 1}, run / "generator.pt")
-    with pytest.raises(InputError, match=r"generator\.pt: draws pictures from noise \(generate\.py shows them\) and"):
+    with pytest.raises(InputError, match=r"generator\.pt: draws pictures from noise \(see generate\.py\) and"):
         execute_here()
 
 
@@ -197,13 +210,9 @@ def set_up(monkeypatch):
     return next(cell.source for cell in cells if cell.cell_type == "code")
 
 
-def test_colab_asks_for_the_repository(set_up):
-    with pytest.raises(ValueError, match="REPOSITORY is empty"):
-        exec(set_up, {})
-
-
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_colab_fetches_the_code_once(set_up, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["asked", "set"])
+def test_colab_asks_for_the_repository_and_fetches_it_once(set_up, tmp_path, monkeypatch, how):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("models.py", "requirements.txt"):
@@ -217,15 +226,20 @@ def test_colab_fetches_the_code_once(set_up, tmp_path, monkeypatch):
         return run(command, **settings) if command[0] == "git" else installed.append(command)
 
     monkeypatch.setattr(subprocess, "run", run_git_alone)
-    set_up = set_up.replace('REPOSITORY = ""', f"REPOSITORY = {str(source)!r}")
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda prompt: asked.append(prompt) or str(source))
+    if how == "set":
+        set_up = set_up.replace('REPOSITORY = ""', f"REPOSITORY = {str(source)!r}")
     for _ in range(2):
         exec(set_up, {})
         assert Path.cwd() == tmp_path / "attentiongan"
         assert sys.path[0] == str(tmp_path / "attentiongan")
     assert [command[-2:] for command in installed] == [["-r", "requirements.txt"]]
+    assert len(asked) == (how == "asked") and all("address of the repository" in prompt for prompt in asked)
 
 
-def test_holds_no_absolute_path():
+def test_is_small_and_holds_no_absolute_path():
+    assert NOTEBOOK.stat().st_size < 700_000
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     texts = [cell.source for cell in notebook.cells]

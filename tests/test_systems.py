@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from common import (
@@ -28,6 +29,35 @@ from train import all_options, trained_parameters, training_step, update
 from utils import InputError
 
 
+def assert_same_turn(turn, found, expected, ours, book, relative=False):
+    """The losses of a turn, and their gradients to the networks that it changes."""
+    assert found.keys() == expected.keys()
+    for key in found:
+        assert abs(found[key] - expected[key]) < 1e-12 * (max(1, expected[key]) if relative else 1), key
+    mine, by_book = (
+        gradients(losses, trained_parameters(system, turn.networks))
+        for losses, system in ((found, ours), (expected, book))
+    )
+    for one, other in zip(mine, by_book, strict=True):
+        assert one.abs().max() > 0
+        assert (one - other).abs().max() < 1e-9 * other.abs().max()
+
+
+def assert_same_weights(ours, book):
+    for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-9, key
+
+
+def adams(system, lr=1e-3, **settings):
+    """Each player's optimizer, as in training."""
+    make = partial(torch.optim.Adam, lr=lr, betas=(0.5, 0.999), fused=True, **settings)
+    return {turn.player: make(trained_parameters(system, turn.networks)) for turn in system.turns}
+
+
+def plain_adam(parameters, lr=1e-3, **settings):
+    return torch.optim.Adam(parameters, lr, (0.5, 0.999), foreach=False, fused=False, **settings)
+
+
 @pytest.mark.parametrize("name, settings, terms", TEXTBOOK)
 def test_losses_and_gradients_are_the_textbook_steps(name, settings, terms):
     system = build(name, pool_size=0, **settings)
@@ -35,14 +65,7 @@ def test_losses_and_gradients_are_the_textbook_steps(name, settings, terms):
     expected = textbook_losses(system, batch, **terms)
     fakes = system(batch)
     for turn, theirs in zip(system.turns, expected, strict=True):
-        ours = turn.losses(batch, fakes)
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert abs(ours[key] - theirs[key]) < 1e-12, key
-        parameters = trained_parameters(system, turn.networks)
-        for mine, textbook in zip(gradients(ours, parameters), gradients(theirs, parameters), strict=True):
-            assert mine.abs().max() > 0
-            assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
+        assert_same_turn(turn, turn.losses(batch, fakes), theirs, system, system)
 
 
 def test_the_terms_that_tie_the_output_to_the_input_may_come_later():
@@ -107,18 +130,8 @@ def test_losses_and_gradients_of_u_gat_it_are_the_official_ones(settings):
     fakes = ours(batch)
     assert [turn.player for turn in ours.turns] == ["D", "G"]
     for turn in ours.turns:
-        found, expected = turn.losses(batch, fakes), UGATIT_TEXTBOOK[turn.player](book, batch)
-        assert found.keys() == expected.keys()
-        for key in found:
-            assert abs(found[key] - expected[key]) < 1e-12 * max(1, expected[key]), key
-        pairs = zip(
-            gradients(found, trained_parameters(ours, turn.networks)),
-            gradients(expected, trained_parameters(book, turn.networks)),
-            strict=True,
-        )
-        for mine, textbook in pairs:
-            assert mine.abs().max() > 0
-            assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
+        expected = UGATIT_TEXTBOOK[turn.player](book, batch)
+        assert_same_turn(turn, turn.losses(batch, fakes), expected, ours, book, relative=True)
     for (key, mine), theirs in zip(ours.named_buffers(), book.buffers(), strict=True):
         assert (mine - theirs).abs().max() < 1e-12, key
 
@@ -141,28 +154,25 @@ def test_several_whole_steps_of_u_gat_it_are_the_official_ones():
         for system in (ours, book):
             for rho in (p for key, p in system.named_parameters() if key.endswith("rho")):
                 rho.copy_((rho > 0.5).double())
-    make = partial(torch.optim.Adam, lr=1e-3, betas=(0.5, 0.999), weight_decay=1e-4)
-    optimizers = {turn.player: make(trained_parameters(ours, turn.networks), fused=True) for turn in ours.turns}
+    optimizers = adams(ours, weight_decay=1e-4)
     G = [*book.G_AB.parameters(), *book.G_BA.parameters()]
     D = [p for name, child in book.named_children() if "_D_" in name for p in child.parameters()]
-    by_book = {"D": make(D, foreach=False, fused=False), "G": make(G, foreach=False, fused=False)}
+    by_book = {"D": plain_adam(D, weight_decay=1e-4), "G": plain_adam(G, weight_decay=1e-4)}
     clipped = set()
     for step in range(3):
         batch = make_batch(step)
-        training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(ours, optimizers, nullcontext, batch)
         for player, optimizer in by_book.items():
             optimizer.zero_grad()
             sum(UGATIT_TEXTBOOK[player](book, batch).values()).backward()
             optimizer.step()
         for key, parameter in book.named_parameters():
             if key.endswith("rho"):
-                clipped |= {
-                    bound for bound in (0, 1) if bool(((parameter < 0) if bound == 0 else (parameter > 1)).any())
-                }
+                clipped |= {bound for bound, beyond in ((0, parameter < 0), (1, parameter > 1)) if beyond.any()}
                 parameter.data = parameter.data.clamp(0, 1)
     assert clipped == {0, 1}
-    for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
-        assert (mine - theirs).abs().max() < 1e-9, key
+    assert_same_weights(ours, book)
+    for key, mine in ours.named_parameters():
         assert not key.endswith("rho") or 0 <= mine.min() <= mine.max() <= 1
     assert {type(m) for m in ours.G_AB.modules() if hasattr(m, "rho")} == {AdaLIN, ILN}
 
@@ -195,37 +205,25 @@ PIX2PIX = [
 ]
 
 
-@pytest.mark.parametrize("settings, terms", PIX2PIX, ids=["both", "lsgan", "BtoA", "cGAN alone", "L1 alone"])
+@pytest.mark.parametrize("settings, terms", PIX2PIX, ids=["both", "lsgan", "BtoA", "only cGAN", "only L1"])
 def test_losses_gradients_and_steps_of_pix2pix_are_the_official_ones(settings, terms):
     ours, book = build("pix2pix", **settings), build("pix2pix", **settings)
     batch = make_batch(1)
     fake, expected = ours(batch), pix2pix_by_book(book, batch, **terms)
     assert [turn.player for turn in ours.turns] == [player for player in ("D", "G") if player in expected]
     for turn in ours.turns:
-        found, theirs = turn.losses(batch, fake), expected[turn.player]
-        assert found.keys() == theirs.keys()
-        assert all(abs(found[key] - theirs[key]) < 1e-12 * max(1, theirs[key]) for key in found)
-        pairs = zip(
-            gradients(found, trained_parameters(ours, turn.networks)),
-            gradients(theirs, trained_parameters(book, turn.networks)),
-            strict=True,
-        )
-        for mine, textbook in pairs:
-            assert mine.abs().max() > 0
-            assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
+        assert_same_turn(turn, turn.losses(batch, fake), expected[turn.player], ours, book, relative=True)
 
-    make = partial(torch.optim.Adam, lr=1e-3, betas=(0.5, 0.999))
-    optimizers = {turn.player: make(trained_parameters(ours, turn.networks), fused=True) for turn in ours.turns}
-    by_book = {p: make(book.get_submodule(p).parameters(), foreach=False, fused=False) for p in optimizers}
+    optimizers = adams(ours)
+    by_book = {player: plain_adam(book.get_submodule(player).parameters()) for player in optimizers}
     for step in range(3):
         batch = make_batch(step)
-        training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(ours, optimizers, nullcontext, batch)
         for player, optimizer in by_book.items():  # the discriminator first
             optimizer.zero_grad()
             sum(pix2pix_by_book(book, batch, **terms)[player].values()).backward()
             optimizer.step()
-    for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
-        assert (mine - theirs).abs().max() < 1e-9, key
+    assert_same_weights(ours, book)
 
 
 def test_pix2pix_has_one_direction_and_only_the_networks_it_needs():
@@ -293,36 +291,24 @@ def test_losses_gradients_and_whole_steps_of_dcgan_are_those_of_the_paper(upsamp
     # Three of a kind, because every call takes running statistics further; one plays whole steps.
     ours, book, player = (build("dcgan", upsample=upsample) for _ in range(3))
     assert [turn.player for turn in ours.turns] == ["D", "G"]
-    make = partial(torch.optim.Adam, lr=2e-4, betas=(0.5, 0.999))
-    optimizers = {turn.player: make(trained_parameters(player, turn.networks), fused=True) for turn in player.turns}
-    by_book = {key: make(book.get_submodule(key).parameters(), foreach=False, fused=False) for key in "DG"}
+    optimizers = adams(player, 2e-4)
+    by_book = {key: plain_adam(book.get_submodule(key).parameters(), 2e-4) for key in "DG"}
     for step in range(3):
         batch = make_batch(step, n=4)
         fakes = ours(batch)
         for turn in ours.turns if step == 0 else ():
-            found, expected = turn.losses(batch, fakes), DCGAN_TEXTBOOK[turn.player](book, batch)
-            assert found.keys() == expected.keys()
-            for key in found:
-                assert abs(found[key] - expected[key]) < 1e-12, key
-            pairs = zip(
-                gradients(found, trained_parameters(ours, turn.networks)),
-                gradients(expected, trained_parameters(book, turn.networks)),
-                strict=True,
-            )
-            for mine, textbook in pairs:
-                assert mine.abs().max() > 0
-                assert (mine - textbook).abs().max() < 1e-9 * textbook.abs().max()
-        training_step(player, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+            expected = DCGAN_TEXTBOOK[turn.player](book, batch)
+            assert_same_turn(turn, turn.losses(batch, fakes), expected, ours, book)
+        training_step(player, optimizers, nullcontext, batch)
         for turn in book.turns:
             by_book[turn.player].zero_grad()
             sum(DCGAN_TEXTBOOK[turn.player](book, batch).values()).backward()
             by_book[turn.player].step()
-    for (key, mine), theirs in zip(player.named_parameters(), book.parameters(), strict=True):
-        assert (mine - theirs).abs().max() < 1e-9, key
+    assert_same_weights(player, book)
 
 
 def test_running_statistics_of_dcgan_follow_its_batches():
-    """Each network sees what it judges or makes once in a call; those of the generator serve its sheets alone."""
+    """Each network sees what it judges or makes once in a call; those of the generator serve only its sheets."""
     system, batch = build("dcgan"), make_batch(0, n=4)
     norm = next(m for m in system.G.modules() if isinstance(m, nn.BatchNorm2d))
     seen = system.G.layers[0](batch["noise"][:, :, None, None])
@@ -352,7 +338,7 @@ def test_the_spread_of_dcgan_tells_a_collapse():
     torch.testing.assert_close(measures["spread_real"], batch["image"].var(dim=0, correction=0).sqrt().mean())
 
 
-def test_dcgan_takes_square_pictures_of_its_sizes_alone():
+def test_dcgan_takes_only_square_pictures_of_its_sizes():
     for size in ((24, 24), (64, 32), (256, 256)):
         with pytest.raises(InputError, match=f"--img_height {size[0]} --img_width {size[1]}: .* 16, 32, 64, 128"):
             SYSTEMS["dcgan"]().build(size)
@@ -389,23 +375,17 @@ def test_several_whole_steps_are_the_textbook_ones(name, settings, terms):
 
     The buffers keep a picture and its mask together.
     """
-    import numpy as np
-
     ours, book = build(name, pool_size=2, **settings), build(name, pool_size=2, **settings)
-    optimizers = {
-        t.player: torch.optim.Adam(trained_parameters(ours, t.networks), 2e-4, (0.5, 0.999), fused=True)
-        for t in ours.turns
-    }
+    optimizers = adams(ours, 2e-4)
     judges = [n for n, m in book.named_children() if "D_" in n]
     G = [*book.G_AB.parameters(), *book.G_BA.parameters()]
     D = [p for n in judges for p in getattr(book, n).parameters()]
-    optimizer_G = torch.optim.Adam(G, 2e-4, (0.5, 0.999), foreach=False, fused=False)
-    optimizer_D = torch.optim.Adam(D, 2e-4, (0.5, 0.999), foreach=False, fused=False)
+    optimizer_G, optimizer_D = plain_adam(G, 2e-4), plain_adam(D, 2e-4)
     pools = {"A": TextbookPool(2), "B": TextbookPool(2)}
     seen = 0
     for step in range(3):
         batch = make_batch(step)
-        training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        training_step(ours, optimizers, nullcontext, batch)
 
         with torch.no_grad():
             translated = {"A": book.G_BA(batch["B"]), "B": book.G_AB(batch["A"])}
@@ -437,8 +417,7 @@ def test_several_whole_steps_are_the_textbook_ones(name, settings, terms):
         seen += 2
         loss.backward()
         optimizer_D.step()
-    for (key, mine), theirs in zip(ours.named_parameters(), book.parameters(), strict=True):
-        assert (mine - theirs).abs().max() < 1e-9, key
+    assert_same_weights(ours, book)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -448,9 +427,8 @@ def test_a_turn_is_pure_and_changes_only_its_own_networks(name):
     fakes = system(batch)
     for i, turn in enumerate(system.turns):
         assert isinstance(turn, Turn)
-        with (
-            torch.no_grad()
-        ):  # with a graph, the power iterations of spectral norms go on; running statistics always do
+        # With a graph, the power iterations of spectral norms go on; running statistics always do.
+        with torch.no_grad():
             first, second = turn.losses(batch, fakes), turn.losses(batch, fakes)
         assert all(torch.equal(first[k], second[k]) for k in first)
         losses = turn.losses(batch, fakes)
@@ -506,13 +484,28 @@ def test_measures_tell_copying_from_changing():
     torch.testing.assert_close(mask_measures(undecided)["entropy"], torch.ones(2))
 
 
+def test_signs_of_a_collapse_are_told():
+    copies = "the background mask of BA is above 0.99: the output is nearly the input"
+    sound = {"D_A": 0.2, "D_B": 0.01, "G_AB": 0.0, "change_AB": 0.0}
+    sound |= {"mask_AB_mean": [0.01, 0.99], "mask_BA_mean": [0.995, 0.005]}
+    for name in ("attentiongan", "attentiongan1"):
+        system = build(name)
+        assert system.symptoms(sound) == []
+        weak = system.symptoms({**sound, "D_B": 0.009, "D_A": 0.0})
+        assert weak == ["the discriminators' losses D_A, D_B are below 0.01"]
+        assert system.symptoms({**sound, "mask_BA_mean": [0.009, 0.991]}) == [copies]
+    assert build("attentiongan", no_background=True).symptoms({"mask_BA_mean": [0.009, 0.991]}) == []
+    for name, value in (("cyclegan", "D_A"), ("ugatit", "D_A"), ("pix2pix", "D"), ("dcgan", "D_fake")):
+        assert build(name).symptoms({value: 0.02, "G": 0.0}) == []
+        assert build(name).symptoms({value: 0.001}) == [f"the discriminators' losses {value} are below 0.01"]
+
+
 def test_least_squares_sums_over_maps():
     maps = (torch.tensor([0.0, 2.0]), torch.tensor([3.0]))
     assert least_squares(maps, 1.0) == 1.0 + 4.0
 
 
 def test_bf16_keeps_u_gat_its_norms_maps_and_losses_in_float32():
-    torch.manual_seed(0)
     system = build("ugatit").float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     norms = [m for m in system.G_AB.modules() if isinstance(m, (AdaLIN, ILN))]
@@ -530,7 +523,6 @@ def test_bf16_keeps_u_gat_its_norms_maps_and_losses_in_float32():
 
 
 def test_bf16_keeps_the_picture_and_losses_of_pix2pix_in_float32():
-    torch.manual_seed(0)
     system = build("pix2pix").float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
@@ -540,7 +532,6 @@ def test_bf16_keeps_the_picture_and_losses_of_pix2pix_in_float32():
 
 
 def test_bf16_keeps_dcgans_pictures_logits_and_losses_in_float32():
-    torch.manual_seed(0)
     system = build("dcgan").float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
@@ -555,7 +546,6 @@ def test_bf16_keeps_dcgans_pictures_logits_and_losses_in_float32():
 
 @pytest.mark.parametrize("name", ["attentiongan", "attentiongan1"])
 def test_bf16_keeps_masks_fusion_and_losses_in_float32(name):
-    torch.manual_seed(0)
     system = build(name).float()
     batch = {k: v.float() for k, v in make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
@@ -652,9 +642,7 @@ def test_a_step_asks_for_no_value(name, monkeypatch):
     with FakeTensorMode():
         pool = {"pool_size": 1} if "pool_size" in all_options(name) else {}
         system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool).build((16, 16))
-        optimizers = {
-            t.player: torch.optim.Adam(trained_parameters(system, t.networks), fused=True) for t in system.turns
-        }
+        optimizers = adams(system)
         batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
         shown = training_step(system, optimizers, partial(torch.autocast, "cpu", torch.bfloat16), batch)
         for fetch in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.Tensor.cpu, torch.Tensor.numpy):

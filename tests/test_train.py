@@ -28,12 +28,10 @@ from common import (
     script,
     stop_at,
 )
-from conftest import ROOT
 from PIL import Image
 
 import evaluate
 import metrics
-import systems
 import train
 import translate
 import utils
@@ -156,22 +154,6 @@ def test_a_run_of_dcgan_leaves_its_generator_log_and_sheets(small_set, channels)
     # Others may start from it; at a rate of nearly zero they stay there.
     assert run(f"{QUICK_DCGAN} --channels {channels} --n_epochs 1 --lr 0 --init_from small_dcgan --name next") == 0
     assert torch.equal(checkpoint("next")["networks"]["G"]["layers.0.weight"], weights["layers.0.weight"])
-
-
-def test_the_own_system_of_the_documentation_trains_and_resumes(small_set, monkeypatch):
-    monkeypatch.setitem(systems.SYSTEMS, "wgan", None)  # so that it goes afterwards
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/new_system.md").read_text(), re.DOTALL)[1]
-    exec(code, dict(vars(systems)))
-    command = f"{QUICK_DCGAN} --system wgan --n_epochs 2 --decay_epoch 2 --clip 0.02 --precision float32"
-    assert run(f"{command} --name straight") == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert run(f"{command} --name stopped") == 128 + signal.SIGTERM
-    assert run("--name stopped --resume") == 0
-    same_run("straight", "stopped")
-    weights = checkpoint("straight")["networks"]["D"]["layers.0.weight"]
-    assert weights.abs().max() <= 0.02 and {"D", "G"} <= log("straight")[0].keys()
-    assert {e["lr"] for e in log("straight")} == {5e-5}
 
 
 def test_dcgans_presets_are_the_papers(capsys):

@@ -205,7 +205,7 @@ def test_a_rank_that_dies_ends_all_with_one_error(small_set):
     code, _, err = finish(run)
     assert code == 2
     errors = re.findall(r"train_dist.py: error: .*", err)
-    assert errors == ["train_dist.py: error: rank 1 died (SIGKILL); all ranks ended. --resume goes on"]
+    assert errors == ["train_dist.py: error: rank 1 died (SIGKILL); all ranks ended; --resume goes on"]
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
@@ -296,6 +296,7 @@ def test_no_rank_reads_a_checkpoint_before_the_first_has_the_run(small_set, monk
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     for name in ("init_process_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, rank, 2)]))
     options = train.parse_options([*QUICK.split(), "--device", "cpu"])
     assert train_dist.join(options, rank, rank, 2, "tcp://nowhere") == 0
     assert done == (["locked", "met", "trained"] if rank == 0 else ["met", "trained"])

@@ -410,8 +410,8 @@ def test_generators_without_masks_are_refused(capsys):
         ("--input top/in --output top", "--output top: holds the --input"),
         ("--input top/same --output top/in", "--output top/in: holds the --input"),
         ("--input top/in --output top/out", "--output top/out: top/out/a.png is an input"),
-        ("--input top/in/a.png --output top/in", "--output top/in: top/in/a.png stands there already"),
-        ("--input top/in/a.png --output top/same", "--output top/same: top/same/a.png stands there already"),
+        ("--input top/in/a.png --output top/in", "--output top/in: top/in/a.png exists already"),
+        ("--input top/in/a.png --output top/same", "--output top/same: top/same/a.png exists already"),
         ("--input top/in/a.png --output top/out", "--output top/out: top/out/a.png is an input"),
     ],
 )
@@ -440,7 +440,7 @@ def test_a_picture_beside_the_input_is_not_overwritten_by_its_translation(net, c
     source, other = save(noise(0), Path("in/a.jpg")), save(noise(1), Path("in/a.png"))
     before = below(Path("in"))
     assert run("--input in/a.jpg --output in") == 2
-    message = "translate.py: error: --output in: in/a.png stands there already, expected a folder of its own\n"
+    message = "translate.py: error: --output in: in/a.png exists already, expected a folder of its own\n"
     assert capsys.readouterr().err == message and below(Path("in")) == before
     for _ in range(2):  # elsewhere an earlier translation gives way
         assert run("--input in/a.jpg --output out") == 0
@@ -492,7 +492,7 @@ def test_masks_beside_the_input_replace_no_folder(net, capsys):
     save(noise(1), Path("in/a_masks/attention.png"))
     before = below(Path("in"))
     assert run("--input in/a.jpg --output in --masks") == 2
-    assert "--output in: in/a_masks stands there already" in capsys.readouterr().err
+    assert "--output in: in/a_masks exists already" in capsys.readouterr().err
     assert below(Path("in")) == before
 
 

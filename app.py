@@ -1,0 +1,437 @@
+"""A page to play with trained generators in the browser: ``python app.py``, after ``pip install -r
+requirements-app.txt``.
+
+It is served to this machine only, unless ``--host`` says otherwise. Uploads and results lie in a temporary folder; they
+are deleted after ``KEPT_SECONDS`` and at the end. The process refuses every connection to another machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import socket
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+import utils
+from checkpoints import (
+    DIRECTIONS,
+    SAVED_MODELS,
+    candidate_paths,
+    find_generator,
+    has_direction,
+    known_names,
+    open_generators,
+)
+from datasets import BUILT_IN, RESIZE, TASKS, as_input, find_side, normalise, quantise, resize, to_tensor
+from models import Generator, translate_any_size
+from prepare import draw_scene
+from utils import InputError
+
+DOCS = Path(__file__).resolve().parent / "docs"
+FIRST = "pretrained/horse2zebra_attentiongan"  # what the page starts with, if it is there
+UPLOAD = "upload"  # stands for the visitor's own file among the names of weights
+SIZES = (64, 128, 256, 512)  # of the longer side; the trained one is added
+MOST_PIXELS = 2**20  # of a picture in the generator: about 1 GB for the default networks
+MOST_PICTURES, MOST_WAITING, MOST_BYTES = 32, 32, "200mb"  # at once, in the queue, of one upload
+KEPT_SECONDS = 600
+
+
+class Weights(NamedTuple):
+    """Generators by direction, in evaluation mode on their device, and what their files say of them."""
+
+    generators: dict[str, Generator]
+    task: str
+    dataset: str
+    trained: int  # the longer side of the pictures in training; official files do not say: 256
+    only_size: tuple[int, int] | None  # the only (height, width) that they take
+
+
+def list_weights() -> list[tuple[str, str]]:
+    """The runs and shipped weights that translate pictures, as (label, what ``open_generators`` takes)."""
+    known = [name if "/" in name else str(SAVED_MODELS / name) for name in known_names()]
+    fit = [w for w in known if any(has_direction(place, d) for place in candidate_paths(w) for d in DIRECTIONS)]
+    labels = {w: f"{Path(w).name} ({'shipped' if w.startswith('pretrained/') else 'a run'})" for w in fit}
+    return [(labels[w], w) for w in sorted(fit, key=lambda w: w != FIRST)]
+
+
+@lru_cache(maxsize=2)
+def open_weights(where: str, device: torch.device, changed: int) -> Weights:
+    """Open the generators at ``where``; ``changed`` is their file's time, for a run that goes on. Raises InputError."""
+    opened = open_generators(where)
+    generators = {direction: generator.to(device).eval() for direction, (generator, _) in opened.items()}
+    generator, about = next(iter(opened.values()))
+    options = about.get("options", {})
+    trained = max(options.get("img_height", 256), options.get("img_width", 256))
+    task, dataset = options.get("task", TASKS[0]), options.get("dataset_name", "")
+    return Weights(generators, task, dataset, trained, generator.settings.get("size"))
+
+
+def name_directions(weights: Weights) -> list[tuple[str, str]]:
+    """(label, direction): "horse → zebra" where the data set is called horse2zebra, else "A → B"."""
+    sides = ["grey", "colour"] if weights.task == "colorization" else weights.dataset.split("_")[0].split("2")
+    a, b = sides if len(sides) == 2 and all(sides) else ("A", "B")
+    return [(f"{a} → {b}" if direction == "AtoB" else f"{b} → {a}", direction) for direction in weights.generators]
+
+
+def name_sizes(weights: Weights) -> list[tuple[str, int]]:
+    """(label, longer side in pixels); 0 stands for the picture's own size."""
+    if weights.only_size is not None:
+        return [(f"{weights.trained} (the only one that these weights take)", weights.trained)]
+    sizes = sorted({*SIZES, weights.trained})
+    return [*((f"{n} (trained)" if n == weights.trained else f"{n}", n) for n in sizes), ("its own", 0)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What became of one picture, all of one size; None or [] is what the weights do not have."""
+
+    name: str
+    remark: str
+    before: Image.Image
+    after: Image.Image
+    foreground: Image.Image | None  # grey, white where the generator paints
+    back: Image.Image | None
+    masks: list[tuple[Image.Image, str]]
+    contents: list[tuple[Image.Image, str]]
+
+
+def fit(size: tuple[int, int], longest: int, only_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The (height, width) at which a picture of ``size`` is translated: never more than ``MOST_PIXELS`` in all."""
+    if only_size is not None:
+        return only_size
+    scale = min(longest / max(size) if longest else 1.0, (MOST_PIXELS / (size[0] * size[1])) ** 0.5)
+    return max(1, int(scale * size[0] + 1e-6)), max(1, int(scale * size[1] + 1e-6))
+
+
+@torch.inference_mode()
+def translate(weights: Weights, direction: str, path: Path, longest: int, device: torch.device) -> Answer:
+    """Translate one picture, and back where the other generator is there. Raises InputError, one or two sentences."""
+    if direction not in weights.generators:
+        raise InputError("Choose a direction first.")
+    generator = weights.generators[direction]
+    other = weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])
+    try:
+        before = as_input(path, weights.task, direction).open(generator.settings["channels"])
+    except Exception as error:  # decoders raise what they like
+        reason = utils.first_line(error).replace(str(path), path.name)
+        raise InputError(f"{path.name} cannot be read as a picture: {reason}.") from error
+    found, size = (before.height, before.width), fit((before.height, before.width), longest, weights.only_size)
+    remark = f"{path.name}: {found[1]} × {found[0]} pixels"
+    if size != found:
+        before = resize(before, size, RESIZE[0])
+        remark += f", {'enlarged' if max(size) > max(found) else 'shrunk'} to {size[1]} × {size[0]}"
+        remark += "" if longest else f", because this page translates at most {MOST_PIXELS:,} pixels"
+    try:
+        there = translate_any_size(generator, normalise(to_tensor(before)[None].to(device)))
+        back = None if other is None else translate_any_size(other, there.image).image
+    except (MemoryError, RuntimeError) as error:
+        if not utils.is_out_of_memory(error):
+            raise
+        raise InputError(f"{path.name} does not fit into the memory at this size. Choose a smaller one.") from error
+    masks, contents = (() if part is None else part[0] for part in (there.attention, there.content))
+    shares = [f"{i}" if i <= len(contents) else "kept" for i in range(1, len(masks) + 1)]
+    return Answer(
+        path.name,
+        f"{remark}.",
+        before,
+        to_picture(there.image[0]),
+        None if there.foreground is None else to_picture(2 * there.foreground[0] - 1),
+        None if back is None else to_picture(back[0]),
+        [(to_picture(2 * m[None] - 1), f"{name}: {m.mean():.0%}") for name, m in zip(shares, masks, strict=True)],
+        [(to_picture(content), f"{i}") for i, content in enumerate(contents, 1)],
+    )
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    return to_pil_image(quantise(pixels).cpu())
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind)
+    return data.getvalue()
+
+
+def overlay(answer: Answer) -> str:
+    """HTML: the input in grey, and over it the attention in orange, which fades with the style's variable --shown."""
+    if answer.foreground is None:
+        return "<p>These weights do not tell where they paint.</p>"
+    orange = Image.new("RGB", answer.before.size, (255, 96, 0))
+    orange.putalpha(answer.foreground)
+    images = {"the input": answer.before.convert("L"), "orange where it is painted anew": orange}
+    codes = {alt: base64.b64encode(encode(image, "WEBP")).decode() for alt, image in images.items()}
+    return "".join(f'<img src="data:image/webp;base64,{code}" alt="{alt}">' for alt, code in codes.items())
+
+
+def pack(answers: Sequence[Answer], path: Path) -> None:
+    """A zip with NAME.png, and NAME_attention.png where there is one; the file's place comes before equal names."""
+    stems = [Path(answer.name).stem for answer in answers]
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, (answer, stem) in enumerate(zip(answers, stems, strict=True), 1):
+            for end, image in (("", answer.after), ("_attention", answer.foreground)):
+                if image is not None:
+                    name = stem if stems.count(stem) == 1 else f"{i:02d}_{stem}"
+                    archive.writestr(f"{name}{end}.png", encode(image, "PNG"))
+
+
+def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tuple[str, Image.Image]]:
+    """(name, picture) to try a direction with: the inputs on the sheet in docs of shipped weights, test pictures below
+    data, those of the weights' own set first, and of the built-in set. What cannot be read is left out.
+    """
+    side, sheet = direction[0], DOCS / f"{Path(where).name}_{direction}.webp"
+    roots = sorted(Path("data").glob("*/"), key=lambda root: (root.name != weights.dataset, root.name))
+    if where.startswith("pretrained/") and sheet.exists() and weights.dataset not in [root.name for root in roots]:
+        with Image.open(sheet) as image:  # see record.draw_sheet: inputs of 128 pixels are the first row
+            for i in range(6):
+                left = image.width - (6 - i) * 130
+                yield f"{weights.dataset} {side} {i + 1}", image.convert("RGB").crop((left, 20, left + 128, 148))
+    for root in roots:
+        for each in find_side(root, "test", side, weights.task)[: 6 if root.name == weights.dataset else 2]:
+            try:
+                yield f"{root.name} {side} {each.path.stem}", each.open()
+            except Exception:  # decoders raise what they like
+                continue
+    for i in range(3):
+        yield f"{BUILT_IN} {side} {i}", draw_scene(np.random.default_rng((4, 1, "AB".index(side), i)))[side]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The page
+# ----------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Turn one kind of picture into another
+A network has looked at many pictures of two kinds, horses and zebras for instance, and has learned to turn one kind
+into the other. Choose what it has learned, give it a picture, and press *Translate*. The computer that serves this page
+does all the work: your pictures are sent nowhere else, and are deleted after ten minutes."""
+INSIDE = """The network paints several pictures, the contents. The mask of the same number says where each one is used,
+white for fully, black for not at all. Where the last mask is white, your picture is kept. The result is their sum."""
+CSS = """
+#overlay .prose { position: relative; max-width: 500px; margin: auto }
+#overlay img { display: block; width: 100%; margin: 0 }
+#overlay img + img { position: absolute; inset: 0; opacity: var(--shown, 0.7) }
+#back img { height: 100%; width: 100%; object-fit: contain }
+#weights input { padding-right: 24px; text-overflow: ellipsis }
+.tiles .grid-wrap { min-height: 0 }
+.tiles .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) }
+"""
+FADE = "(share) => document.documentElement.style.setProperty('--shown', share / 100)"
+
+
+def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
+    """The page, a ``gradio.Blocks``. ``folder`` takes the files that it offers: examples and zips."""
+
+    def in_sentences(work: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(work)
+        def guarded(*arguments: Any, **others: Any) -> Any:
+            try:
+                return work(*arguments, **others)
+            except (InputError, OSError) as error:
+                raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+
+        return guarded
+
+    def opened(where: str, file: str | None) -> Weights:
+        if where == UPLOAD and file is None:
+            raise InputError("Give a file of weights first.")
+        if where != UPLOAD and where not in dict(list_weights()).values():
+            raise InputError("These weights are gone. Load the page again.")
+        path = find_generator(str(file) if where == UPLOAD else where, None)
+        return open_weights(str(path) if where == UPLOAD else where, device, path.stat().st_mtime_ns)
+
+    @in_sentences
+    def choose(where: str, file: str | None, direction: str | None) -> list[Any]:
+        """What the other fields offer for these weights."""
+        if where == UPLOAD and file is None:
+            return [gr.update(visible=True), *(gr.update(choices=[], value=None),) * 2, gr.Dataset(samples=[])]
+        weights = opened(where, file)
+        direction = direction if direction in weights.generators else next(iter(weights.generators))
+        directions = gr.update(choices=name_directions(weights), value=direction)
+        sizes = gr.update(choices=name_sizes(weights), value=weights.trained)
+        return [gr.update(visible=where == UPLOAD), directions, sizes, offer(where, file, direction)]
+
+    @in_sentences
+    def offer(where: str, file: str | None, direction: str) -> Any:
+        paths = {}
+        for name, image in find_examples(where, opened(where, file), direction):
+            paths[name] = folder / f"{name}.png"
+            if not paths[name].exists():
+                image.thumbnail((512, 512))
+                image.save(paths[name])
+        return gr.Dataset(samples=[[str(path)] for path in paths.values()])
+
+    @in_sentences
+    def answer_one(where: str, file: str | None, direction: str, size: int, path: str | None) -> list[Any]:
+        if path is None:
+            raise InputError("Give a picture first: drop, paste or photograph one, or press an example.")
+        answer = translate(opened(where, file), direction, Path(path), size, device)
+        shown = [html.escape(answer.remark), (answer.before, answer.after), overlay(answer)]
+        shown += [gr.update(visible=answer.foreground is not None), gr.update(visible=bool(answer.masks))]
+        shown += [gr.update(value=answer.back, visible=answer.back is not None), answer.masks, answer.contents]
+        return [gr.update(visible=True), gr.update(visible=False), *shown]
+
+    @in_sentences
+    def answer_many(
+        where: str,
+        file: str | None,
+        direction: str,
+        size: int,
+        paths: list[str] | None,
+        progress: Any = gr.Progress(),  # noqa: B008 (gradio looks for it here)
+    ) -> list[Any]:
+        if not paths or len(paths) > MOST_PICTURES:
+            raise InputError(f"Give at least one picture and at most {MOST_PICTURES}.")
+        weights = opened(where, file)
+        answers, remarks = [], []
+        for path in progress.tqdm(paths, unit="pictures"):
+            try:
+                answers.append(translate(weights, direction, Path(path), size, device))
+                remarks.append(answers[-1].remark)
+            except InputError as error:
+                remarks.append(f"Not translated: {error}")
+        if not answers:
+            raise InputError(" ".join(remarks))
+        path = Path(tempfile.mkdtemp(dir=folder)) / "translated.zip"
+        pack(answers, path)
+        shown = ["<br>".join(map(html.escape, remarks)), [(a.after, a.name) for a in answers], str(path)]
+        return [gr.update(visible=False), gr.update(visible=True), *shown]
+
+    plain: dict[str, Any] = dict(format="png", interactive=False, buttons=["download", "fullscreen"])
+    tiles = dict(**plain, height="auto", show_label=False, elem_classes="tiles")
+    with gr.Blocks(title="Translate pictures", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                weights = gr.Dropdown(label="What it has learned (weights)", elem_id="weights")
+                file = gr.File(label="Weights: AtoB.pt of a run, or an official file", visible=False, elem_id="file")
+                direction = gr.Radio([], label="Direction", elem_id="direction")
+                info = "Best is the size it was trained at. Larger pictures take longer."
+                size = gr.Radio([], label="Size of the longer side, in pixels", info=info, elem_id="size")
+                with gr.Tab("One picture"):
+                    sources = ["upload", "webcam", "clipboard"]
+                    label = "Drop, paste or photograph a picture"
+                    one = gr.Image(label=label, type="filepath", sources=sources, height=300, elem_id="one")
+                    go_one = gr.Button("Translate", variant="primary", elem_id="go_one")
+                    label = "Or press one of these, to see it translated"
+                    examples = gr.Dataset(components=[one], samples=[], label=label, samples_per_page=18)
+                with gr.Tab("Several pictures"):
+                    label = f"Drop up to {MOST_PICTURES} pictures"
+                    many = gr.File(label=label, file_count="multiple", height=300, elem_id="many")
+                    go_many = gr.Button("Translate all", variant="primary", elem_id="go_many")
+            with gr.Column():
+                with gr.Column(visible=False) as single:
+                    gr.Markdown("### Before and after\nMove the line.")
+                    slider = gr.ImageSlider(show_label=False, elem_id="answer", **plain)
+                    remark = gr.HTML(elem_id="remark")
+                    gr.Markdown("### Where it paints\nOrange is painted anew; the rest of your picture is kept.")
+                    attention = gr.HTML(elem_id="overlay")
+                    fade = gr.Slider(0, 100, 70, step=1, label="How strongly the orange shows, in %", elem_id="fade")
+                    gr.Markdown("### And back\nThe result, translated back: it should be your picture again.")
+                    back = gr.Image(show_label=False, height=300, elem_id="back", **plain)
+                    with gr.Accordion("Look inside: all masks and contents", open=False, elem_id="inside") as inside:
+                        gr.Markdown(f"{INSIDE}\n#### Masks, and how much of the picture each one covers")
+                        masks = gr.Gallery(**tiles)
+                        gr.Markdown("#### Contents")
+                        contents = gr.Gallery(**tiles)
+                with gr.Column(visible=False) as several:
+                    gr.Markdown("### Results")
+                    gallery = gr.Gallery(elem_id="gallery", **tiles)
+                    archive = gr.File(label="All results", elem_id="archive")
+                    remarks = gr.HTML(elem_id="remarks")
+        one.preprocess = lambda given: given and given.path  # our own reader decodes it, and says what is wrong
+
+        def refresh(chosen: str | None) -> Any:
+            choices = [*list_weights(), ("a file of mine", UPLOAD)]
+            return gr.update(choices=choices, value=chosen or choices[0][1])
+
+        asked, quiet = [weights, file, direction], dict(api_visibility="private", show_progress="hidden")
+        page.load(refresh, weights, weights, **quiet)
+        gr.on([weights.change, file.upload], choose, asked, [file, direction, size, examples], **quiet)
+        direction.input(offer, asked, examples, **quiet)
+        fade.change(None, fade, None, js=FADE, **quiet)
+        # One at a time: a translation takes all cores.
+        loud = dict(api_visibility="private", scroll_to_output=True, concurrency_id="translate")
+        outputs = [single, several, remark, slider, attention, fade, inside, back, masks, contents]
+        go_one.click(answer_one, [*asked, size, one], outputs, **loud)
+        pressed = examples.click(lambda sample: sample[0], examples, one, **quiet)
+        pressed.then(answer_one, [*asked, size, one], outputs, **loud)
+        go_many.click(answer_many, [*asked, size, many], [single, several, remarks, gallery, archive], **loud)
+    return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The script
+# ----------------------------------------------------------------------------------------------------------
+
+
+def stay_here(host: str) -> None:
+    """Let this process reach no other machine: connections and look-ups of names raise PermissionError."""
+    own = {"localhost", "127.0.0.1", "::1", host, *(str(found[4][0]) for found in socket.getaddrinfo(host, 0))}
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+            target = arguments[event in ("socket.connect", "socket.sendto")]
+            target = target[0] if isinstance(target, tuple) else target if event.startswith("socket.get") else None
+            target = target.decode(errors="replace") if isinstance(target, bytes) else target
+            if target and target not in own:
+                raise PermissionError(f"{target}: this page reaches no other machine")
+
+    for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        del os.environ[name]  # gradio asks its own server whether it runs, and would ask the proxy for it
+    sys.addaudithook(refuse)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def work() -> int:
+        parser = utils.Parser("A page to play with trained generators in the browser.")
+        parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other machines in")
+        parser.add_argument("--port", type=utils.at_least(1), default=7860, help="port to serve at")
+        parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
+        options = parser.parse_args(argv)
+        device = utils.pick_device(options.device)
+        with tempfile.TemporaryDirectory(prefix="attentiongan_") as folder, utils.StopSignals() as stop:
+            os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+            gr = utils.import_optional("gradio", "app.py", "pip install -r requirements-app.txt")
+            stay_here(options.host)
+            offered = Path(tempfile.mkdtemp(dir=folder))
+            page = make_page(gr, device, offered)
+            own: dict[str, Any] = dict(
+                share=False, pwa=False, mcp_server=False, ssr_mode=False, enable_monitoring=False
+            )
+            own |= dict(
+                inline=False, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size=MOST_BYTES, css=CSS
+            )
+            theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+            page.launch(server_name=options.host, server_port=options.port, theme=theme, **own)
+            print(f"Open http://{options.host}:{options.port} in a browser. Ctrl-C ends the page.", flush=True)
+            while stop.signal is None:
+                time.sleep(0.2)
+                for path in offered.glob("*/*.zip"):
+                    if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                        path.unlink()
+            page.close(verbose=False)
+        return 0
+
+    return utils.run_script("app.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
