@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -148,7 +149,6 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
             raise
         raise InputError(f"{path.name} does not fit into the memory at this size. Choose a smaller one.") from error
     masks, contents = (() if part is None else part[0] for part in (there.attention, there.content))
-    shares = [f"{i}" if i <= len(contents) else "kept" for i in range(1, len(masks) + 1)]
     return Answer(
         path.name,
         f"{remark}.",
@@ -156,7 +156,7 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
         to_picture(there.image[0]),
         None if there.foreground is None else to_picture(2 * there.foreground[0] - 1),
         None if back is None else to_picture(back[0]),
-        [(to_picture(2 * m[None] - 1), f"{name}: {m.mean():.0%}") for name, m in zip(shares, masks, strict=True)],
+        [(to_picture(2 * mask[None] - 1), f"{i}: {mask.mean():.0%}") for i, mask in enumerate(masks, 1)],
         [(to_picture(content), f"{i}") for i, content in enumerate(contents, 1)],
     )
 
@@ -174,12 +174,15 @@ def encode(image: Image.Image, kind: str) -> bytes:
 def overlay(answer: Answer) -> str:
     """HTML: the input in grey, and over it the attention in orange, which fades with the style's variable --shown."""
     if answer.foreground is None:
-        return "<p>These weights do not tell where they paint.</p>"
+        return "These weights do not tell where they paint."
     orange = Image.new("RGB", answer.before.size, (255, 96, 0))
     orange.putalpha(answer.foreground)
-    images = {"the input": answer.before.convert("L"), "orange where it is painted anew": orange}
-    codes = {alt: base64.b64encode(encode(image, "WEBP")).decode() for alt, image in images.items()}
-    return "".join(f'<img src="data:image/webp;base64,{code}" alt="{alt}">' for alt, code in codes.items())
+    tags = ""
+    for image, alt in ((answer.before.convert("L"), "the input"), (orange, "the attention")):
+        code = base64.b64encode(encode(image, "WEBP")).decode()
+        tags += f'<img src="data:image/webp;base64,{code}" alt="{alt}">'
+    what = "is painted anew; the rest of your picture is kept" if answer.masks else "is where the network looks most"
+    return f'Orange {what}.<div class="stack">{tags}</div>'
 
 
 def pack(answers: Sequence[Answer], path: Path) -> None:
@@ -223,15 +226,16 @@ A network has looked at many pictures of two kinds, horses and zebras for instan
 into the other. Choose what it has learned, give it a picture, and press *Translate*. The computer that serves this page
 does all the work: your pictures are sent nowhere else, and are deleted after ten minutes."""
 INSIDE = """The network paints several pictures, the contents. The mask of the same number says where each one is used,
-white for fully, black for not at all. Where the last mask is white, your picture is kept. The result is their sum."""
+white for fully, black for not at all. A mask without a content keeps your picture. The result is the sum of all."""
 CSS = """
-#overlay .prose { position: relative; max-width: 500px; margin: auto }
-#overlay img { display: block; width: 100%; margin: 0 }
-#overlay img + img { position: absolute; inset: 0; opacity: var(--shown, 0.7) }
+.stack { position: relative; max-width: 500px; margin: 8px auto }
+.stack img { display: block; width: 100%; margin: 0 }
+.stack img + img { position: absolute; inset: 0; opacity: var(--shown, 0.7) }
 #back img { height: 100%; width: 100%; object-fit: contain }
 #weights input { padding-right: 24px; text-overflow: ellipsis }
 .tiles .grid-wrap { min-height: 0 }
 .tiles .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
 """
 FADE = "(share) => document.documentElement.style.setProperty('--shown', share / 100)"
 
@@ -245,7 +249,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
             try:
                 return work(*arguments, **others)
             except (InputError, OSError) as error:
-                raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+                text = re.sub(rf"{folder.parent}/\w+/", "", str(error))  # the visitor's own file, in its name only
+                raise gr.Error(html.escape(text), duration=None, print_exception=False) from error
 
         return guarded
 
@@ -337,11 +342,11 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                     many = gr.File(label=label, file_count="multiple", height=300, elem_id="many")
                     go_many = gr.Button("Translate all", variant="primary", elem_id="go_many")
             with gr.Column():
+                remark = gr.HTML("The result appears here.", elem_id="remark")
                 with gr.Column(visible=False) as single:
                     gr.Markdown("### Before and after\nMove the line.")
                     slider = gr.ImageSlider(show_label=False, elem_id="answer", **plain)
-                    remark = gr.HTML(elem_id="remark")
-                    gr.Markdown("### Where it paints\nOrange is painted anew; the rest of your picture is kept.")
+                    gr.Markdown("### Where it paints")
                     attention = gr.HTML(elem_id="overlay")
                     fade = gr.Slider(0, 100, 70, step=1, label="How strongly the orange shows, in %", elem_id="fade")
                     gr.Markdown("### And back\nThe result, translated back: it should be your picture again.")
@@ -352,10 +357,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                         gr.Markdown("#### Contents")
                         contents = gr.Gallery(**tiles)
                 with gr.Column(visible=False) as several:
-                    gr.Markdown("### Results")
                     gallery = gr.Gallery(elem_id="gallery", **tiles)
                     archive = gr.File(label="All results", elem_id="archive")
-                    remarks = gr.HTML(elem_id="remarks")
         one.preprocess = lambda given: given and given.path  # our own reader decodes it, and says what is wrong
 
         def refresh(chosen: str | None) -> Any:
@@ -373,7 +376,7 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         go_one.click(answer_one, [*asked, size, one], outputs, **loud)
         pressed = examples.click(lambda sample: sample[0], examples, one, **quiet)
         pressed.then(answer_one, [*asked, size, one], outputs, **loud)
-        go_many.click(answer_many, [*asked, size, many], [single, several, remarks, gallery, archive], **loud)
+        go_many.click(answer_many, [*asked, size, many], [single, several, remark, gallery, archive], **loud)
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
 
 

@@ -239,6 +239,9 @@ def check_state(path: Path, state: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: step, steps_per_epoch or ranks: expected a run that has begun")
     if not isinstance(state.get("best", 0.0), float | int):
         raise InputError(f"{path}: best: expected a number, found {describe(state['best'])}")
+    names = state.get("picture_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: picture_names: expected a list of names, found {describe(names)}")
     options = state["options"]
     for key in ("system", "dataset_name", "data_dir"):
         if not isinstance(options.get(key), str):
@@ -280,8 +283,8 @@ def is_finished(state: Mapping[str, Any]) -> bool:
 class RunState:
     """What a run's checkpoint holds: networks, optimizers, position, and of each rank its pools and random states.
 
-    Takes the run's folder, its ``options`` (plain values), the names of those that generator files leave out, the digest
-    of its ``pictures``, and their names.
+    Takes the run's folder, its ``options`` (plain values), the names of those that generator files leave out, the
+    digest of its ``pictures``, and their names.
     """
 
     def __init__(
@@ -359,7 +362,7 @@ class RunState:
                 raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
         if state["pictures"] != self.pictures:
             root = Path(self.options["data_dir"]) / self.options["dataset_name"]
-            before, now = {str(name) for name in state.get("picture_names") or ()}, set(self.picture_names)
+            before, now = set(state.get("picture_names", ())), set(self.picture_names)
             lost, new = sorted(before - now), sorted(now - before) if before else []
             told = "; ".join(f"{what} {some(names)}" for what, names in (("missing:", lost), ("new:", new)) if names)
             raise InputError(f"--resume: {root} has other pictures than the run's, expected the same. {told}".rstrip())
@@ -552,7 +555,7 @@ def check_about(path: str | Path, about: Mapping[str, Any]) -> None:
         "channels": (int, 1, 3),
         "batch_size": (int, 1, 2**20),
         "seed": (int, 0, 2**62),
-        "n_epochs": (int, 1, 2**40),
+        "n_epochs": (int, 1, 10**7),
     }.items():
         if key in options and not (type(options[key]) is kind and least <= options[key] <= most):
             raise ValueError(

@@ -6,7 +6,7 @@
 
 Every test picture is read at the size and in the way the generator was trained with, without crop or flip. It is
 translated in float32 and rounded to 8 bits (PNG), and these pictures are measured. docs/evaluation.md explains the
-figures. The table has a row for each checkpoint and direction. Above them stand a row for real training pictures in
+figures. The table has a row for each checkpoint and direction. Above them are a row for real training pictures in
 place of translations (the floor) and a row for the untranslated input.
 
 Written to ``images/<name>/``: ``evaluation.json``, the translations, and a sheet of the best, median and worst.
@@ -522,7 +522,7 @@ class Row(NamedTuple):
 class Column(NamedTuple):
     """A column of the table: the name of a figure, its decimals, the factor it is shown with, and its heading.
 
-    Behind ``sign`` stands the deviation over draws, or else the figure named ``second``. The heading "" is the name.
+    After ``sign`` comes the deviation over draws, or else the figure named ``second``. The heading "" is the name.
     """
 
     key: str

@@ -62,7 +62,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    n_epochs: int = option(200, "epochs in all", least=1, most=2**40)
+    n_epochs: int = option(200, "epochs in all", least=1, most=10**7)
     decay_epoch: int | None = option(
         None,
         "epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
@@ -242,6 +242,8 @@ def parse_options(
     if (known.resume or (restarted and files.exist())) and not known.help:
         resumed = files.load(quiet=True)
         own = resumed["options"]
+        if own["system"] not in SYSTEMS or own.get("preset", "full") not in ("full", "small"):
+            raise InputError(f"{files.newest}: options: no known system or preset, expected one of {', '.join(SYSTEMS)}")
 
     system = own.get("system", known.system)
     # An unknown system is refused by the parser itself.

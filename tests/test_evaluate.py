@@ -22,7 +22,7 @@ from torch_fidelity import feature_extractor_inceptionv3
 import evaluate
 import metrics
 from checkpoints import pack_generator
-from datasets import Picture, find_pictures, load_masks, unaugmented
+from datasets import Picture, load_masks, unaugmented
 from evaluate import Exam, Reading, find_entries, judge
 from metrics import EFFICIENTNET, Extractor, Features
 from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator
@@ -46,7 +46,7 @@ def test_figures_are_of_no_tf32_and_training_keeps_its_own(monkeypatch):
 
 
 def tiny(seed=0, network=AttentionGenerator, **settings):
-    """A small generator, far from the start, where all masks are alike; of two masks neither is always the larger."""
+    """A small generator with larger weights than at the start, where all masks are equal; of 2 masks none dominates."""
     torch.manual_seed(seed)
     if network is AttentionGenerator:
         settings = {"n_masks": 2, **settings}
@@ -57,7 +57,7 @@ def tiny(seed=0, network=AttentionGenerator, **settings):
 
 
 def fading(keep, towards=0.0, **settings):
-    """A generator that makes ``keep`` · x + (1 - ``keep``) · ``towards``; 1 copies to the last bit."""
+    """A generator that makes ``keep`` · x + (1 - ``keep``) · ``towards``; 1 copies exactly."""
     generator = tiny(**settings)
     for head in (generator.content_head, generator.attention_head):
         nn.init.zeros_(head[-1].weight)
@@ -127,7 +127,7 @@ def side(name, root=SMALL, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def by_hand(generator, images):
-    """Translations in whole levels and the foreground of a batch in levels."""
+    """Translations of a batch in whole levels of 255, and their foreground."""
     translation = generator(images / 127.5 - 1)
     return ((translation.image + 1) * 127.5).round().clamp(0, 255), translation.foreground
 
@@ -137,8 +137,16 @@ def distance(a, b) -> float:
     return (a - b).abs().mean().item() / 127.5
 
 
+def features(images) -> torch.Tensor:
+    return Extractor("tiny", None, CPU)(images.to(torch.uint8)).vectors
+
+
+def kid(images, others) -> float:
+    return metrics.kernel_distance(features(images), features(others))
+
+
 def judged(where="net", root=SMALL, extractor=None, direction="AtoB", **options):
-    """What becomes of one checkpoint, without the script; also what it was compared with."""
+    """The measured checkpoint, without the script, and its reference."""
     exam = Exam(root, extractor, **options)
     entry = find_entries(where, [direction], CPU)[0]
     reference = exam.reference(direction, entry.reading)
@@ -146,7 +154,7 @@ def judged(where="net", root=SMALL, extractor=None, direction="AtoB", **options)
 
 
 def blobs(folder, stems, seed=0, size=(40, 36)):
-    """Object masks of about half of the picture, in soft patches."""
+    """Object masks that cover about half of the picture, in smooth patches."""
     for i, stem in enumerate(stems):
         grey = noise(seed + i, size).convert("L").filter(ImageFilter.GaussianBlur(5))
         middle = int(np.median(np.asarray(grey)))
@@ -196,7 +204,7 @@ def test_a_perfect_translator_is_measured_as_perfect(perfect):
     f = found.figures
     assert f["IoU"] == f["AP"] == 1 and f["background attention"] == 0
     assert f["L1"] == 0 and f["SSIM"] == pytest.approx(1) and f["PSNR"] == math.inf
-    # All that it changes, soft edges apart, is on the objects; not all of an object changes much.
+    # It changes only the objects, except for soft edges, and not all of an object changes much.
     assert 0 < f["background error"] < 0.05 < f["change"]
     assert 0.3 < f["change IoU"] < 1 and 0.9 < f["change AP"] < 1
     assert found.scores.tolist() == [0] * 9
@@ -210,7 +218,7 @@ def test_a_figure_without_bounds_is_still_json(perfect, capsys):
     assert table(capsys.readouterr().out)["AtoB", "perfect"]["PSNR"] == "-"
 
 
-def test_a_copy_is_measured_as_the_input(capsys):
+def test_a_copy_has_the_figures_of_the_input(capsys):
     draw_built_in(Path("data/solid2striped"), n_train=3, n_test=3)
     store(AtoB=fading(1), BtoA=fading(1))
     assert run("net", dataset="solid2striped", extractor="tiny") == 0
@@ -278,9 +286,8 @@ def test_grey_generators_are_measured_on_grey_pictures(small_set):
     with Image.open("images/net/translated_AtoB/0.png") as file:
         assert file.mode == "L"
     assert torch.equal(side("translated_AtoB", Path("images/net"), channels=1), expected)
-    extractor = Extractor("tiny", None, CPU)
-    colours = [extractor(f.to(torch.uint8).repeat(1, 3, 1, 1)).vectors for f in (expected, side("testB", channels=1))]
-    assert figures()["KID-tiny"] == pytest.approx(metrics.kernel_distance(*colours), rel=1e-4)
+    colours = (grey.repeat(1, 3, 1, 1) for grey in (expected, side("testB", channels=1)))
+    assert figures()["KID-tiny"] == pytest.approx(kid(*colours), rel=1e-4)
 
 
 def test_pictures_of_one_name_are_all_written(tmp_path):
@@ -344,9 +351,7 @@ def test_the_truth_of_pictures_side_by_side_is_the_other_half():
     assert figures("AtoB")["L1"] == pytest.approx(distance(faded, right), rel=1e-5)
     assert figures("BtoA")["L1"] == pytest.approx(distance(right, left), rel=1e-5)
     assert distance(faded, right) < 0.9 * distance(left, right)
-    extractor = Extractor("tiny", None, CPU)
-    kid = metrics.kernel_distance(*(extractor(f.to(torch.uint8)).vectors for f in (faded, right)))
-    assert figures("AtoB")["KID-tiny"] == pytest.approx(kid, rel=1e-4)
+    assert figures("AtoB")["KID-tiny"] == pytest.approx(kid(faded, right), rel=1e-4)
 
 
 def test_a_run_of_one_direction_has_one_row(capsys):
@@ -368,23 +373,18 @@ def test_the_truth_of_a_grey_picture_is_its_colours(folders, capsys):
     store(more={"task": "colorization"}, AtoB=fading(0.5), BtoA=fading(0.5))
     assert run("net", dataset="photos", extractor="tiny") == 0
     colour = side(folders[1], Path("data/photos"))
-    grey = torch.stack(
-        [read(p, channels=1).expand(3, -1, -1) for p in sorted(Path("data/photos", folders[1]).iterdir())]
-    )
-    assert figures("AtoB")["L1"] == pytest.approx(distance(by_hand(fading(0.5), grey)[0], colour), rel=1e-5)
+    grey = side(folders[1], Path("data/photos"), channels=1).expand(-1, 3, -1, -1)
+    coloured, _ = by_hand(fading(0.5), grey)
+    assert figures("AtoB")["L1"] == pytest.approx(distance(coloured, colour), rel=1e-5)
     assert figures("BtoA")["L1"] == pytest.approx(distance(by_hand(fading(0.5), colour)[0], grey), rel=1e-5)
-    extractor = Extractor("tiny", None, CPU)
-    kid = metrics.kernel_distance(
-        *(extractor(f.to(torch.uint8)).vectors for f in (by_hand(fading(0.5), grey)[0], colour))
-    )
-    assert figures("AtoB")["KID-tiny"] == pytest.approx(kid, rel=1e-4)
+    assert figures("AtoB")["KID-tiny"] == pytest.approx(kid(coloured, colour), rel=1e-4)
     store("other", AtoB=fading(0.5))
     capsys.readouterr()
     assert run("net other", dataset="photos") == 2
     assert "--checkpoint: found runs of colorization and of translation, expected one --task" in capsys.readouterr().err
 
 
-def test_colourisation_is_held_against_what_belongs_to_its_own_pictures(capsys):
+def test_colourisation_is_compared_with_what_belongs_to_its_own_pictures(capsys):
     """The built-in set's truths are of another task, and the masks of testA of other scenes."""
     root = Path("data/solid2striped")
     draw_built_in(root, n_train=2, n_test=3)
@@ -392,15 +392,14 @@ def test_colourisation_is_held_against_what_belongs_to_its_own_pictures(capsys):
     store(more={"task": "colorization"}, AtoB=generator, BtoA=generator)
     assert run("net", dataset="solid2striped") == 0
     colour, masks = side("testB", root), side("testB_mask", root, channels=1)
-    grey = torch.stack([read(p, channels=1).expand(3, -1, -1) for p in sorted((root / "testB").iterdir())])
+    grey = side("testB", root, channels=1).expand(-1, 3, -1, -1)
     for direction, inputs, truths in (("AtoB", grey, colour), ("BtoA", colour, grey)):
         outputs, foreground = by_hand(generator, inputs)
         f = figures(direction)
         assert f["L1"] == pytest.approx(distance(outputs, truths), rel=1e-5)
-        assert f["IoU"] == pytest.approx(np.mean([iou(a, m) for a, m in zip(foreground, masks, strict=True)]))
+        assert f["IoU"] == pytest.approx(mean_of(iou, foreground, masks))
         error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
-        expected = np.mean([e[m].mean().item() for e, m in zip(error, masks <= 127, strict=True)])
-        assert f["background error"] == pytest.approx(expected, rel=1e-5)
+        assert f["background error"] == pytest.approx(mean_of(off_object, error, masks), rel=1e-5)
     out = capsys.readouterr().out
     assert "AtoB: 3 pictures of testB (0" in out and "against 3 of testB" in out and "testA" not in out
     save(noise(0), Path("masks/testA/000.png"))
@@ -447,19 +446,28 @@ def test_shipped_truths_come_before_partners():
 # ----------------------------------------------------------------------------------------------------------
 
 
+def mean_of(measure, found, masks) -> float:
+    """The mean of ``measure`` over pictures."""
+    return np.mean([measure(f, m) for f, m in zip(found, masks, strict=True)])
+
+
 def iou(found, mask) -> float:
     found, mask = found > 0.5, mask > 127
     return ((found & mask).sum() / (found | mask).sum()).item()
 
 
 def precision(found, mask) -> float:
-    """Average precision from the ranks of the object's pixels, ties apart."""
+    """Average precision from the ranks of the object's pixels, where no two are equal."""
     order = found.flatten().argsort(descending=True)
     hits = (mask > 127).flatten()[order].double()
     return ((hits.cumsum(0) / torch.arange(1, len(hits) + 1))[hits > 0]).mean().item()
 
 
-def test_attention_and_change_are_held_against_the_masks_of_the_set(capsys):
+def off_object(values, mask) -> float:
+    return values[mask <= 127].mean().item()
+
+
+def test_attention_and_change_are_compared_with_the_masks_of_the_set(capsys):
     make_set(SMALL, tests=3)
     blobs(SMALL / "testA_mask", "012")
     generator = tiny()
@@ -470,25 +478,21 @@ def test_attention_and_change_are_held_against_the_masks_of_the_set(capsys):
     masks = side("testA_mask", channels=1)
     change = (outputs - inputs).abs().mean(dim=1, keepdim=True)
     change = change / change.amax(dim=(1, 2, 3), keepdim=True)
-    outside = masks <= 127
     f = figures()
-    assert f["IoU"] == pytest.approx(np.mean([iou(a, m) for a, m in zip(foreground, masks, strict=True)]))
-    assert f["change IoU"] == pytest.approx(np.mean([iou(a, m) for a, m in zip(change, masks, strict=True)]), abs=0.003)
-    expected = np.mean([precision(a, m) for a, m in zip(foreground, masks, strict=True)])
-    assert f["AP"] == pytest.approx(expected, abs=0.002) and 0.3 < f["AP"] < 0.8
-    expected = np.mean([precision(a, m) for a, m in zip(change, masks, strict=True)])
-    assert f["change AP"] == pytest.approx(expected, abs=0.02)  # of whole levels many are equal
-    expected = np.mean([a[m].mean().item() for a, m in zip(foreground, outside, strict=True)])
-    assert f["background attention"] == pytest.approx(expected, rel=1e-5)
+    assert f["IoU"] == pytest.approx(mean_of(iou, foreground, masks))
+    assert f["change IoU"] == pytest.approx(mean_of(iou, change, masks), abs=0.003)
+    assert f["AP"] == pytest.approx(mean_of(precision, foreground, masks), abs=0.002) and 0.3 < f["AP"] < 0.8
+    # Many changes of whole levels are equal.
+    assert f["change AP"] == pytest.approx(mean_of(precision, change, masks), abs=0.02)
+    assert f["background attention"] == pytest.approx(mean_of(off_object, foreground, masks), rel=1e-5)
     error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
-    expected = np.mean([e[m].mean().item() for e, m in zip(error, outside, strict=True)])
-    assert f["background error"] == pytest.approx(expected, rel=1e-5)
+    assert f["background error"] == pytest.approx(mean_of(off_object, error, masks), rel=1e-5)
     assert 0 < f["IoU"] < 1 and 0 < f["change IoU"] < 1
     assert protocol()["masks"] == 3 and protocol("BtoA")["masks"] == 0 and "IoU" not in figures("BtoA")
     assert "object masks for 3" in capsys.readouterr().out
 
 
-def test_masks_of_some_pictures_measure_those_alone():
+def test_masks_of_some_pictures_measure_only_those():
     make_set(SMALL, tests=4)
     blobs(SMALL / "testA_mask", "0123", seed=5)  # --mask_dir comes first
     blobs("masks/testA", ["1", "3", "no such picture"])
@@ -498,11 +502,9 @@ def test_masks_of_some_pictures_measure_those_alone():
     inputs = side("testA")
     outputs, foreground = by_hand(generator, inputs)
     masks = [read(f"masks/testA/{i}.png", channels=1) for i in (1, 3)]
-    expected = np.mean([iou(foreground[i], m) for i, m in zip((1, 3), masks, strict=True)])
-    assert figures()["IoU"] == pytest.approx(expected) and protocol()["masks"] == 2
-    error = (outputs - inputs).abs().mean(dim=1, keepdim=True) / 127.5
-    expected = np.mean([error[i][m <= 127].mean().item() for i, m in zip((1, 3), masks, strict=True)])
-    assert figures()["background error"] == pytest.approx(expected, rel=1e-5)
+    assert figures()["IoU"] == pytest.approx(mean_of(iou, foreground[[1, 3]], masks)) and protocol()["masks"] == 2
+    error = (outputs - inputs).abs().mean(dim=1, keepdim=True)[[1, 3]] / 127.5
+    assert figures()["background error"] == pytest.approx(mean_of(off_object, error, masks), rel=1e-5)
     assert figures()["change"] == pytest.approx(distance(outputs, inputs), rel=1e-5)  # of all four
 
 
@@ -516,8 +518,8 @@ def test_u_gat_its_heat_map_is_scored_as_attention(size):
     with torch.no_grad():
         heat = generator(side("testA") / 127.5 - 1).heat_map
     masks = [read(SMALL / f"testA_mask/{i}.png", channels=1) for i in range(3)]
-    assert figures()["IoU"] == pytest.approx(np.mean([iou(h, m) for h, m in zip(heat, masks, strict=True)]))
-    off = np.mean([h[m <= 127].mean().item() for h, m in zip(heat, masks, strict=True)])
+    assert figures()["IoU"] == pytest.approx(mean_of(iou, heat, masks))
+    off = mean_of(off_object, heat, masks)
     assert figures()["background attention"] == pytest.approx(off, rel=1e-5) and 0 < figures()["AP"] < 1
 
 
@@ -631,8 +633,7 @@ def test_the_shipped_masks_belong_to_horse2zebra(capsys):
     masks = [shipped[name].resize((32, 32), Image.Resampling.BICUBIC) for name in names]
     _, foreground = by_hand(generator, torch.stack([read(root / f"testA/{name}.jpg") for name in names]))
     tensors = [torch.from_numpy(np.array(mask))[None] for mask in masks]
-    expected = np.mean([iou(a, m) for a, m in zip(foreground, tensors, strict=True)])
-    assert figures()["IoU"] == pytest.approx(expected) and 0 < expected < 1
+    assert figures()["IoU"] == pytest.approx(mean_of(iou, foreground, tensors)) and 0 < figures()["IoU"] < 1
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -647,8 +648,7 @@ def test_sets_are_compared_by_their_features():
     assert run("net", extractor="tiny") == 0
     inputs, targets = side("testA"), side("testB")
     parts = [by_hand(generator, part)[0] for part in inputs.split(8)]
-    extractor = Extractor("tiny", None, CPU)
-    x, y, source = (extractor(f.to(torch.uint8)).vectors for f in (torch.cat(parts), targets, inputs))
+    x, y, source = map(features, (torch.cat(parts), targets, inputs))
     f = figures()
     assert f["FID-tiny"] == pytest.approx(metrics.frechet_distance(x, y), rel=1e-4)
     assert f["KID-tiny"] == pytest.approx(metrics.kernel_distance(x, y), rel=1e-5)
@@ -662,10 +662,9 @@ def test_sets_are_compared_by_their_features():
 
 def floor_by_hand(n_draws, index, n):
     """KID and FID of each draw of n training pictures of B."""
-    extractor, train = Extractor("tiny", None, CPU), side("trainB")
-    target = extractor(side("testB").to(torch.uint8)).vectors
+    train, target = side("trainB"), features(side("testB"))
     rng = np.random.default_rng((7, index))
-    draws = [extractor(train[rng.permutation(len(train))[:n]].to(torch.uint8)).vectors for _ in range(n_draws)]
+    draws = [features(train[rng.permutation(len(train))[:n]]) for _ in range(n_draws)]
     return [(metrics.kernel_distance(d, target), metrics.frechet_distance(d, target)) for d in draws]
 
 
@@ -709,7 +708,7 @@ def test_the_floor_leaves_out_training_pictures_that_are_also_in_test():
     assert row()["floor_deviation"]["KID-tiny"] == pytest.approx(statistics.stdev(kids), rel=1e-3)
 
 
-def test_a_figure_that_one_draw_lacks_is_none_of_the_floors(monkeypatch):
+def test_a_figure_that_one_draw_lacks_has_no_floor(monkeypatch):
     make_set(SMALL, nA=4, nB=9, tests=5)
     store(AtoB=fading(0.5))
     exam = Exam(SMALL, Extractor("tiny", None, CPU))
@@ -732,9 +731,12 @@ def test_the_floor_draws_no_more_than_there_are(capsys):
     assert run("net --floor_draws 0", extractor="tiny") == 0
     assert row()["floor"] == row()["floor_deviation"] == {}
     assert [label for _, label in table(capsys.readouterr().out)] == ["untranslated", "net"]
-    shutil.rmtree(SMALL / "trainB")
-    assert run("net", extractor="tiny") == 0
-    assert row()["floor"] == {}
+    for path in sorted((SMALL / "trainB").iterdir())[1:]:
+        path.unlink()
+    for _ in range(2):  # with one training picture, then without any
+        assert run("net", extractor="tiny") == 0
+        assert row()["floor"] == {} and "KID-tiny" in figures()
+        shutil.rmtree(SMALL / "trainB", ignore_errors=True)
 
 
 def test_sets_too_unlike_for_blocks_have_the_other_figures(capsys):
@@ -789,7 +791,7 @@ def test_cycle_errors_are_of_the_pictures_in_8_bits_and_back():
         back, _ = by_hand(generators[second], there)
         assert figures(first)["cycle error"] == pytest.approx(distance(back, inputs), rel=1e-5)
     assert abs(figures("AtoB")["cycle error"] - figures("BtoA")["cycle error"]) > 1e-3
-    assert run("net --direction BtoA") == 0  # the way back is there all the same
+    assert run("net --direction BtoA") == 0  # the way back is there too
     assert figures("BtoA")["cycle error"] == pytest.approx(distance(back, inputs), rel=1e-5)
 
 
@@ -801,7 +803,7 @@ def test_a_single_file_serves_its_own_direction_and_has_no_way_back(small_set, c
     assert table(capsys.readouterr().out).keys() == {("BtoA", "net_BtoA")}
 
 
-def test_generators_without_masks_have_figures_of_change_alone():
+def test_generators_without_masks_have_only_figures_of_change():
     make_set(SMALL, tests=3)
     blobs(SMALL / "testA_mask", "012")
     store(AtoB=tiny(network=ResNetGenerator))
@@ -992,29 +994,13 @@ def test_the_median_and_the_worst_stand_below_the_checkpoints(capsys):
 
 
 def test_the_spread_leaves_out_what_is_no_better_or_worse():
-    figures_of = [
-        {
-            "KID": 0.1,
-            "KID low": 0.0,
-            "KID high": 0.2,
-            "KID blocks of 10": 0.3,
-            "KID blocks of 10, error of blocks": 0.1,
-        },
-        {
-            "KID": 0.4,
-            "KID low": 0.1,
-            "KID high": 0.5,
-            "KID blocks of 10": 0.5,
-            "KID blocks of 10, error of blocks": 0.2,
-        },
-    ]
+    keys = ("KID", "KID low", "KID high", "KID blocks of 10", "KID blocks of 10, error of blocks")
+    figures_of = [dict(zip(keys, v, strict=True)) for v in ((0.1, 0.0, 0.2, 0.3, 0.1), (0.4, 0.1, 0.5, 0.5, 0.2))]
     for found in figures_of:
         found |= {"KID U-GAT-IT": 2.0, "change": 0.3, "change IoU": found["KID"], "zebra rate": found["KID"]}
     rows = [evaluate.Row("x", "AtoB", found, {}) for found in figures_of]
     median, worst = evaluate.spread_rows(rows)
-    assert median.figures == pytest.approx(
-        {"KID": 0.25, "KID blocks of 10": 0.4, "change IoU": 0.25, "zebra rate": 0.25}
-    )
+    assert median.figures == pytest.approx(dict(zip(worst.figures, (0.25, 0.4, 0.25, 0.25), strict=True)))
     assert worst.figures == {"KID": 0.4, "KID blocks of 10": 0.5, "change IoU": 0.1, "zebra rate": 0.1}
 
 
@@ -1113,22 +1099,20 @@ def test_the_oracle_has_all_wanted_directions(kept, extractor, keep, chosen):
     assert torch.equal(translations("AtoB"), by_hand(fading(keep), side("testA"))[0])
 
 
-def test_an_oracle_needs_a_kept_folder_with_all_wanted_directions(kept, capsys):
+def test_an_oracle_needs_something_to_choose_from_and_by(kept, capsys):
+    nothing = "--oracle: nothing in saved_models/run/kept; train.py --keep_evaluated keeps"
     for folder in Path("saved_models/run/kept").iterdir():
         (folder / "BtoA.pt").unlink()
     assert run("run --oracle", extractor="tiny") == 2
-    assert "--oracle: nothing in saved_models/run/kept; train.py --keep_evaluated keeps" in capsys.readouterr().err
+    assert nothing in capsys.readouterr().err
     assert run("run --oracle --direction AtoB", extractor="tiny") == 0
-
-
-def test_an_oracle_needs_something_to_choose_from_and_by(kept, capsys):
     for side_ in "AB":
         shutil.rmtree(SMALL / f"test{side_}_truth")
-    assert run("run --oracle") == 2
+    assert run("run --oracle --direction AtoB") == 2
     assert "--oracle chooses by KID or L1: needs an --extractor or true translations" in capsys.readouterr().err
     shutil.rmtree("saved_models/run/kept")
     assert run("run --oracle", extractor="tiny") == 2
-    assert "--oracle: nothing in saved_models/run/kept; train.py --keep_evaluated keeps" in capsys.readouterr().err
+    assert nothing in capsys.readouterr().err
 
 
 def test_checkpoints_of_other_sizes_have_rows_of_their_own(small_set, capsys):
@@ -1178,13 +1162,18 @@ def test_names_with_a_dot_stay_apart(small_set, capsys):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_sheet_shows_the_best_the_median_and_the_worst(monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The columns and options of each sheet."""
+    calls, draw = [], evaluate.draw_sheet
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda columns, **o: calls.append((columns, o)) or draw(columns, **o))
+    return calls
+
+
+def test_the_sheet_shows_the_best_the_median_and_the_worst(drawn):
     make_set(SMALL, tests=11)
     shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
     store(AtoB=tiny(0), BtoA=tiny(1))
-    drawn = []
-    draw = evaluate.draw_sheet
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda columns, **o: drawn.append((columns, o)) or draw(columns, **o))
     assert run("net --direction AtoB") == 0
     ((columns, options),) = drawn
     assert list(columns) == ["input", "output", "attention", "truth", "recovered"]
@@ -1206,13 +1195,11 @@ def test_the_sheet_shows_the_best_the_median_and_the_worst(monkeypatch):
         assert sheet.width > 5 * 96 and sheet.height > 9 * 96
 
 
-def test_few_pictures_stand_on_the_sheet_once(small_set, monkeypatch):
+def test_few_pictures_are_on_the_sheet_once(small_set, drawn):
     store(AtoB=tiny(network=ResNetGenerator))
-    drawn = []
-    draw = evaluate.draw_sheet
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda columns, **o: drawn.append(columns) or draw(columns, **o))
     assert run("net") == 0
-    assert list(drawn[0]) == ["input", "output"] and len(drawn[0]["output"]) == 2
+    ((columns, _),) = drawn
+    assert list(columns) == ["input", "output"] and len(columns["output"]) == 2
 
 
 def test_what_orders_the_sheet_depends_on_what_there_is():
@@ -1263,7 +1250,7 @@ def test_without_an_extractor_no_extra_package_is_needed(small_set, monkeypatch,
     assert "--extractor tiny needs torch_fidelity.utils" in capsys.readouterr().err
 
 
-def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, capsys):
+def test_inception_is_the_default_extractor(small_set, monkeypatch, capsys):
     def unreachable(*_, **__):
         raise URLError("no route to host")
 
@@ -1301,6 +1288,16 @@ def test_inception_is_what_is_compared_by_unless_told(small_set, monkeypatch, ca
             "elsewhere/small: no such folder. Expected pictures in elsewhere/small/trainA",
         ),
         ("notes.txt", "none", "notes.txt: not a readable weights file"),
+        # What would be ignored or lost.
+        ("x/net x_net", "none", "x/net and x_net would both be written to images/x_net"),
+        ("net --inception w.pth", "none", "--inception is for torch-fidelity's extractors, found --extractor none"),
+        ("net --inception w.pth", EFFICIENTNET, f"found --extractor {EFFICIENTNET}"),
+        ("net --class_B zebra", "tiny", "--class_A and --class_B need a classifier"),
+        ("net --spread", "none", "--spread: expected several checkpoints, found one"),
+        ("net net --spread", "none", "--checkpoint net and net would both be written to images/net"),
+        ("run saved_models/run", "none", "--checkpoint run and saved_models/run would both be written to images/run"),
+        (".", "none", "--checkpoint .: has no name to write under, expected a run or a longer path"),
+        ("net ../..", "none", "--checkpoint ../..: has no name to write under"),
     ],
 )
 def test_what_does_not_fit_is_named(small_set, capsys, arguments, extractor, message):
@@ -1315,49 +1312,24 @@ def test_what_does_not_fit_is_named(small_set, capsys, arguments, extractor, mes
     assert below(Path()) == before
 
 
-@pytest.mark.parametrize("folder", ["testA", "testB"])
-def test_both_sides_need_test_pictures(small_set, capsys, folder):
-    store(AtoB=tiny())
-    shutil.rmtree(SMALL / folder)
-    assert run("net") == 2
-    assert f"data/small/{folder}: no test pictures there" in capsys.readouterr().err
-
-
-def test_a_truth_that_is_missing_is_named(small_set, capsys):
-    store(AtoB=tiny())
-    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
-    (SMALL / "testA_truth/1.png").unlink()
-    assert run("net") == 2
-    assert "data/small/testA_truth: no picture named 1, expected one for each test picture" in capsys.readouterr().err
-    assert len(find_pictures(SMALL / "testA")) == 2
-
-
-def test_kid_needs_two_pictures(small_set, capsys):
-    store(AtoB=tiny())
-    (SMALL / "testA/1.png").unlink()
-    assert run("net") == 0
-    assert run("net", extractor="tiny") == 2
-    assert "KID of 1 and 2 pictures: expected at least 2 each" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    "arguments, extractor, message",
+    "missing, extractor, message",
     [
-        ("x/net x_net", "none", "x/net and x_net would both be written to images/x_net"),
-        ("net --inception w.pth", "none", "--inception is for torch-fidelity's extractors, found --extractor none"),
-        ("net --inception w.pth", EFFICIENTNET, f"found --extractor {EFFICIENTNET}"),
-        ("net --class_B zebra", "tiny", "--class_A and --class_B need a classifier"),
-        ("net --spread", "none", "--spread: expected several checkpoints, found one"),
-        ("net net --spread", "none", "--checkpoint net and net would both be written to images/net"),
-        ("run saved_models/run", "none", "--checkpoint run and saved_models/run would both be written to images/run"),
-        (".", "none", "--checkpoint .: has no name to write under, expected a run or a longer path"),
-        ("net ../..", "none", "--checkpoint ../..: has no name to write under"),
+        ("testA", "none", "data/small/testA: no test pictures there"),
+        ("testB", "none", "data/small/testB: no test pictures there"),
+        ("testA_truth/1.png", "none", "data/small/testA_truth: no picture named 1, expected one for each test picture"),
+        ("testA/1.png", "tiny", "KID of 1 and 2 pictures: expected at least 2 each"),
     ],
 )
-def test_what_would_be_ignored_or_lost_is_refused(small_set, capsys, arguments, extractor, message):
+def test_what_is_missing_in_the_data_set_is_named(small_set, capsys, missing, extractor, message):
     store(AtoB=tiny())
-    assert run(arguments, extractor=extractor) == 2
+    shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
+    assert run("net") == 0
+    path = SMALL / missing
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert run("net", extractor=extractor) == 2
     assert message in capsys.readouterr().err
+    assert extractor == "none" or run("net") == 0  # other figures need no second picture
 
 
 def test_a_run_by_its_path_has_its_best_row_and_spread_is_of_the_last_ones(small_set, capsys):
@@ -1418,13 +1390,16 @@ def test_the_folder_of_a_checkpoint_is_named_after_it(where, name):
     assert evaluate.output_name(where) == name
 
 
-def test_shipped_weights_leave_their_name_to_a_run():
+def test_weights_of_this_repository_and_a_run_of_their_name_have_folders_of_their_own(small_set, capsys):
     for folder in ("saved_models/pretrained/shipped", "saved_models/shipped", "shipped"):
         Path(folder).mkdir(parents=True)
     Path("saved_models/pretrained/shipped/AtoB.pt").touch()
     assert evaluate.output_name("shipped") == "pretrained_shipped"
     Path("saved_models/shipped/AtoB.pt").touch()
-    assert evaluate.output_name("shipped") == "shipped"
+    assert evaluate.output_name("saved_models/shipped") == "shipped"
+    assert evaluate.output_name("pretrained/shipped") == "pretrained_shipped"
+    assert run("shipped") == 2
+    assert "expected saved_models/shipped or pretrained/shipped" in capsys.readouterr().err
 
 
 def test_help_shows_defaults(monkeypatch, capsys):
@@ -1436,12 +1411,3 @@ def test_help_shows_defaults(monkeypatch, capsys):
     for default in ("horse2zebra", "data", "inception-v3-compat", "5", "auto", "all a checkpoint has"):
         assert f"(default: {default})" in shown
     assert "(default: False)" not in shown and "(default: None)" not in shown
-
-
-def test_one_training_picture_makes_no_floor(small_set):
-    store(AtoB=tiny())
-    for path in sorted((SMALL / "trainB").iterdir())[1:]:
-        path.unlink()
-    assert run("net", extractor="tiny") == 0
-    (row,) = json.loads(Path("images/net/evaluation.json").read_text())["rows"]
-    assert row["floor"] == {} and "KID-tiny" in row["figures"]

@@ -94,7 +94,7 @@ def test_a_changed_checkpoint_is_refused_in_one_line_or_resumed(small_set, every
         torch.save(changed, path)
         capsys.readouterr()
         start = time.monotonic()
-        status = run("--dataset_name small --resume --name r")
+        status = run("--dataset_name small --resume --name r --max_steps 7")
         told = capsys.readouterr().err
         assert time.monotonic() - start < 10, name
         assert status in (0, 2), name

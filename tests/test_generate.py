@@ -1,4 +1,4 @@
-"""Pictures from noise: which vectors they are made of, and where they stand."""
+"""Pictures from noise: which vectors they are made from, and their places on the sheets."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def generator():
     """What the run "net" holds, with running statistics of its own."""
     torch.manual_seed(0)
     generator = DCGANGenerator(nz=5, ngf=4, channels=1, size=16)
-    for parameter in generator.parameters():  # far from the start, where all is grey
+    for parameter in generator.parameters():  # at the start all is grey
         if parameter.ndim == 4:
             nn.init.normal_(parameter, std=0.5)
     for _ in range(20):
@@ -41,7 +41,7 @@ def run(flags: str) -> int:
 
 
 def shown(path: str, row: int, column: int, rows: int, columns: int) -> np.ndarray:
-    """One picture of a sheet, as it stands there, enlarged; 2 pixels of border, the headings above and on the left."""
+    """One picture of a sheet, enlarged as it is there; 2 pixels of border, headings above and on the left."""
     with Image.open(path) as file:
         sheet = np.asarray(file.convert("L"))
     side = sheet.shape[0] // rows // 16 * 16
@@ -87,7 +87,7 @@ def test_the_three_pictures_hold_what_the_generator_makes_of_the_vectors(generat
         assert_shows("out/arithmetic.png", row, 3, 4, 4, generator, result + 0.25 * near[row])
 
 
-def test_the_pictures_depend_on_the_seed_alone(generator):
+def test_the_pictures_depend_only_on_the_seed(generator):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert run(f"--output {folder} --seed {seed}") == 0
     for name in ("samples", "interpolation", "arithmetic"):
@@ -124,7 +124,7 @@ def test_what_cannot_be_generated_is_named(generator, capsys, flags, message):
     assert not Path("out").exists()
 
 
-def test_translating_and_evaluating_say_that_it_does_neither(generator, small_set, capsys):
+def test_translate_and_evaluate_refuse_generators_from_noise(generator, small_set, capsys):
     for main, flags in (
         (translate.main, "--input data/small/testA --output out"),
         (translate.main, "--export net.onnx"),

@@ -44,6 +44,7 @@ LADDER = {
     "evaluate": BELOW_TRAIN,
     "translate": BELOW_TRAIN,
     "generate": BELOW_TRAIN,
+    "app": BELOW_TRAIN,
     "train": BELOW_TRAIN,
     "train_dist": f"{BELOW_TRAIN} train",
     "benchmark": f"{BELOW_TRAIN} train",
@@ -116,8 +117,11 @@ def commands_of(page):
         text = text.replace("$(DEMO)", demo.replace("\\\n", " ")).replace("$(BIN)/", "").replace("$$seed", "0")
         return find_commands(text)
     shown = "\n".join(block for language, block in BLOCK.findall(text) if language not in ("python", "text", "bibtex"))
-    inline = "\n".join(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text)))
-    return [*find_commands(shown), *find_commands(inline)]
+    return find_commands("\n".join([shown, *inline_codes(text), *re.findall(r"<!-- begin \w+: (.*) -->", text)]))
+
+
+def inline_codes(text):
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
 
 
 COMMANDS = dict.fromkeys((page.name, each) for page in [*PAGES, ROOT / "Makefile"] for each in commands_of(page))
@@ -142,7 +146,12 @@ Say `.venv/bin/python e.py
     assert {command.split()[0] for _, command in COMMANDS} == {f"{name}.py" for name in SCRIPTS}
 
 
-@pytest.mark.parametrize("page, command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_shows_its_parser(name):
+    assert "\ndef make_parser(" in MODULES[name].read_text() or name == "train_dist"  # it adds to that of train.py
+
+
+@pytest.mark.parametrize("page, command", COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
 def test_a_command_of_a_page_is_accepted_by_its_script(page, command):
     script, *argv = shlex.split(command)
     if script in ("train.py", "train_dist.py"):
@@ -164,7 +173,8 @@ def test_a_command_of_a_page_is_accepted_by_its_script(page, command):
 
 def all_flags():
     parsers = [train.make_parser(system) for system in systems.SYSTEMS]
-    parsers += [importlib.import_module(name).make_parser() for name in SCRIPTS if name not in ("train", "train_dist")]
+    modules = [importlib.import_module(name) for name in SCRIPTS]
+    parsers += [module.make_parser() for module in modules if hasattr(module, "make_parser")]
     train_dist.add_launch_flags(parsers[0])
     for parser in parsers:
         for action in parser._actions:
@@ -178,8 +188,8 @@ OF_OTHERS = {"--norm", "--lambda_warmup"}  # of the official code; of an earlier
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
-    inline = " ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())))
-    assert set(re.findall(r"(?<!\S)--[a-zA-Z]\w*", inline)) <= all_flags() | OF_OTHERS
+    ours = [code for code in inline_codes(page.read_text()) if re.match(r"--|(python )?\w+\.py ", code)]
+    assert set(re.findall(r"(?<!\S)--[\w-]+", " ".join(ours))) <= all_flags() | OF_OTHERS
 
 
 def anchor(heading):

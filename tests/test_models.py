@@ -193,7 +193,7 @@ def test_dcgans_generator_is_the_plain_formula(upsample, training):
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             x = F.conv2d(F.pad(x, (1, 1, 1, 1)), convolutions[i].weight)
         x = F.relu(plain_batch_norm(x, norms[i], training)) if i < 3 else torch.tanh(x)
-    if not training:  # a picture alone is the same as among others
+    if not training:  # a picture by itself is the same as among others
         torch.testing.assert_close(generator(noise[1:2]), x[1:2], rtol=0, atol=1e-12)
     assert x.shape == (3, 1, 32, 32) and x.std() > 0.05
     torch.testing.assert_close(generator(noise), x, rtol=0, atol=1e-12)

@@ -77,7 +77,8 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     with Image.open(f"images/{name}/curves.png") as curves:
         assert len(np.unique(np.asarray(curves))) > 10
     page = Path(f"images/{name}/index.html").read_text()
-    assert '["00000006.png", "00000012.png"]' in page
+    sheets = ", ".join(f'"{step:08d}.png"' for step in (1, 2, 4, 6, 12))
+    assert f"[{sheets}]" in page
     assert f"<td>system<td>{system}" in page and "step 12 of 12" in page
     assert not re.search(r"(src|href)=.?https?:", page)
     generator, about = load_generator(f"saved_models/{name}/AtoB.pt")
@@ -717,10 +718,12 @@ REFUSED = {
         ("--attention_kernel 3", r"--attention_kernel: invalid choice: 3"),
         ("--system nonsense", "--system: invalid choice: 'nonsense'"),
         ("--batch_size many", "--batch_size: invalid int value: 'many'"),
-        ("--light", "--light: no option of attentiongan"),
-        ("--n_epoch 2", "--n_epoch 2: no option of attentiongan"),
+        ("--light", "--light belongs to --system ugatit, found --system attentiongan"),
+        ("--n_epoch 2", "--n_epoch: no flag of attentiongan; near: --n_epochs"),
     ],
-    f"{quick('cyclegan')} --system cyclegan": [("--n_masks 4", "--n_masks 4: no option of cyclegan")],
+    f"{quick('cyclegan')} --system cyclegan": [
+        ("--n_masks 4", "--n_masks belongs to --system attentiongan, found --system cyclegan")
+    ],
     f"{quick('ugatit')} --system ugatit": [("--init zero", "--init: invalid choice: 'zero'")],
     QUICK_PIX2PIX: [
         ("--dataset_name small", r"data/small: expected pairs, .*; found 1 without a partner, .* 5"),

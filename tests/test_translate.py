@@ -33,7 +33,7 @@ from utils import InputError
 
 
 def tiny(seed=0, network=AttentionGenerator, **settings):
-    """A small generator, far from the start, where all masks are alike."""
+    """A small generator with larger weights than at the start, where all masks are equal."""
     torch.manual_seed(seed)
     depth = {"depth": 6} if network is UNetGenerator else {"n_residual_blocks": 1}  # smaller U-Nets have no dropout
     generator = network(ngf=4, **depth, **settings).eval()
@@ -43,7 +43,7 @@ def tiny(seed=0, network=AttentionGenerator, **settings):
 
 
 def store(folder="net", more=None, **generators):
-    """``folder/<direction>.pt`` for each, as train.py writes them, with what they say of themselves beside."""
+    """``folder/<direction>.pt`` for each, as train.py writes them, with ``more`` entries."""
     Path(folder).mkdir()
     for direction, generator in generators.items():
         about = {"direction": direction, **(more or {})}
@@ -60,7 +60,7 @@ def net():
 
 @pytest.fixture
 def onnxruntime():
-    """For the newest Python it comes late."""
+    """Not yet there for the newest Python."""
     return pytest.importorskip("onnxruntime")
 
 
@@ -86,7 +86,7 @@ def repeat_edges(images, height, width):
 
 @torch.no_grad()
 def by_hand(generator, source):
-    """Picture or file to what becomes of it, (channels, H, W) in [-1, 1]."""
+    """The translation of a picture or file, (channels, H, W) in [-1, 1]."""
     image = Picture(source).open(generator.settings["channels"]) if isinstance(source, Path) else source
     height, width = image.height, image.width
     x = (tensor(image) / 127.5 - 1).float()[None]
@@ -164,7 +164,7 @@ def test_pictures_of_all_kinds_keep_their_upright_size(net, capsys):
     for source in (path for path in folder.iterdir() if path.is_file()):
         output = f"new/out/{source.stem}.png"
         assert read(output).shape[:0:-1] == sizes[source.stem]
-        if source.stem != "one pixel":  # one colour alone: the norms leave rounding errors
+        if source.stem != "one pixel":  # only one colour: the norms leave rounding errors
             assert_shows(output, by_hand(net, source))
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(net, capsys, batch
     assert sorted(line.split(": ")[1] for line in err.splitlines()) == ["in/cut.png", "in/head.png", "in/notes.jpg"]
     assert all(re.match(r"not translated: in/\w+\.\w+: \w+ ", line) for line in err.splitlines())
     assert below(Path("out")).keys() == {"a.png", "d.png", "e.png"}
-    for name in ("a.png", "d.png", "e.png"):  # each its own, though a neighbour dropped out
+    for name in ("a.png", "d.png", "e.png"):  # each its own, although a neighbour is missing
         assert_shows(f"out/{name}", by_hand(net, Path("in") / name))
 
 
@@ -410,6 +410,7 @@ def test_generators_without_masks_are_refused(capsys):
         ("--input top/in --output top", "--output top: holds the --input"),
         ("--input top/same --output top/in", "--output top/in: holds the --input"),
         ("--input top/in --output top/out", "--output top/out: top/out/a.png is an input"),
+        ("--input top/in --output top/hard", "--output top/hard: top/hard/a.png is an input"),
         ("--input top/in/a.png --output top/in", "--output top/in: top/in/a.png exists already"),
         ("--input top/in/a.png --output top/same", "--output top/same: top/same/a.png exists already"),
         ("--input top/in/a.png --output top/out", "--output top/out: top/out/a.png is an input"),
@@ -421,6 +422,8 @@ def test_inputs_are_not_overwritten(net, capsys, arguments, message):
     Path("top/same").symlink_to("in")
     Path("top/out").mkdir()
     Path("top/out/a.png").symlink_to("../in/a.png")
+    Path("top/hard").mkdir()
+    os.link("top/in/a.png", "top/hard/a.png")
     before = below(Path("top"))
     for masks in ("", " --masks"):
         assert run(arguments + masks) == 2
@@ -449,7 +452,7 @@ def test_a_picture_beside_the_input_is_not_overwritten_by_its_translation(net, c
     assert_shows("out/a.png", by_hand(net, other))
 
 
-def test_names_that_differ_in_letter_case_alone_are_alike():
+def test_names_that_differ_only_in_letter_case_are_equal():
     def names(*sources):
         return list(map(str, name_outputs([Picture(Path("in") / s) for s in sources], Path("in"), Path("out"), False)))
 
@@ -580,8 +583,8 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
     assert read("out/0.png").shape == (3, 13, 16)
 
 
-def test_sub_folders_are_left_alone_where_they_are_not_wanted(net, monkeypatch, capsys):
-    """One that may not be read, such as a disk's lost+found, hinders nothing."""
+def test_sub_folders_are_not_opened_without_recursive(net, monkeypatch, capsys):
+    """A folder that may not be read, such as a disk's lost+found, is no error then."""
     for place in ("in/a.png", "in/lost+found/b.png"):
         save(noise(0), Path(place))
     scandir = os.scandir
