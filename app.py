@@ -2,7 +2,7 @@
 requirements-app.txt``.
 
 It is served to this machine only, unless ``--host`` says otherwise. Uploads and results lie in a temporary folder; they
-are deleted after ``KEPT_SECONDS`` and at the end. The process refuses every connection to another machine.
+are deleted within ten minutes and at the end. The process refuses every connection to another machine.
 """
 
 from __future__ import annotations
@@ -28,16 +28,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+import checkpoints
 import utils
-from checkpoints import (
-    DIRECTIONS,
-    SAVED_MODELS,
-    candidate_paths,
-    find_generator,
-    has_direction,
-    known_names,
-    open_generators,
-)
+from checkpoints import DIRECTIONS
 from datasets import BUILT_IN, RESIZE, TASKS, as_input, find_side, normalise, quantise, resize, to_tensor
 from models import Generator, translate_any_size
 from prepare import draw_scene
@@ -49,7 +42,7 @@ UPLOAD = "upload"  # stands for the visitor's own file among the names of weight
 SIZES = (64, 128, 256, 512)  # of the longer side; the trained one is added
 MOST_PIXELS = 2**20  # of a picture in the generator: about 1 GB for the default networks
 MOST_PICTURES, MOST_WAITING, MOST_BYTES = 32, 32, "200mb"  # at once, in the queue, of one upload
-KEPT_SECONDS = 600
+KEPT_SECONDS = 540  # looked at once a minute
 
 
 class Weights(NamedTuple):
@@ -64,16 +57,19 @@ class Weights(NamedTuple):
 
 def list_weights() -> list[tuple[str, str]]:
     """The runs and shipped weights that translate pictures, as (label, what ``open_generators`` takes)."""
-    known = [name if "/" in name else str(SAVED_MODELS / name) for name in known_names()]
-    fit = [w for w in known if any(has_direction(place, d) for place in candidate_paths(w) for d in DIRECTIONS)]
-    labels = {w: f"{Path(w).name} ({'shipped' if w.startswith('pretrained/') else 'a run'})" for w in fit}
-    return [(labels[w], w) for w in sorted(fit, key=lambda w: w != FIRST)]
+    found = []
+    for name in checkpoints.known_names():
+        shipped = name.startswith("pretrained/")
+        where = name if shipped else str(checkpoints.SAVED_MODELS / name)
+        if any(checkpoints.has_direction(p, d) for p in checkpoints.candidate_paths(where) for d in DIRECTIONS):
+            found.append((f"{Path(name).name} ({'shipped' if shipped else 'a run'})", where))
+    return sorted(found, key=lambda each: each[1] != FIRST)
 
 
 @lru_cache(maxsize=2)
 def open_weights(where: str, device: torch.device, changed: int) -> Weights:
     """Open the generators at ``where``; ``changed`` is their file's time, for a run that goes on. Raises InputError."""
-    opened = open_generators(where)
+    opened = checkpoints.open_generators(where)
     generators = {direction: generator.to(device).eval() for direction, (generator, _) in opened.items()}
     generator, about = next(iter(opened.values()))
     options = about.get("options", {})
@@ -115,7 +111,7 @@ class Answer(NamedTuple):
     contents: list[tuple[Image.Image, str]]
 
 
-def fit(size: tuple[int, int], longest: int, only_size: tuple[int, int] | None) -> tuple[int, int]:
+def fit_size(size: tuple[int, int], longest: int, only_size: tuple[int, int] | None) -> tuple[int, int]:
     """The (height, width) at which a picture of ``size`` is translated: never more than ``MOST_PIXELS`` in all."""
     if only_size is not None:
         return only_size
@@ -128,6 +124,8 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
     """Translate one picture, and back where the other generator is there. Raises InputError, one or two sentences."""
     if direction not in weights.generators:
         raise InputError("Choose a direction first.")
+    if not path.exists():
+        raise InputError(f"{path.name} has been deleted in the meantime. Give it again.")
     generator = weights.generators[direction]
     other = weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])
     try:
@@ -135,7 +133,7 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
     except Exception as error:  # decoders raise what they like
         reason = utils.first_line(error).replace(str(path), path.name)
         raise InputError(f"{path.name} cannot be read as a picture: {reason}.") from error
-    found, size = (before.height, before.width), fit((before.height, before.width), longest, weights.only_size)
+    found, size = (before.height, before.width), fit_size((before.height, before.width), longest, weights.only_size)
     remark = f"{path.name}: {found[1]} × {found[0]} pixels"
     if size != found:
         before = resize(before, size, RESIZE[0])
@@ -224,7 +222,7 @@ def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tupl
 INTRODUCTION = """# Turn one kind of picture into another
 A network has looked at many pictures of two kinds, horses and zebras for instance, and has learned to turn one kind
 into the other. Choose what it has learned, give it a picture, and press *Translate*. The computer that serves this page
-does all the work: your pictures are sent nowhere else, and are deleted after ten minutes."""
+does all the work: your pictures are sent nowhere else, and are deleted within ten minutes."""
 INSIDE = """The network paints several pictures, the contents. The mask of the same number says where each one is used,
 white for fully, black for not at all. A mask without a content keeps your picture. The result is the sum of all."""
 CSS = """
@@ -255,11 +253,11 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         return guarded
 
     def opened(where: str, file: str | None) -> Weights:
-        if where == UPLOAD and file is None:
+        if where == UPLOAD and not (file and Path(file).exists()):
             raise InputError("Give a file of weights first.")
         if where != UPLOAD and where not in dict(list_weights()).values():
             raise InputError("These weights are gone. Load the page again.")
-        path = find_generator(str(file) if where == UPLOAD else where, None)
+        path = checkpoints.find_generator(str(file) if where == UPLOAD else where, None)
         return open_weights(str(path) if where == UPLOAD else where, device, path.stat().st_mtime_ns)
 
     @in_sentences
@@ -402,14 +400,22 @@ def stay_here(host: str) -> None:
     sys.addaudithook(refuse)
 
 
+def make_parser() -> utils.Parser:
+    parser = utils.Parser("A page to play with trained generators in the browser.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=utils.at_least(1), default=7860, help="port to serve at")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        parser = utils.Parser("A page to play with trained generators in the browser.")
-        parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other machines in")
-        parser.add_argument("--port", type=utils.at_least(1), default=7860, help="port to serve at")
-        parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
-        options = parser.parse_args(argv)
+        options = make_parser().parse_args(argv)
         device = utils.pick_device(options.device)
+        try:
+            socket.create_server((options.host, options.port)).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--host {options.host} --port {options.port}: {error}") from error
         with tempfile.TemporaryDirectory(prefix="attentiongan_") as folder, utils.StopSignals() as stop:
             os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
             gr = utils.import_optional("gradio", "app.py", "pip install -r requirements-app.txt")
@@ -417,14 +423,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             offered = Path(tempfile.mkdtemp(dir=folder))
             page = make_page(gr, device, offered)
             own: dict[str, Any] = dict(
-                share=False, pwa=False, mcp_server=False, ssr_mode=False, enable_monitoring=False
+                share=False, pwa=False, mcp_server=False, ssr_mode=False, inline=False, quiet=True
             )
-            own |= dict(
-                inline=False, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size=MOST_BYTES, css=CSS
-            )
+            own |= dict(enable_monitoring=False, prevent_thread_lock=True, footer_links=[], max_file_size=MOST_BYTES)
             theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-            page.launch(server_name=options.host, server_port=options.port, theme=theme, **own)
-            print(f"Open http://{options.host}:{options.port} in a browser. Ctrl-C ends the page.", flush=True)
+            page.launch(server_name=options.host, server_port=options.port, theme=theme, css=CSS, **own)
+            print(f"Open {page.local_url} in a browser. Ctrl-C ends the page.", flush=True)
             while stop.signal is None:
                 time.sleep(0.2)
                 for path in offered.glob("*/*.zip"):

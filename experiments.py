@@ -43,6 +43,7 @@ from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_nois
 from metrics import EFFICIENTNET, Extractor, Features, kernel_distance
 from models import NOISE
 from prepare import draw_built_in
+from record import find_block, write_block
 from systems import SYSTEMS
 from utils import InputError
 
@@ -460,24 +461,6 @@ def make_rows(runs: Sequence[Run], known: Mapping[str, About], direction: str) -
     return others, rows
 
 
-def find_block(page: Path, name: str) -> tuple[str, str]:
-    """A page's text before the marks of a block and after them. Raises InputError where they are not there."""
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    found = re.search(rf"^<!-- begin {name}[: ].*?^<!-- end {name} -->$", text, re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise InputError(f"{page}: expected a line <!-- begin {name} --> and, below it, a line <!-- end {name} -->")
-    return text[: found.start()], text[found.end() :]
-
-
-def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> None:
-    """Put lines between the marks of a block, and the command that made them into the first mark."""
-    before, after = find_block(page, name)
-    block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", f"<!-- end {name} -->"])
-    with utils.replacing(page) as new:
-        new.write_text(before + block + after, encoding="utf-8")
-    print(f"{page} written")
-
-
 # ----------------------------------------------------------------------------------------------------------
 #  Draw
 # ----------------------------------------------------------------------------------------------------------
@@ -607,6 +590,7 @@ def compare(options: argparse.Namespace) -> int:
     sheet = DOCS / f"compare_{name}.webp"
     save_sheet(draw_comparison(first, directions[0], root), sheet)
     write_block(page, name, command, [*lines, "", f"![A row for each setting]({sheet.name})"])
+    print(f"{page} written")
     return 0
 
 
@@ -637,6 +621,7 @@ def results(options: argparse.Namespace) -> int:
     with utils.replacing(store) as new:
         new.write_text(json.dumps(known, indent=1) + "\n")
     write_block(page, "results", "python experiments.py results", table(result_rows(known), RESULTS, blank=""))
+    print(f"{page} written")
     return 0
 
 

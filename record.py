@@ -486,13 +486,8 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
 
 
 def find_block(page: Path, name: str) -> tuple[str, str]:
-    """A page's text before the marks of a block and after them; nothing of a page that does not exist.
-
-    Raises InputError where the marks are missing.
-    """
-    if not page.exists():
-        return "", "\n"
-    text = page.read_text(encoding="utf-8")
+    """A page's text before the marks of a block and after them. Raises InputError where they are not there."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     found = re.search(rf"^<!-- begin {name}[: ].*?^<!-- end {name} -->$", text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise InputError(f"{page}: expected a line <!-- begin {name} --> and, below it, a line <!-- end {name} -->")
@@ -505,7 +500,7 @@ def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> No
     A page that does not exist is created with only the block. Raises InputError where the marks are missing, OSError
     where the page cannot be written.
     """
-    before, after = find_block(page, name)
+    before, after = find_block(page, name) if page.exists() else ("", "\n")
     block = "\n".join([f"<!-- begin {name}: {command} -->", "", *lines, "", f"<!-- end {name} -->"])
     page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as path:

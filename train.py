@@ -243,7 +243,7 @@ def parse_options(
         resumed = files.load(quiet=True)
         own = resumed["options"]
         if own["system"] not in SYSTEMS or own.get("preset", "full") not in ("full", "small"):
-            raise InputError(f"{files.newest}: options: no known system or preset, expected one of {', '.join(SYSTEMS)}")
+            raise InputError(f"{files.newest}: options: unknown system or preset, expected one of {', '.join(SYSTEMS)}")
 
     system = own.get("system", known.system)
     # An unknown system is refused by the parser itself.
@@ -518,6 +518,8 @@ def train(
     )
     restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
     total = options.n_epochs * len(loader)
+    if restored["step"] > total:
+        raise InputError(f"--resume: the checkpoint is at step {restored['step']}, the run has only {total}")
     if not options.resume:
         empty_run_folders(options)
     log = record.Record(

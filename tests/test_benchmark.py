@@ -16,7 +16,6 @@ from prepare import draw_built_in
 from record import write_block
 from systems import SYSTEMS
 from train import parse_options, trained_parameters, training_step
-from utils import InputError
 
 TINY = "--ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2"
 
@@ -33,18 +32,17 @@ def small_built_in(monkeypatch):
 @pytest.mark.parametrize("name", ["attentiongan", "cyclegan"])
 def test_the_textbook_step_is_ours(name):
     """The speeds may be compared because the weights after some steps are the same, with full replay buffers too."""
+
+    def adam(system, fused):
+        parameters = {turn.player: trained_parameters(system, turn.networks) for turn in system.turns}
+        return {key: torch.optim.Adam(each, 2e-4, (0.5, 0.999), fused=fused) for key, each in parameters.items()}
+
     ours, book = build(name, pool_size=3), build(name, pool_size=3)
-    optimizers = [
-        {
-            t.player: torch.optim.Adam(trained_parameters(s, t.networks), 2e-4, (0.5, 0.999), fused=fused)
-            for t in s.turns
-        }
-        for s, fused in ((ours, True), (book, None))
-    ]
+    optimizers, textbook = adam(ours, True), adam(book, None)
     for step in range(4):
         batch = make_batch(step)
-        shown = training_step(ours, optimizers[0], lambda: torch.autocast("cpu", enabled=False), batch)
-        losses = benchmark.textbook_step(book, optimizers[1], batch)
+        shown = training_step(ours, optimizers, lambda: torch.autocast("cpu", enabled=False), batch)
+        losses = benchmark.textbook_step(book, textbook, batch)
         assert len(losses) == 8
         for key, loss in losses.items():
             assert abs(loss - shown[key].item()) < 1e-9, key
@@ -142,10 +140,7 @@ def serve(variant, orders, monkeypatch):
     if not orders:
         ours.close()
     benchmark.serve(theirs, variant, None, "cpu")
-    answers = []
-    while orders and ours.poll():
-        answers.append(ours.recv())
-    return answers
+    return list(iter(lambda: ours.recv() if orders and ours.poll() else None, None))
 
 
 def test_a_process_takes_turns_until_it_is_told_to_end(monkeypatch, capfd):
@@ -234,21 +229,15 @@ def test_what_was_made_before_the_clock_started_is_not_counted(monkeypatch, smal
     assert len(taken) >= 2 * 4 * benchmark.PREFETCHED * 3
 
 
-def test_a_block_is_replaced_between_its_marks():
-    page = Path("docs/page.md")
+def test_a_block_is_made_and_replaced_between_its_marks():
+    page, end = Path("docs/page.md"), "\n\n<!-- end one -->\n"
     write_block(page, "one", "make one", ["first", "", "second"])
-    block = "<!-- begin one: make one -->\n\nfirst\n\nsecond\n\n<!-- end one -->\n"
-    assert page.read_text() == block
+    assert page.read_text() == (block := f"<!-- begin one: make one -->\n\nfirst\n\nsecond{end}")
     page.write_text(f"# Über\n\n<!-- begin ones -->\n<!-- end ones -->\n{block}\nafter\n", encoding="utf-8")
     write_block(page, "one", "make one --more", ["third"])
-    expected = "# Über\n\n<!-- begin ones -->\n<!-- end ones -->\n<!-- begin one: make one --more -->\n\nthird\n\n"
-    written = page.read_text(encoding="utf-8")
-    assert written == expected + "<!-- end one -->\n\nafter\n"
-    for lacking in ("<!-- end one -->", "<!-- begin one: make one --more -->"):
-        page.write_text(written.replace(lacking, ""), encoding="utf-8")
-        with pytest.raises(InputError, match=r"docs/page.md: expected a line <!-- begin one --> and, .* <!-- end one"):
-            write_block(page, "one", "make one", [])
-        assert page.read_text(encoding="utf-8") == written.replace(lacking, "")
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- begin one:")
+    assert before == "# Über\n\n<!-- begin ones -->\n<!-- end ones -->\n"
+    assert rest == f" make one --more -->\n\nthird{end}\nafter\n"
 
 
 def test_tables_are_written_as_they_are_ready_and_to_no_others_file(monkeypatch, capsys):
@@ -300,15 +289,14 @@ def test_bad_flags_are_refused(flags, message, capsys):
     assert message in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
 
 
-@pytest.mark.parametrize("script", ["--own --precision bf16", "--own --inference --precision float32 --compile"])
-def test_our_own_step_alone(script, monkeypatch):
+def test_only_our_own_step(monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmark, "measure", lambda variants, *_: asked.extend(variants) or [{"": "nothing measured"}])
-    assert benchmark.main(f"{script} --sizes 16 {TINY}".split()) == 0
-    (variant,) = asked
-    inference = ("inference", "float32", True)
-    expected = inference if "--inference" in script else ("step", "bf16", False)
-    assert variant.name == "train.py" and (variant.kind, variant.precision, variant.compile) == expected
+    monkeypatch.setattr(benchmark, "measure", lambda variants, *_: asked.append(variants) or [{"": "nothing measured"}])
+    for flags in ("--precision bf16", "--inference --precision float32 --compile"):
+        assert benchmark.main(f"--own --sizes 16 {flags} {TINY}".split()) == 0
+    (step,), (inference,) = asked
+    assert (step.name, step.kind, step.precision, step.compile) == ("train.py", "step", "bf16", False)
+    assert (inference.kind, inference.precision, inference.compile) == ("inference", "float32", True)
 
 
 def test_the_peak_memory_is_that_of_the_precision_asked_for(monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from common import TEXTBOOK, build, gradients, make_batch, textbook_losses
 
-import benchmark
 import train
-from datasets import draw_built_in
+from benchmark import Variant, Worker
+from prepare import draw_built_in
 from train import parse_options, set_up, trained_parameters, training_step
 from utils import pick_device
 
@@ -131,14 +131,15 @@ def test_resuming_goes_on_as_if_nothing_had_happened():
 
 
 def test_the_benchmark_counts_kernels_and_memory():
-    found, device = [], pick_device(DEVICE)
+    device = pick_device(DEVICE)
     assert device.index == torch.cuda.current_device()
+    figures = []
     for kind in ("textbook", "step"):
         options = parse_options(f"{SMALL} --device {DEVICE}".split())
-        server = benchmark.Server(benchmark.Variant(kind, kind, fused=kind == "step"), options, device)
-        server.end()
-        assert server.trouble is None
-        found.append(server.figures)
-    assert 0 < found[1]["kernels"] < found[0]["kernels"]
-    for figures in found:
-        assert figures["peak"] > figures["kept"] > 0
+        worker = Worker(Variant(kind, kind, fused=kind == "step"), options, device)
+        worker.ask(False)
+        assert "trouble" not in worker.figures
+        figures.append(worker.figures)
+    assert 0 < figures[1]["kernels"] < figures[0]["kernels"]
+    for each in figures:
+        assert each["peak memory"] > each["kept for backward"] > 0

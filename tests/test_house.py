@@ -93,7 +93,7 @@ def test_utils_names_no_network_no_data_set_and_no_file_of_weights():
 def test_a_module_says_what_it_is_for_and_can_be_read_in_one_sitting(name):
     text = MODULES[name].read_text()
     assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 850
+    assert len(text.splitlines()) <= 900
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import html
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from common import QUICK, log, run
 import record
 import train
 from record import Record, draw_sheet, read_log, thin
+from utils import InputError
 
 
-def make_record(total_steps=1000, interval=1, start=0):
-    return Record("r", Path("saved_models/r/log.jsonl"), {}, total_steps, interval, start)
+def make_record(total_steps=1000, interval=1, start=0, **others):
+    return Record("r", Path("saved_models/r/log.jsonl"), {}, total_steps, interval, start, **others)
 
 
 def add(record, steps=1, images=1):
@@ -30,6 +32,28 @@ def test_a_full_disk_is_told_once_with_the_file_and_ends_nothing(capsys):
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert re.search(r"no log, .*/dev/full: could not be written \(.*No space left on device", warning)
     assert record.step == 2
+    record.close()
+
+
+@pytest.mark.parametrize("interval", [3, 100])
+def test_values_that_are_not_finite_are_named_with_their_steps(interval):
+    record = make_record(interval=interval)
+    rows = [(1.0, 1.0, [0.5, 0.5]), (math.nan, 1.0, [0.5, math.inf]), (1.0, 1.0, [0.5, 0.5])]
+    with pytest.raises(InputError, match=r"diverged: G, mask not finite between step 1 and step 3\. Checkpoints from"):
+        for values in rows:
+            record.add({n: torch.tensor(v) for n, v in zip(("G", "D", "mask"), values, strict=True)}, 1, 0, 0.1)
+        record.check_finite()  # before a save between two lines
+    assert not list(read_log(record.log)) and record.step == 3
+    record.close()
+
+
+def test_a_sign_of_collapse_is_told_once_when_it_lasts(monkeypatch, capsys):
+    monkeypatch.setattr(Record, "PATIENCE", 3)
+    weak = iter([1, 1, 0, 1, 1, 1, 1, 1, 1])
+    record = make_record(symptoms=lambda values: ["D is weak"] if next(weak) and values["G"] == 1 else [])
+    for step in range(1, 10):
+        add(record)
+        assert ("warning: since step 4 D is weak" in capsys.readouterr().out) == (step == 7)
     record.close()
 
 

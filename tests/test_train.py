@@ -235,6 +235,13 @@ def test_without_intervals_a_run_still_saves_and_shows_its_end(small_set):
     assert [p.name for p in Path("images/r").glob("0*.png")] == ["00000012.png"]
 
 
+def test_the_small_preset_gives_defaults_that_flags_change():
+    options = train.parse_options(["--preset", "small", "--ngf", "16"])
+    assert {**train.SMALL, "ngf": 16}.items() <= vars(options).items()
+    assert train.parse_options(["--preset", "small", "--system", "ugatit"]).img_width == 64
+    assert train.parse_options([]).img_width == 256
+
+
 def test_help_shows_each_systems_own_defaults(capsys):
     for system, identity in (("attentiongan", "0.5"), ("cyclegan", "5.0")):
         with pytest.raises(SystemExit) as caught:
@@ -305,6 +312,48 @@ def test_stopped_anywhere_and_resumed_is_straight_through(small_set, pairs, monk
     assert checkpoint("stopped")["step"] == step
     assert run(f"--name stopped --resume {loading}") == 0
     same_run("straight", "stopped")
+
+
+def test_a_first_try_of_some_steps_goes_on_by_the_same_command(small_set):
+    command = f"{QUICK} --n_epochs 2 --precision float32"
+    assert run(f"{command} --name straight") == 0
+    assert run(f"{command} --name r --auto_resume --max_steps 5") == 0
+    assert checkpoint("r")["step"] == 5
+    for _ in range(2):  # to the end, and then there is nothing left to do
+        assert run(f"{command} --name r --auto_resume") == 0
+        same_run("straight", "r")
+
+
+def test_a_restart_by_torchrun_goes_on_by_itself(small_set, monkeypatch):
+    command = f"{QUICK} --n_epochs 2 --overwrite --name r"
+    assert run(f"{command} --max_steps 5") == 0
+    assert train.parse_options(command.split()).overwrite
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    options = train.parse_options(command.split())
+    assert options.resume and not options.overwrite
+
+
+@pytest.mark.parametrize("what", ["losses", "weights"])
+def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_from_before(small_set, monkeypatch, capsys, what):
+    training_step = train.training_step
+
+    def diverge(system, *others):
+        shown = training_step(system, *others)
+        counted.append(0)
+        if len(counted) == 8 and what == "losses":
+            shown["G_AB"] = torch.tensor(float("nan"))
+        if len(counted) == 12 and what == "weights":
+            system.D_A.layers[0].bias.data[0] = float("inf")
+        return shown
+
+    counted = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_step", diverge)
+        assert run(f"{QUICK} --n_epochs 3 --name r") == 2
+    step = {"losses": "G_AB not finite between step 5 and step 8", "weights": "weights are not finite after step 12"}
+    assert f"the run has diverged: {step[what]}" in capsys.readouterr().err
+    assert checkpoint("r")["step"] == 6 and not Path("saved_models/r/checkpoint_fresh.pt").exists()
+    assert run("--name r --resume") == 0
 
 
 def test_pictures_in_memory_need_no_loader_processes(small_set, monkeypatch):
@@ -719,6 +768,7 @@ REFUSED = {
         ("--system nonsense", "--system: invalid choice: 'nonsense'"),
         ("--batch_size many", "--batch_size: invalid int value: 'many'"),
         ("--light", "--light belongs to --system ugatit, found --system attentiongan"),
+        ("--epochs=3", "--epochs: here --n_epochs"),
         ("--n_epoch 2", "--n_epoch: no flag of attentiongan; near: --n_epochs"),
     ],
     f"{quick('cyclegan')} --system cyclegan": [
@@ -782,6 +832,12 @@ def test_bounds_of_weights_and_sizes_are_looked_at_before_anything_is_built(syst
     for name, value, expected in refused:
         with pytest.raises(InputError, match=rf"^--{name} {value}(\.0)?: expected {expected}$"):
             train.parse_options(["--system", system, f"--{name}", value])
+
+
+def test_many_processes_need_the_other_script(small_set, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(QUICK) == 2
+    assert "found WORLD_SIZE 2: expected train_dist.py" in capsys.readouterr().err
 
 
 def test_missing_data_says_what_to_do(capsys):

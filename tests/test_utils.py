@@ -1,4 +1,5 @@
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -85,20 +86,20 @@ def test_running_out_of_memory_is_told_from_other_errors(error, expected):
 @pytest.fixture
 def handled():
     """Signals as in a shell's foreground; the tests themselves may run where they are ignored."""
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     yield numbers
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
-def test_signals_are_noted_and_a_second_ctrl_c_interrupts(handled, monkeypatch):
+def test_signals_are_noted_and_a_second_ctrl_c_interrupts(handled, monkeypatch, capfd):
     monkeypatch.setattr(utils.os, "dup2", lambda *_: None)  # the terminal is not closed
     for number in handled:
-        with StopSignals() as stop:
+        with StopSignals("saving") as stop:
             assert stop.signal is None
             signal.raise_signal(number)
-            assert stop.signal == number
+            assert stop.signal == number and capfd.readouterr().err == "\nsaving\n"
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(number) is signal.default_int_handler
@@ -110,6 +111,13 @@ def test_signals_that_are_ignored_stay_ignored(handled):
         with StopSignals() as stop:
             signal.raise_signal(number)
         assert stop.signal is None and signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_the_end_of_the_parent_asks_to_stop():
+    with StopSignals(parent=os.getppid()) as stop:
+        assert stop.signal is None
+    with StopSignals(parent=os.getppid() + 1) as stop:
+        assert stop.signal == signal.SIGTERM
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
