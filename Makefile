@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 3 --n_layers_D 2 \
         --lambda_id 5 --lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 250
 
-.PHONY: demo demo-seeds compare bench test test-gpu lint format
+.PHONY: demo demo-seeds play compare bench test test-gpu test-browser torture lint format
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO) --name demo --overwrite
@@ -20,6 +20,10 @@ demo-seeds: .venv/installed
 	done
 	$(BIN)/python evaluate.py --dataset_name solid2striped --extractor none --spread \
 	    --checkpoint demo_0 demo_1 demo_2 demo_3 demo_4
+
+# A page in the browser to try trained weights, for this machine only.
+play: .venv/installed-app
+	$(BIN)/python app.py
 
 # AttentionGAN I and II, guided and not, CycleGAN and U-GAT-IT, three seeds each: docs/systems.md.
 compare: .venv/installed
@@ -41,6 +45,16 @@ test: .venv/installed-dev
 test-gpu: .venv/installed-dev
 	$(BIN)/pytest -q -m gpu
 
+# Needs Chromium (Debian: apt-get install chromium).
+test-browser: .venv/installed-app .venv/installed-dev
+	$(BIN)/pip install --quiet 'playwright>=1.65'
+	command -v chromium || command -v chromium-browser || command -v google-chrome
+	$(BIN)/pytest -q -m browser
+
+# Every key of real files of weights changed in turn.
+torture: .venv/installed-dev
+	$(BIN)/pytest -q -s -m torture
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,6 +68,10 @@ format: .venv/installed-dev
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=python3.12 names another")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements-extras.txt
+	touch $@
+
+.venv/installed-app: requirements-app.txt .venv/installed
+	$(BIN)/pip install --quiet -r requirements-app.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, wraps
@@ -130,6 +131,8 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
     other = weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])
     try:
         before = as_input(path, weights.task, direction).open(generator.settings["channels"])
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path.name} is huge. Give one of at most {Image.MAX_IMAGE_PIXELS:,} pixels.") from error
     except Exception as error:  # decoders raise what they like
         reason = utils.first_line(error).replace(str(path), path.name)
         raise InputError(f"{path.name} cannot be read as a picture: {reason}.") from error
@@ -229,6 +232,7 @@ CSS = """
 .stack { position: relative; max-width: 500px; margin: 8px auto }
 .stack img { display: block; width: 100%; margin: 0 }
 .stack img + img { position: absolute; inset: 0; opacity: var(--shown, 0.7) }
+.html-container { padding: 0 !important }
 #back img { height: 100%; width: 100%; object-fit: contain }
 #weights input { padding-right: 24px; text-overflow: ellipsis }
 .tiles .grid-wrap { min-height: 0 }
@@ -345,7 +349,7 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                     gr.Markdown("### Before and after\nMove the line.")
                     slider = gr.ImageSlider(show_label=False, elem_id="answer", **plain)
                     gr.Markdown("### Where it paints")
-                    attention = gr.HTML(elem_id="overlay")
+                    attention = gr.HTML()
                     fade = gr.Slider(0, 100, 70, step=1, label="How strongly the orange shows, in %", elem_id="fade")
                     gr.Markdown("### And back\nThe result, translated back: it should be your picture again.")
                     back = gr.Image(show_label=False, height=300, elem_id="back", **plain)
@@ -420,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
             gr = utils.import_optional("gradio", "app.py", "pip install -r requirements-app.txt")
             stay_here(options.host)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             offered = Path(tempfile.mkdtemp(dir=folder))
             page = make_page(gr, device, offered)
             own: dict[str, Any] = dict(

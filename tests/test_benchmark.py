@@ -117,17 +117,36 @@ def test_what_does_not_fit_is_a_row_and_no_end():
     assert lines[2:] == ["| huge | out of memory |  |  |", "| fine |  | 1.00 s (500.0 ms–2.00 s) | 1,234 MiB |"]
 
 
-def test_steps_are_told_without_the_machines_own_rate(monkeypatch):
+def pretend(monkeypatch, figures):
+    """Let no process measure; they have the ``figures`` of their variant. Returns the list of variants, once asked."""
+    asked = []
+
     def worker(variant, *_):
-        fits = variant.name == "plain"
-        figures = {"seconds": [0.5, 0.25, 1.0], "peak memory": 1.0} if fits else {"trouble": "out of memory"}
-        return SimpleNamespace(variant=variant, figures=figures, ask=lambda another_turn: None)
+        asked.append(variant)
+        return SimpleNamespace(variant=variant, figures=figures(variant), ask=lambda another_turn: None)
 
     monkeypatch.setattr(benchmark, "Worker", worker)
+    return asked
+
+
+def test_steps_are_told_without_the_machines_own_rate(monkeypatch):
+    fine, trouble = {"seconds": [0.5, 0.25, 1.0], "peak memory": 1.0}, {"trouble": "out of memory"}
+    pretend(monkeypatch, lambda variant: dict(fine) if variant.name == "plain" else trouble)
     huge, row = benchmark.measure([Variant("huge"), Variant("plain")], options(), CPU, rounds=3)
-    assert huge == {"": "huge", "trouble": "out of memory"}
+    assert huge == {"": "huge", **trouble}
     assert list(row) == ["", "median (least–most)", "pairs/s", "TFLOP/s", "peak memory"]
     assert row["pairs/s"] == 2 and row["median (least–most)"] == [0.5, 0.25, 1.0]
+
+
+def test_only_our_own_step_in_the_precision_asked_for(monkeypatch):
+    asked = pretend(monkeypatch, lambda variant: {"trouble": "not measured"})
+    for flags in ("--own --precision bf16", "--own --inference --precision float32 --compile"):
+        assert benchmark.main(f"--sizes 16 {flags} {TINY}".split()) == 0
+    for flags in ("--precision bf16", "--precision float32 --compile"):
+        assert benchmark.main(f"--memory --sizes 16 {flags} {TINY}".split()) == 0
+    found = [(v.kind, v.precision, v.compile) for v in asked if v.name == "train.py"]
+    assert found[:2] == [("step", "bf16", False), ("inference", "float32", True)]
+    assert found[2:] == [("step", "bf16", False), ("step", "float32", True)]
 
 
 def serve(variant, orders, monkeypatch):
@@ -140,7 +159,10 @@ def serve(variant, orders, monkeypatch):
     if not orders:
         ours.close()
     benchmark.serve(theirs, variant, None, "cpu")
-    return list(iter(lambda: ours.recv() if orders and ours.poll() else None, None))
+    answers = []
+    while orders and ours.poll():
+        answers.append(ours.recv())
+    return answers
 
 
 def test_a_process_takes_turns_until_it_is_told_to_end(monkeypatch, capfd):
@@ -232,7 +254,8 @@ def test_what_was_made_before_the_clock_started_is_not_counted(monkeypatch, smal
 def test_a_block_is_made_and_replaced_between_its_marks():
     page, end = Path("docs/page.md"), "\n\n<!-- end one -->\n"
     write_block(page, "one", "make one", ["first", "", "second"])
-    assert page.read_text() == (block := f"<!-- begin one: make one -->\n\nfirst\n\nsecond{end}")
+    block = page.read_text()
+    assert block == f"<!-- begin one: make one -->\n\nfirst\n\nsecond{end}"
     page.write_text(f"# Über\n\n<!-- begin ones -->\n<!-- end ones -->\n{block}\nafter\n", encoding="utf-8")
     write_block(page, "one", "make one --more", ["third"])
     before, _, rest = page.read_text(encoding="utf-8").partition("<!-- begin one:")
@@ -287,26 +310,3 @@ def test_bad_flags_are_refused(flags, message, capsys):
     assert benchmark.main([*flags.split(), *TINY.split()]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
-
-
-def test_only_our_own_step(monkeypatch):
-    asked = []
-    monkeypatch.setattr(benchmark, "measure", lambda variants, *_: asked.append(variants) or [{"": "nothing measured"}])
-    for flags in ("--precision bf16", "--inference --precision float32 --compile"):
-        assert benchmark.main(f"--own --sizes 16 {flags} {TINY}".split()) == 0
-    (step,), (inference,) = asked
-    assert (step.name, step.kind, step.precision, step.compile) == ("train.py", "step", "bf16", False)
-    assert (inference.kind, inference.precision, inference.compile) == ("inference", "float32", True)
-
-
-def test_the_peak_memory_is_that_of_the_precision_asked_for(monkeypatch):
-    asked = []
-
-    def worker(variant, *_):
-        asked.append(variant)
-        return SimpleNamespace(figures={"trouble": "not measured"}, ask=lambda another_turn: None)
-
-    monkeypatch.setattr(benchmark, "Worker", worker)
-    for flags in ("--precision bf16", "--precision float32 --compile"):
-        assert benchmark.main(f"--memory --sizes 16 {flags} {TINY}".split()) == 0
-    assert [(v.precision, v.compile) for v in asked] == [("bf16", False), ("float32", True)]

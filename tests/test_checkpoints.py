@@ -238,7 +238,7 @@ def test_a_save_that_fails_leaves_both_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_damage_inside_is_noticed_and_never_becomes_what_one_goes_back_to(tmp_path, capsys, step):
+def test_damage_inside_is_noticed_and_never_becomes_the_previous_checkpoint(tmp_path, capsys, step):
     weights = torch.arange(100_000.0)
     for at in range(step):
         write(CheckpointFiles(tmp_path), step=at, weights=weights + at)
@@ -362,7 +362,7 @@ def test_killed_outright_and_resumed_is_straight_through(small_set):
     same_run("straight", "killed")
 
 
-def test_checkpoints_amid_an_epoch_are_minutes_apart(small_set, monkeypatch):
+def test_checkpoints_within_an_epoch_are_minutes_apart(small_set, monkeypatch):
     options = train.parse_options(f"{QUICK} --name r".split())
     system, optimizers, _ = train.set_up(options, torch.device("cpu"))
     now = 1000.0
@@ -580,10 +580,10 @@ def test_official_u_gat_it_files_hold_both_directions(size, tmp_path):
         assert image.std() > 0.1 and (t.image - image).abs().max() < 1e-9
         assert (t.cam_logits - logits).abs().max() < 1e-9
         assert (t.heat_map - heat_map(total, x.shape[-2:])).abs().max() < 1e-9
-    # One of them alone, and in DataParallel's clothes.
+    # One of them in a file of its own, with DataParallel's prefix.
     torch.save({f"module.{k}": v for k, v in weights["genB2A"].items()}, path)
-    alone, about = load_generator(path)
-    assert torch.equal(alone.double()(x).image, opened["BtoA"][0](x).image)
+    single, about = load_generator(path)
+    assert torch.equal(single.double()(x).image, opened["BtoA"][0](x).image)
     assert "direction" not in about and list(open_generators(path)) == ["AtoB"]
     torch.save({"genA2B": {**weights["genA2B"], "gap_fc.bias": torch.zeros(1)}, "genB2A": {}}, path)
     with pytest.raises(ValueError, match=r"not expected: gap_fc\.bias"):  # no norm would cancel it

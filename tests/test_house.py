@@ -39,7 +39,7 @@ LADDER = {
     "datasets": "utils",
     "prepare": "utils datasets",
     "record": "utils",
-    "checkpoints": "utils models",
+    "checkpoints": "utils models datasets",
     "metrics": "utils models datasets",
     "evaluate": BELOW_TRAIN,
     "translate": BELOW_TRAIN,

@@ -106,9 +106,9 @@ def test_two_ranks_with_half_the_batch_take_the_step_of_one_process(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for case, (name, settings, dtype) in CASES.items():
         system = build(name, seed=0, **NO_POOL[name], **settings).to(dtype)
-        alone = three_steps(system, system, slice(0, 4))
+        single = three_steps(system, system, slice(0, 4))
         for what in ("gradients", "weights"):
-            for one, first, second in zip(alone[what], ranks[0][case][what], ranks[1][case][what], strict=True):
+            for one, first, second in zip(single[what], ranks[0][case][what], ranks[1][case][what], strict=True):
                 assert torch.equal(first, second)
                 if dtype == torch.float64:
                     assert (one - first).abs().max() < 1e-9
@@ -192,7 +192,7 @@ def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(s
     assert code == 2 and "the run had 2 processes, this one has 1" in err
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc, which Linux alone has")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc, which only Linux has")
 def test_a_rank_that_dies_ends_all_with_one_error(small_set):
     run = launch(f"--n_epochs 1000 --name r --n_procs 2 --port_num {free_port()}")
     deadline = time.monotonic() + 90
@@ -302,7 +302,7 @@ def test_no_rank_reads_a_checkpoint_before_the_first_has_the_run(small_set, monk
     assert done == (["locked", "met", "trained"] if rank == 0 else ["met", "trained"])
 
 
-def test_a_signal_to_one_rank_alone_is_the_status_of_all(small_set, monkeypatch):
+def test_a_signal_to_only_one_rank_is_the_status_of_all(small_set, monkeypatch):
     assert ended(monkeypatch, []) == 0
     assert ended(monkeypatch, [(0, signal.SIGTERM), (1, signal.SIGTERM)]) == 128 + signal.SIGTERM
 

@@ -83,11 +83,15 @@ def test_running_out_of_memory_is_told_from_other_errors(error, expected):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def unhandled(number, frame):
+    pytest.fail(f"signal {number} reached the handler from before")
+
+
 @pytest.fixture
 def handled():
     """Signals as in a shell's foreground; the tests themselves may run where they are ignored."""
     numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    before = [signal.signal(number, unhandled) for number in numbers]
     yield numbers
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
@@ -102,7 +106,7 @@ def test_signals_are_noted_and_a_second_ctrl_c_interrupts(handled, monkeypatch, 
             assert stop.signal == number and capfd.readouterr().err == "\nsaving\n"
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(number) is signal.default_int_handler
+        assert signal.getsignal(number) is unhandled
 
 
 def test_signals_that_are_ignored_stay_ignored(handled):
