@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := --dataset_name solid2striped --img_height 64 --img_width 64 --ngf 32 --n_residual_blocks 3 --n_layers_D 2 \
         --lambda_id 5 --lr 0.0005 --n_epochs 3 --decay_epoch 3 --n_cpu 0 --sample_interval 250
 
-.PHONY: demo demo-seeds play compare bench test test-gpu test-browser torture lint format
+.PHONY: demo demo-seeds play compare bench test test-gpu test-browser torture learns lint format
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO) --name demo --overwrite
@@ -50,6 +50,10 @@ test-browser: .venv/installed-app .venv/installed-dev
 	$(BIN)/pip install --quiet 'playwright>=1.65'
 	command -v chromium || command -v chromium-browser || command -v google-chrome
 	$(BIN)/pytest -q -m browser
+
+# The demo's training, and what its masks must reach: about four minutes.
+learns: .venv/installed-dev
+	$(BIN)/pytest -q -s -m learns
 
 # Every key of real files of weights changed in turn.
 torture: .venv/installed-dev

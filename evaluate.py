@@ -44,7 +44,7 @@ from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import TASKS, Picture, find_pictures, find_side, normalise, quantise
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
 from models import Generator
-from record import IMAGES, draw_sheet
+from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
 from utils import InputError
 
@@ -719,6 +719,7 @@ def evaluate(options: argparse.Namespace) -> None:
             rows += spread_rows(last)
     for name, report in reports.items():
         add_to_report(IMAGES / name / "evaluation.json", report)
+        update_links(IMAGES / name)
     print_table(rows, extractor.suffix if extractor else "")
     print(exam.describe())
     print("written: evaluation.json, sheets and translations in", ", ".join(str(IMAGES / name) for name in reports))

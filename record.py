@@ -355,7 +355,7 @@ PAGE = """\
 <p id="state">$state</p>
 <h2>Pictures <small id="label"></small></h2>
 <input type="range" id="slider" min="0" max="$last" value="$last" aria-label="step">
-<p id="none">The first sheet comes after the first step.</p>
+<p id="none">No sheet yet.</p>
 <img id="sheet" alt="pictures of the run" hidden>
 <dl>$words</dl>
 <div id="links"><!-- begin links -->$links<!-- end links --></div>

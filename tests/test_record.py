@@ -174,3 +174,25 @@ def test_names_are_escaped_on_the_page(small_set):
     assert train.main([*QUICK.split(), "--n_epochs", "1", "--name", name]) == 0
     page = Path(f"images/{name}/index.html").read_text()
     assert f"<h1>{html.escape(name)}</h1>" in page and name not in page
+
+
+def test_the_page_links_to_what_is_written_beside_it_later(tmp_path):
+    folder = record.IMAGES / "r"
+    log = record.Record("r", tmp_path / "log.jsonl", {}, 6, 1)
+    log.close()
+    assert "Beside this page" not in (folder / "index.html").read_text()
+    (folder / "evaluation_AtoB.png").write_bytes(b"")
+    (folder / "translated_AtoB").mkdir()
+    record.update_links(folder)
+    page = (folder / "index.html").read_text()
+    assert 'href="evaluation_AtoB.png"' in page and 'href="translated_AtoB"' in page
+    record.update_links(folder)
+    assert (folder / "index.html").read_text() == page
+    record.update_links(record.IMAGES / "none")
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(5, "5 s"), (600, "10 min"), (3600 * 3 + 1200, "3 h 20 min"), (86400 * 19, "19 days")]
+)
+def test_durations_are_in_words(seconds, words):
+    assert record.duration(seconds) == words
