@@ -419,12 +419,6 @@ def same_run(one: str, other: str) -> None:
     same(log(one), log(other), "log")
 
 
-def default_signals() -> None:
-    """For ``preexec_fn``: signals that are ignored here, as under nohup, would be ignored in the child, too."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send the process a signal once, right after the given step."""
     add = record.Record.add

@@ -1,7 +1,10 @@
 """Shared by all tests: the repository on the path, few threads, small data."""
 
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # The networks of the tests are too small for a second thread, and two busy test processes would spin in wait of it.
@@ -32,6 +35,29 @@ def _in_an_empty_folder(tmp_path, monkeypatch, request):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def start():
+    """``subprocess.Popen`` with signals as in a shell's foreground, whatever is ignored here, as under nohup.
+
+    What still runs after the test is killed.
+    """
+    started = []
+
+    def start(command: list[str], prepare: Callable[[], None] = lambda: None, **options) -> subprocess.Popen:
+        def first() -> None:
+            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            prepare()
+
+        started.append(subprocess.Popen(command, preexec_fn=first, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()
 
 
 @pytest.fixture

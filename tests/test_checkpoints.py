@@ -346,11 +346,11 @@ def test_a_run_killed_within_a_save_is_resumed_as_if_undisturbed(small_set, monk
         assert about == about_other and about["step"] == 12
 
 
-def test_killed_outright_and_resumed_is_straight_through(small_set):
+def test_killed_outright_and_resumed_is_straight_through(small_set, start):
     command = f"{QUICK} --n_epochs 8 --precision float32"
     assert run(f"{command} --name straight") == 0
     often = script(f"{command} --name killed --checkpoint_minutes 0.002")
-    process = subprocess.Popen(often, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = start(often, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     newest = Path("saved_models/killed/checkpoint.pt")
     deadline = time.monotonic() + 90
     while not newest.exists() and time.monotonic() < deadline and process.poll() is None:

@@ -15,7 +15,7 @@ import train
 def test_the_demo_finds_the_objects_in_both_directions():
     (flags,) = re.findall(r"^DEMO := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert train.main([*flags.replace("\\\n", " ").split(), "--name", "demo"]) == 0
-    assert evaluate.main("--dataset_name solid2striped --checkpoint demo --extractor none".split()) == 0
+    assert evaluate.main(["--dataset_name", "solid2striped", "--checkpoint", "demo", "--extractor", "none"]) == 0
     rows = json.loads(Path("images/demo/evaluation.json").read_text())["rows"]
     overlap = {row["direction"]: row["figures"]["IoU"] for row in rows}
     print(overlap)

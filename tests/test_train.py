@@ -19,7 +19,6 @@ from common import (
     QUICK_PIX2PIX,
     TWO_WAY,
     checkpoint,
-    default_signals,
     log,
     quick,
     run,
@@ -671,13 +670,11 @@ def test_held_out_pictures_are_translated_without_noise(pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "terminal closed"])
-def test_signals_from_outside_save_and_leave(small_set, how):
+def test_signals_from_outside_save_and_leave(small_set, start, how):
     """With loader processes, and with a real terminal for SIGHUP."""
     command = script(f"{QUICK} --n_epochs 500 --name r --cache_gb 0 --n_cpu 1")
     main_end, run_end = pty.openpty()
-    process = subprocess.Popen(
-        command, stdin=run_end, stdout=run_end, stderr=run_end, start_new_session=True, preexec_fn=claim_terminal
-    )
+    process = start(command, claim_terminal, stdin=run_end, stdout=run_end, stderr=run_end, start_new_session=True)
     os.close(run_end)
     os.set_blocking(main_end, False)
     shown = b""
@@ -703,7 +700,6 @@ def claim_terminal() -> None:
     import fcntl
     import termios
 
-    default_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -18,7 +18,6 @@ from common import (
     QUICK_PIX2PIX,
     build,
     checkpoint,
-    default_signals,
     log,
     make_batch,
     quick,
@@ -41,10 +40,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(flags: str, launcher: str = "") -> subprocess.Popen:
-    command = [sys.executable, *launcher.split(), str(ROOT / "train_dist.py"), *QUICK.split(), *flags.split()]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, **pipes, preexec_fn=default_signals)
+@pytest.fixture
+def launch(start):
+    def launch(flags: str, launcher: str = "") -> subprocess.Popen:
+        command = [sys.executable, *launcher.split(), str(ROOT / "train_dist.py"), *QUICK.split(), *flags.split()]
+        return start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return launch
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -158,7 +160,7 @@ def test_every_rank_draws_its_own_dropout_and_resumes_it_and_counts_epochs(pairs
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(small_set):
+def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(small_set, launch):
     command = "--n_epochs 6 --precision float32 --log_interval 1"
     code, out, err = finish(launch(f"{command} --name straight --n_procs 2 --port_num {free_port()}"))
     assert (code, re.search(r"\w+Warning:", err)) == (0, None), err  # gloo's own have no such name
@@ -193,7 +195,7 @@ def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(s
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc, which only Linux has")
-def test_a_rank_that_dies_ends_all_with_one_error(small_set):
+def test_a_rank_that_dies_ends_all_with_one_error(small_set, launch):
     run = launch(f"--n_epochs 1000 --name r --n_procs 2 --port_num {free_port()}")
     deadline = time.monotonic() + 90
     while not (Path("saved_models/r/log.jsonl").exists() and log("r")):
@@ -213,7 +215,7 @@ def children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set):
+def test_an_error_in_the_ranks_is_told_once_and_clearly(small_set, launch):
     code, _, err = finish(launch(f"--batch_size 4 --n_procs 2 --name r --port_num {free_port()}"))
     assert code == 2
     assert "6 samples in data/small do not fill one batch of 4 on each of 2 process(es)" in err
