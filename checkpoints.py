@@ -78,9 +78,9 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
     """The generator file for a direction; for None any file, "AtoB" before "BtoA".
 
     ``where`` is a file, a folder, the name of a run or of shipped weights. A folder holds ``AtoB.pt`` and ``BtoA.pt``,
-    or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``, or ``generator.pt`` for ``NOISE``; that is found
-    for other directions too, so that the caller can say what it is. Raises InputError where nothing fits, and where a
-    run and shipped weights have the same name.
+    or the official ``latest_net_G_A.pth`` and ``latest_net_G_B.pth``, or ``generator.pt`` for ``NOISE``, which is
+    returned for other directions too: ``open_generator`` then says what it is. Raises InputError where nothing fits,
+    and where a run and shipped weights have the same name.
     """
     wanted = DIRECTIONS if direction is None else (direction,)
     names = [name for each in wanted for name in (f"{each}.pt", OFFICIAL_FILES.get(each)) if name]
@@ -183,6 +183,7 @@ class CheckpointFiles:
         save_atomic({"format": self.FORMAT, **state}, self.fresh)
 
     def rotate(self) -> None:
+        """Give the state that ``save`` has written the name of the newest one."""
         if self.newest.exists() and self.newest not in self.damaged:
             os.replace(self.newest, self.previous)
         os.replace(self.fresh, self.newest)
@@ -349,7 +350,7 @@ class RunState:
                 "ranks": ranks,
             }
         )
-        # Before the checkpoint gets its name: a run whose newest checkpoint says that it is done has its generators.
+        # Generators come before the checkpoint gets its name: a run that is done by its checkpoint has its generators.
         self.save_generators(step)
         self.files.rotate()
 

@@ -41,8 +41,8 @@ class Record:
 
     CURVE_POINTS = 1000  # at most so many lines of the log are drawn
     SHEETS_SHOWN = 200  # at most so many sheets are on the page's slider
-    SETTLED_SECONDS = 20  # of training, before its duration is told
-    PATIENCE = 1000  # steps that a sign of collapse lasts before it is said
+    SETTLED_SECONDS = 20  # of training before its duration is estimated
+    PATIENCE = 1000  # steps that a sign of collapse lasts before the warning
     PAGE_SECONDS = 60  # between two drawings of the page, each of which takes about a second
 
     def __init__(
@@ -177,7 +177,7 @@ class Record:
         self.since = time.perf_counter()
 
     def _announce(self) -> None:
-        """Say what the first steps have told."""
+        """Print the estimated duration, once."""
         print0(
             f"about {self.time_left()} to go; pictures and curves: {self.folder}/index.html; Ctrl-C saves and leaves, "
             "--resume goes on"

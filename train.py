@@ -38,8 +38,8 @@ from systems import SYSTEMS, Batch, System
 from utils import InputError, Option, option, options_of, print0
 
 # ----------------------------------------------------------------------------------------------------------
-#  Options. The group of a flag says what it is for: a resumed run may change those of MachineOptions, and
-#  neither checkpoints nor generator files hold those of RunOptions.
+#  Options. A resumed run may change n_epochs, decay_epoch and those of MachineOptions. Checkpoints leave out
+#  those of RunOptions, generator files those of MachineOptions too.
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -143,12 +143,12 @@ class RunOptions:
 
 MACHINE = tuple(options_of(MachineOptions))
 FREE_ON_RESUME = ("n_epochs", "decay_epoch", *MACHINE)
-# Files that a run may leave that has saved nothing yet.
+# Files that a run may have written before its first checkpoint. They do not block a new run of its name.
 TRACES = re.compile(r"log\.(jsonl|partial)|\d{8}\.png|curves\.png|index\.html|\..*\.partial|\.partial\..*")
 DEFAULT_SYSTEM = "attentiongan"
 SMALL = {"img_height": 64, "img_width": 64, "ngf": 32, "n_layers_D": 2, "upsample": "nearest"}
 SMALL |= {"n_residual_blocks": 6, "n_epochs": 15, "decay_epoch": 10}
-# Flags of PyTorch-GAN, of the official codes and of other projects, and ours.
+# Flags of other projects, each with ours, for the error message.
 FOREIGN = {
     "--epoch": "--resume goes on at the checkpoint's epoch",
     "--epochs": "here --n_epochs",
@@ -194,6 +194,7 @@ def option_groups(system: str, preset: str = "full") -> dict[str, dict[str, Opti
     presets = {**SYSTEMS[system].presets, **(SMALL if preset == "small" else {})}
     for group in groups.values():
         for name in group.keys() & presets.keys():
+            # A small preset never gives a system more blocks than its own default.
             smaller = preset == "small" and name == "n_residual_blocks" and group[name].default < presets[name]
             group[name] = group[name] if smaller else replace(group[name], default=presets[name])
     return groups
@@ -225,6 +226,7 @@ def parse_options(
     ``extend`` adds a launcher's flags. All values are plain (numbers, strings, booleans, None). Raises InputError for
     flags that cannot be read and values that do not fit together.
     """
+    # First the flags that decide the defaults of all others: system, preset, and the run that is resumed.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("system", "preset", "dataset_name", "name"):
         first.add_argument(f"--{name}", default=all_options(DEFAULT_SYSTEM)[name].default)
@@ -250,7 +252,7 @@ def parse_options(
     parser = make_parser(system if system in SYSTEMS else DEFAULT_SYSTEM, own.get("preset", known.preset))
     extend(parser)
     defaults = vars(parser.parse_args([]))
-    unset = object()
+    unset = object()  # tells which flags were given
     namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
     if unknown:
         parser.error(explain_unknown(unknown[0].partition("=")[0], system))
@@ -482,8 +484,8 @@ def train(
     """Train to the end, or until a signal, and save. ``prepare_run`` comes before.
 
     ``distribute`` returns the system with its networks wrapped for many processes. ``device_name`` is this process's
-    device where it is not that of the options. ``listening`` already notes signals. Returns 0, or the number of the
-    signal that ended the run early. Raises InputError.
+    device where it is not that of the options. ``listening``: StopSignals that the caller has entered already. Returns
+    0, or the number of the signal that ended the run early. Raises InputError.
     """
     device = utils.pick_device(device_name or options.device)
     system, optimizers, autocast = set_up(options, device)
