@@ -491,7 +491,7 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
     """
     content = read_weights(path)
     if "generator" not in content:
-        generator = load_official(path, direction)
+        generator = load_official(path, direction, content)
         about: dict[str, Any] = {}
         if generator.settings.get("size") is not None:
             about["options"] = dict(zip(("img_height", "img_width"), generator.settings["size"], strict=True))
@@ -688,7 +688,9 @@ UGATIT_NAMES = {"AtoB": "genA2B", "BtoA": "genB2A"}
 NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def load_official(path: str | Path, direction: str | None = None) -> Generator:
+def load_official(
+    path: str | Path, direction: str | None = None, content: Mapping[str, Any] | None = None
+) -> Generator:
     """Open a generator of the official AttentionGAN, pytorch-CycleGAN-and-pix2pix or UGATIT-pytorch code.
 
     Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``), with a background
@@ -699,10 +701,10 @@ def load_official(path: str | Path, direction: str | None = None) -> Generator:
     are dropped, so the network computes the same function. Where these biases are missing, the generator was trained
     without InstanceNorm (``--norm none``), and is refused.
 
-    Returns the generator in float32 on the CPU. Raises FileNotFoundError, or ValueError that names the keys that were
-    expected and those that were found.
+    ``content``: what ``read_weights`` has read already. Returns the generator in float32 on the CPU. Raises
+    FileNotFoundError, or ValueError that names the keys that were expected and those that were found.
     """
-    content = read_weights(path)
+    content = read_weights(path) if content is None else content
     inner = content.get(UGATIT_NAMES[direction or "AtoB"], content)
     if not isinstance(inner, dict) or not all(isinstance(key, str) for key in inner):
         raise ValueError(f"{path}: expected weights by their names, found {describe(inner)}")
