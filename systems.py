@@ -357,7 +357,7 @@ class TwoWay(System):
         return torch.cat([masks, images], dim=1) if self.attn_disc == "concat" else masks * images
 
     def generators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        gan, cyc, identity, pixel, tv, _ = self.weights
+        weights = self.weights
         ways = (
             ("A", "B", batch["A"], fakes.fake_B, fakes.recovered_A, fakes.same_A),
             ("B", "A", batch["B"], fakes.fake_A, fakes.recovered_B, fakes.same_B),
@@ -366,19 +366,19 @@ class TwoWay(System):
         for source, target, real, fake, recovered, same in ways:
             way = f"{source}{target}"
             judge = self.get_submodule(f"D_{target}")
-            losses[f"G_{way}"] = self.leading * gan * least_squares(judge(fake.image), 1.0)
+            losses[f"G_{way}"] = self.leading * weights.gan * least_squares(judge(fake.image), 1.0)
             if self.attn_disc != "none":
                 judge = self.get_submodule(f"guided_D_{target}")
                 mask = mask_of(fake) if self.attn_grad == "both" else mask_of(fake).detach()
                 logits = judge(self.guide(fake.image, mask))
-                losses[f"guided_G_{way}"] = self.leading * gan * least_squares(logits, 1.0)
-            if tv:
-                losses[f"tv_{way}"] = self.leading * tv * total_variation(mask_of(fake))
-            losses[f"cycle_{source}"] = self.tying * cyc * F.l1_loss(recovered.image, real)
+                losses[f"guided_G_{way}"] = self.leading * weights.gan * least_squares(logits, 1.0)
+            if weights.tv:
+                losses[f"tv_{way}"] = self.leading * weights.tv * total_variation(mask_of(fake))
+            losses[f"cycle_{source}"] = self.tying * weights.cyc * F.l1_loss(recovered.image, real)
             if same is not None:
-                losses[f"identity_{source}"] = self.tying * identity * F.l1_loss(same, real)
-            if pixel:
-                losses[f"pixel_{way}"] = self.tying * pixel * F.l1_loss(fake.image, real)
+                losses[f"identity_{source}"] = self.tying * weights.identity * F.l1_loss(same, real)
+            if weights.pixel:
+                losses[f"pixel_{way}"] = self.tying * weights.pixel * F.l1_loss(fake.image, real)
         return losses
 
     def discriminators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:

@@ -509,14 +509,14 @@ def train(
     folder = SAVED_MODELS / options.name
     state = checkpoints.RunState(
         folder,
-        stored_options(options),
-        MACHINE,
-        system,
-        optimizers,
-        len(loader),
-        dataset.digest(),
-        [name for sides in dataset.names() for names in sides.values() for name in names],
-        device,
+        options=stored_options(options),
+        leave_out=MACHINE,
+        system=system,
+        optimizers=optimizers,
+        steps_per_epoch=len(loader),
+        pictures=dataset.digest(),
+        picture_names=[name for sides in dataset.names() for names in sides.values() for name in names],
+        device=device,
     )
     restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
     total = options.n_epochs * len(loader)
@@ -526,13 +526,13 @@ def train(
         empty_run_folders(options)
     log = record.Record(
         options.name,
-        folder / "log.jsonl",
-        vars(options),
-        total,
-        options.log_interval,
-        restored["step"],
-        {name: each.default for name, each in all_options(options.system, options.preset).items()},
-        system.symptoms,
+        log=folder / "log.jsonl",
+        settings=vars(options),
+        total_steps=total,
+        interval=options.log_interval,
+        start=restored["step"],
+        defaults={name: each.default for name, each in all_options(options.system, options.preset).items()},
+        symptoms=system.symptoms,
     )
     if options.resume:
         log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)
