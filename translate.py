@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
+import threading
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -216,6 +218,17 @@ def translate_batch(generator: Generator, images: Tensor, device: torch.device, 
     return [result for image in images for result in translate_batch(generator, image[None], device, with_masks)]
 
 
+def save(picture: Tensor, path: Path) -> None:
+    """Write a uint8 picture as PNG. ``path`` is complete or not there, also when this process is killed."""
+    # Of this process and thread, and not longer for a long name.
+    partial = path.with_name(f".partial.{os.getpid()}.{threading.get_ident()}.png")
+    try:
+        to_pil_image(picture).save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write(target: Path, translation: Translation) -> None:
     """Write the picture to ``target``, and masks and contents, if any, to the folder ``<name>_masks`` beside it.
 
@@ -223,7 +236,7 @@ def write(target: Path, translation: Translation) -> None:
     contents than masks), or the heat map of a generator that has one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(translation.image).save(target)
+    save(translation.image, target)
     if all(part is None for part in translation[1:]):
         return
     folder = mask_folder(target)
@@ -232,15 +245,15 @@ def write(target: Path, translation: Translation) -> None:
         for path in folder.glob(pattern):
             path.unlink()
     if translation.heat_map is not None:
-        to_pil_image(translation.heat_map).save(folder / "attention.png")
+        save(translation.heat_map, folder / "attention.png")
     if translation.attention is None or translation.content is None:
         return
     if len(translation.content) < len(translation.attention):
-        to_pil_image(255 - translation.attention[-1:]).save(folder / "attention.png")
+        save(255 - translation.attention[-1:], folder / "attention.png")
     for i, mask in enumerate(translation.attention, 1):
-        to_pil_image(mask[None]).save(folder / f"mask_{i:02d}.png")
+        save(mask[None], folder / f"mask_{i:02d}.png")
     for i, content in enumerate(translation.content, 1):
-        to_pil_image(content).save(folder / f"content_{i:02d}.png")
+        save(content, folder / f"content_{i:02d}.png")
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -781,3 +782,20 @@ def test_needed_packages_are_handed_over_or_named():
     assert utils.import_optional("json", "--this").dumps([1]) == "[1]"
     with pytest.raises(InputError, match=r"^--this needs no_such_package, .*requirements-extras\.txt$"):
         utils.import_optional("no_such_package", "--this")
+
+
+def test_a_killed_translation_leaves_no_half_picture(tmp_path):
+    """A kill in the middle of writing is a file that stops short and a process that does not clean up."""
+    code = (
+        "import os, torch, translate\n"
+        "from PIL import Image\n"
+        "def half(self, path, *a, **k):\n"
+        "    open(path, 'wb').write(b'half'); os._exit(9)\n"
+        "Image.Image.save = half\n"
+        "translate.save(torch.zeros(3, 4, 4, dtype=torch.uint8), translate.Path('out.png'))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
+    assert not (tmp_path / "out.png").exists()
+    translate.save(torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (4, 4)
