@@ -189,11 +189,12 @@ class CheckpointFiles:
         os.replace(self.fresh, self.newest)
         self.damaged.clear()
 
-    def load(self, quiet: bool = False) -> dict[str, Any]:
+    def load(self, quiet: bool = False, resume: bool = True) -> dict[str, Any]:
         """The newest sound state, tensors mapped from the file; warns of damaged ones that are newer.
 
-        ``quiet``: no warning, and the sums of the tensors are not checked, which takes as long as reading them. Raises
-        InputError when there is none, or one of another format.
+        ``quiet``: no warning, and the sums of the tensors are not checked, which takes as long as reading them. Without
+        ``resume`` the state may lack what only resuming needs: optimizers and ranks. Raises InputError when there is
+        none, or one of another format.
         """
         troubles = []
         for path in (self.fresh, self.newest, self.previous):
@@ -209,7 +210,7 @@ class CheckpointFiles:
                 continue
             if found != self.FORMAT:
                 raise InputError(f"{path}: checkpoint format {found!s:.40}, this code reads format {self.FORMAT}")
-            check_state(path, state)
+            check_state(path, state, resume)
             for trouble in () if quiet else troubles:
                 print0(f"warning: {trouble}; going back to {path}, step {state['step']}")
             self.loaded = path
@@ -229,13 +230,20 @@ def check_sums(path: Path, quick: bool = False) -> None:
             raise OSError(f"{altered} is not what was written")
 
 
-def check_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise InputError, naming file and field, where a checkpoint does not have the plain values of a run."""
-    expected = {"options": dict, "step": int, "steps_per_epoch": int, "pictures": str}
-    expected |= {"networks": dict, "optimizers": dict, "ranks": list}
+def check_state(path: Path, state: Mapping[str, Any], resume: bool = True) -> None:
+    """Raise InputError, naming file and field, where a checkpoint does not have the plain values of a run.
+
+    Without ``resume`` only its networks matter.
+    """
+    expected: dict[str, type] = {"networks": dict}
+    if resume:
+        expected |= {"options": dict, "step": int, "steps_per_epoch": int, "pictures": str}
+        expected |= {"optimizers": dict, "ranks": list}
     for key, kind in expected.items():
         if type(state.get(key)) is not kind:
             raise InputError(f"{path}: {key}: expected {kind.__name__}, found {describe(state.get(key))}")
+    if not resume:
+        return
     if state["steps_per_epoch"] < 1 or state["step"] < 0 or not state["ranks"]:
         raise InputError(f"{path}: step, steps_per_epoch or ranks: expected a run that has begun")
     if not isinstance(state.get("best", 0.0), float | int):
@@ -467,7 +475,7 @@ def init_networks(system: Any, where: str) -> None:
     path = next((place for place in candidate_paths(where) if place.is_file()), None)
     if path is None:
         raise InputError(f"--init_from {where}: no such checkpoint")
-    found = CheckpointFiles(path.parent).load()["networks"]
+    found = CheckpointFiles(path.parent).load(resume=False)["networks"]
     names = system.trained()
     check_networks(f"--init_from {where}", found, system, names)
     for name in names:

@@ -645,3 +645,19 @@ def test_files_that_are_no_generator_are_refused_by_name(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_official(path)
+
+
+def test_init_from_takes_networks_in_half_precision_without_the_rest_of_a_state(small_set):
+    """As a checkpoint is made small enough to send: what only resuming needs is left out."""
+    assert run(f"{QUICK} --n_epochs 1 --name whole") == 0
+    state = torch.load("saved_models/whole/checkpoint.pt", weights_only=True)
+    state["networks"] = {n: {k: v.half() for k, v in net.items()} for n, net in state["networks"].items()}
+    Path("small").mkdir()
+    torch.save({k: v for k, v in state.items() if k not in ("optimizers", "ranks")}, "small/checkpoint.pt")
+    assert run(f"{QUICK} --n_epochs 1 --lr 0 --name next --init_from small/checkpoint.pt") == 0
+    for name, weights in checkpoint("next")["networks"].items():
+        for key, value in weights.items():
+            assert torch.equal(value, state["networks"][name][key].float()), (name, key)
+    Path("saved_models/small").mkdir()
+    shutil.copy("small/checkpoint.pt", "saved_models/small/checkpoint.pt")
+    assert run("--dataset_name small --resume --name small") == 2
