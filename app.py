@@ -62,7 +62,7 @@ def list_weights() -> list[tuple[str, str]]:
     for name in checkpoints.known_names():
         shipped = name.startswith("pretrained/")
         where = name if shipped else str(checkpoints.SAVED_MODELS / name)
-        if any(checkpoints.has_direction(p, d) for p in checkpoints.candidate_paths(where) for d in DIRECTIONS):
+        if any(checkpoints.find_file(p, d) for p in checkpoints.candidate_paths(where) for d in DIRECTIONS):
             found.append((f"{Path(name).name} ({'shipped' if shipped else 'a run'})", where))
     return sorted(found, key=lambda each: each[1] != FIRST)
 

@@ -20,7 +20,7 @@ import os
 import pickle
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,11 @@ SAVED_MODELS = Path("saved_models")  # runs, below the working directory
 PRETRAINED = Path(__file__).resolve().parent / SAVED_MODELS / "pretrained"
 BEST, KEPT = "best", "kept"
 DIRECTIONS = ("AtoB", "BtoA")
-OFFICIAL_FILES = {"AtoB": "latest_net_G_A.pth", "BtoA": "latest_net_G_B.pth"}
-GENERATORS: dict[str, type[Generator]] = {
-    cls.__name__: cls
-    for cls in (
-        AttentionGenerator,
-        SingleMaskGenerator,
-        ResNetGenerator,
-        UNetGenerator,
-        UGATITGenerator,
-        DCGANGenerator,
-    )
-}
+CHECKPOINT = "checkpoint.pt"
+# The names that a generator's file may have in a folder: ours, and the official one.
+FILES = {"AtoB": ("AtoB.pt", "latest_net_G_A.pth"), "BtoA": ("BtoA.pt", "latest_net_G_B.pth"), NOISE: (f"{NOISE}.pt",)}
+KINDS = (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UNetGenerator, UGATITGenerator, DCGANGenerator)
+GENERATORS: dict[str, type[Generator]] = {kind.__name__: kind for kind in KINDS}
 
 # ----------------------------------------------------------------------------------------------------------
 #  Names: what a user may write where a checkpoint is asked for
@@ -83,19 +76,15 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
     and where a run and shipped weights have the same name.
     """
     wanted = DIRECTIONS if direction is None else (direction,)
-    names = [name for each in wanted for name in (f"{each}.pt", OFFICIAL_FILES.get(each)) if name]
-
-    def in_folder(place: Path) -> Path | None:
-        return next((place / name for name in (*names, f"{NOISE}.pt") if (place / name).is_file()), None)
-
+    names = [name for each in wanted for name in FILES[each]]
     for place in candidate_paths(where):
         if place.is_file():
-            if direction in DIRECTIONS and place.name in OFFICIAL_FILES.values() and place.name not in names:
+            if direction in DIRECTIONS and place.name in {FILES[d][1] for d in DIRECTIONS} - set(names):
                 raise InputError(f"{place}: translates the other way, expected a file or folder for {direction}")
             return place
-        if found := in_folder(place):
+        if found := find_file(place, *wanted, NOISE):
             is_run = len(Path(where).parts) == 1 and place == SAVED_MODELS / where
-            if is_run and any(in_folder(shipped) for shipped in shipped_paths(where)):
+            if is_run and any(find_file(shipped, *wanted, NOISE) for shipped in shipped_paths(where)):
                 raise InputError(
                     f"{where} is a run and the name of shipped weights: "
                     f"expected {SAVED_MODELS / where} or pretrained/{where}"
@@ -107,6 +96,11 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
         f"{where}: no generator for {what} found. Looked for a file, or {' or '.join(names)} in {looked}. "
         f"There are: {', '.join(known_names()) or 'none'}"
     )
+
+
+def find_file(folder: Path, *directions: str) -> Path | None:
+    """The first generator file of these directions in a folder, None where it has none."""
+    return next((folder / n for d in directions for n in FILES[d] if (folder / n).is_file()), None)
 
 
 def known_names() -> list[str]:
@@ -152,7 +146,7 @@ def pack_generator(generator: Generator) -> dict[str, Any]:
 def save_generator(generator: Generator, about: Mapping[str, Any], folder: Path) -> Path:
     """Write a generator file; ``about`` has at least its "direction". Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{about['direction']}.pt"
+    path = folder / FILES[about["direction"]][0]
     save_atomic({**pack_generator(generator), **about}, path)
     return path
 
@@ -169,7 +163,7 @@ class CheckpointFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.newest = folder / "checkpoint.pt"
+        self.newest = folder / CHECKPOINT
         self.previous = folder / "checkpoint_previous.pt"
         self.fresh = folder / "checkpoint_fresh.pt"
         self.damaged: set[Path] = set()
@@ -429,7 +423,7 @@ def init_from(system: Any, where: str) -> None:
 
     Raises InputError where they do not fit.
     """
-    if Path(where).name == "checkpoint.pt":
+    if Path(where).name == CHECKPOINT:
         init_networks(system, where)
     else:
         init_generators(system, where)
@@ -596,29 +590,30 @@ def check_weights(where: str, weights: Any, expected: Mapping[str, Tensor]) -> N
     """
     if not isinstance(weights, Mapping):
         raise ValueError(f"{where}: expected weights by their names, found {describe(weights)}")
-    if weights.keys() != expected.keys():
-        raise ValueError(
-            f"{where}: expected but missing: {some(expected.keys() - weights.keys())}; "
-            f"found but not expected: {some(weights.keys() - expected.keys())}"
-        )
+    check_names(where, weights, expected.keys())
     for key, wanted in expected.items():
-        found = weights[key]
-        if not isinstance(found, Tensor) or found.layout is not torch.strided:
-            raise ValueError(f"{where}: {key}: expected a tensor, found {describe(found)}")
-        if found.shape != wanted.shape:
-            raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
-        check_values(where, key, found, floats=wanted.is_floating_point())
+        check_tensor(f"{where}: {key}", weights[key], floats=wanted.is_floating_point())
+        if weights[key].shape != wanted.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(wanted.shape)}")
 
 
-def check_values(where: str, key: str, values: Tensor, floats: bool = True) -> None:
-    """Raise ValueError where a tensor is of another kind, not stored in full (a stride of 0), or not finite."""
+def check_names(where: str, weights: Mapping[str, Any], expected: Set[str]) -> None:
+    if weights.keys() != expected:
+        missing, unknown = some(expected - weights.keys()), some(weights.keys() - expected)
+        raise ValueError(f"{where}: expected but missing: {missing}; found but not expected: {unknown}")
+
+
+def check_tensor(where: str, value: Any, floats: bool = True) -> None:
+    """Raise ValueError where a value is no tensor of this kind, not stored in full (a stride of 0), or not finite."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        raise ValueError(f"{where}: expected a tensor, found {describe(value)}")
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64) if floats else (torch.int64,)
-    if values.dtype not in kinds:
-        raise ValueError(f"{where}: {key} is of {values.dtype}, expected {kinds[0]}")
-    if values.untyped_storage().nbytes() < values.numel() * values.element_size():
-        raise ValueError(f"{where}: {key} is not stored in full, expected a value for each weight")
-    if floats and not values.isfinite().all():
-        raise ValueError(f"{where}: {key} is not finite: these weights come from a run that has diverged")
+    if value.dtype not in kinds:
+        raise ValueError(f"{where} is of {value.dtype}, expected {kinds[0]}")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise ValueError(f"{where} is not stored in full, expected a value for each weight")
+    if floats and not value.isfinite().all():
+        raise ValueError(f"{where} is not finite: these weights come from a run that has diverged")
 
 
 def open_generator(where: str | Path, direction: str | None = None) -> tuple[Generator, dict[str, Any]]:
@@ -657,13 +652,9 @@ def open_generators(where: str | Path, noise: bool = False) -> dict[str, tuple[G
         return {about["direction"]: (generator, about)} | {d: open_generator(where, d) for d in others}
     opened = {}
     for direction in DIRECTIONS:
-        if any(has_direction(place, direction) for place in candidate_paths(where)):
+        if any(find_file(place, direction) for place in candidate_paths(where)):
             opened[direction] = open_generator(where, direction)
     return opened or {"AtoB": open_generator(where, "AtoB")}
-
-
-def has_direction(folder: Path, direction: str) -> bool:
-    return any((folder / name).is_file() for name in (f"{direction}.pt", OFFICIAL_FILES[direction]))
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -718,9 +709,7 @@ def load_official(
         raise ValueError(f"{path}: expected weights by their names, found {describe(inner)}")
     weights = {k.removeprefix("module."): v for k, v in inner.items() if not k.endswith(NORM_STATISTICS)}
     for key, value in weights.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            raise ValueError(f"{path}: {key}: expected a tensor, found {describe(value)}")
-        check_values(f"{path}", key, value)
+        check_tensor(f"{path}: {key}", value)
     generator, layers = recognise(path, weights)
     own = generator.state_dict()
     renamed: dict[str, str] = {}
@@ -730,15 +719,9 @@ def load_official(
         renamed |= {f"{official}.{part}": f"{ours}.{part}" for part in parts}
         if not isinstance(generator, UGATITGenerator) and "bias" not in parts:
             cancelled.add(f"{official}.bias")
-    expected = renamed.keys() | cancelled
-    if weights.keys() != expected:
-        raise ValueError(
-            f"{path}: keys do not fit {type(generator).__name__}. Expected but missing: "
-            f"{some(expected - weights.keys())}; found but not expected: {some(weights.keys() - expected)}"
-        )
-    for key, ours in renamed.items():
-        if weights[key].shape != own[ours].shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(own[ours].shape)}")
+    check_names(f"{path}: {type(generator).__name__}", weights, renamed.keys() | cancelled)
+    used = {official: own[ours] for official, ours in renamed.items()}
+    check_weights(f"{path}", {key: weights[key] for key in used}, used)
     generator.load_state_dict({ours: weights[key] for key, ours in renamed.items()})
     return generator
 

@@ -477,7 +477,7 @@ def find_oracle(last: Sequence[Entry], device: torch.device, exam: Exam) -> list
     """
     folder = last[0].folder / checkpoints.KEPT
     wanted = [entry.direction for entry in last]
-    kept = [p for p in sorted(folder.glob("*")) if all(checkpoints.has_direction(p, d) for d in wanted)]
+    kept = [p for p in sorted(folder.glob("*")) if all(checkpoints.find_file(p, d) for d in wanted)]
     if not kept:
         raise InputError(f"--oracle: nothing in {folder}; train.py --keep_evaluated keeps")
 

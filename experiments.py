@@ -38,7 +38,7 @@ import evaluate
 import record
 import train
 import utils
-from checkpoints import DIRECTIONS, SAVED_MODELS, find_run, has_direction, is_finished, open_generators, save_generator
+from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators, save_generator
 from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_noise, normalise, quantise, unaugmented
 from metrics import EFFICIENTNET, Extractor, Features, kernel_distance
 from models import NOISE
@@ -628,7 +628,7 @@ def results(options: argparse.Namespace) -> int:
 def is_here(name: str) -> bool:
     """Whether the generators of a run are on this machine, and not those of a training that goes on."""
     state = find_run(name)
-    return has_direction(SAVED_MODELS / name, "AtoB") and (state is None or is_finished(state))
+    return find_file(SAVED_MODELS / name, "AtoB") is not None and (state is None or is_finished(state))
 
 
 def result_rows(known: Mapping[str, About]) -> list[Row]:
