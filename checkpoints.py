@@ -549,6 +549,8 @@ def check_about(path: str | Path, about: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: direction: {describe(about.get('direction'))}, expected AtoB, BtoA or {NOISE}")
     if type(about.get("step", 0)) is not int or about.get("step", 0) < 0:
         raise ValueError(f"{path}: step: {describe(about['step'])}, expected a number of steps")
+    if type(about.get("best_size", 8)) is not int or not 8 <= about.get("best_size", 8) <= 2**14:
+        raise ValueError(f"{path}: best_size: {describe(about['best_size'])}, expected a number of pixels")
     options = about.get("options", {})
     if not isinstance(options, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in options.items()):
         raise ValueError(f"{path}: options: expected numbers, strings and booleans by their names")
@@ -676,6 +678,15 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
     return content
+
+
+def best_size(about: Mapping[str, Any]) -> int:
+    """The longer side, in pixels, at which a generator does best, from what its file says of itself.
+
+    That is the size measured before it was shipped, else its training size. Official files do not say: 256.
+    """
+    options = about.get("options", {})
+    return about.get("best_size") or max(options.get("img_height", 256), options.get("img_width", 256))
 
 
 # ----------------------------------------------------------------------------------------------------------

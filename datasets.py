@@ -80,14 +80,20 @@ class Picture(NamedTuple):
             image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
         if self.grey:
             image = image.convert(MODES[channels])
-        if self.half is not None:
-            middle = image.width // 2
-            image = image.crop(
-                (0, 0, middle, image.height)
-                if self.half == "left"
-                else (image.width - middle, 0, image.width, image.height)
-            )
-        return image
+        return self.crop(image)
+
+    def alpha(self) -> Image.Image | None:
+        """The opacity, 8-bit grey, upright, of a picture that has transparency. Raises as ``open``."""
+        with open_image(self.path) as file:
+            image = ImageOps.exif_transpose(file)
+            if "A" not in image.getbands() and "transparency" not in image.info:
+                return None
+            return self.crop(image.convert("RGBA").getchannel("A"))
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The ``half`` of a picture."""
+        left = 0 if self.half == "left" else image.width - image.width // 2
+        return image if self.half is None else image.crop((left, 0, left + image.width // 2, image.height))
 
     def read(self, channels: int = 3) -> Image.Image:
         """``open``; InputError names a file that cannot be decoded."""

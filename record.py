@@ -10,7 +10,6 @@ import json
 import math
 import re
 import string
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from utils import InputError, mean_over_ranks, name_file, print0, rank, replacing, world_size
+from utils import InputError, Progress, mean_over_ranks, name_file, print0, rank, replacing, world_size
 
 IMAGES = Path("images")  # below the working directory
 
@@ -78,16 +76,7 @@ class Record:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._cut_log(start)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total_steps,
-            initial=start,
-            disable=rank() != 0,
-            dynamic_ncols=terminal,
-            mininterval=0.5 if terminal else 30,
-            smoothing=0.05,
-            unit="step",
-        )
+        self.bar = Progress(total=total_steps, initial=start, disable=rank() != 0, smoothing=0.05, unit="step")
         self._shown = time.perf_counter()
         self._drawn = self._shown
         self._announced = False

@@ -4,9 +4,10 @@
     python translate.py --checkpoint latest_net_G_A.pth --input horse.jpg --output out
     python translate.py --checkpoint horse2zebra_attentiongan --export horse2zebra.onnx
 
-Pictures may have any size; an output has the size of its input, unless ``--max_size`` shrinks it. Outputs are PNG files
-with the names of their inputs. An input is never overwritten. A file that cannot be read is reported, and all others
-are translated.
+Pictures may have any size, and an output has the size of its input. A generator sees larger pictures shrunk to the size
+at which it does best (``--size``); what it left alone is as sharp as in the input. Outputs have the names of their
+inputs, and an input is never overwritten. A file that cannot be read is reported, and all others are translated. With
+``--masks``, ``before_after.jpg`` shows the first pictures of a folder beside their translations.
 """
 
 from __future__ import annotations
@@ -18,34 +19,53 @@ import sys
 import threading
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 import utils
-from checkpoints import open_generator
-from datasets import TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, takes_grey, to_tensor
-from models import Generator, Translation, fixed_size_message, translate_any_size
+from checkpoints import best_size, open_generator
+from datasets import HALVES, TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, takes_grey, to_tensor
+from models import Generator, translate_any_size
+from record import draw_sheet
 from utils import InputError
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
+FORMATS = ("png", "jpg", "webp")
+QUALITY = 95  # of JPEG and WebP
+SHOWN, THUMBNAIL = 12, (224, 224)  # pictures on the sheet, and the size of each
+SHEET = "before_after.jpg"
+ORANGE = (255, 96, 0)
 # Errors that concern the name of one file and no other file: it is too long, or a folder or file is in its place.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 AHEAD = 2  # batches that are decoded in advance, and batches that may wait to be written
 
 
 class Task(NamedTuple):
-    """A picture to translate, the size (height, width) at which it is translated, and the path of the output."""
+    """A picture to translate, the sizes (height, width) in which the generator sees it and in which the output is
+    written, and the path of the output.
+    """
 
     picture: Picture
     size: tuple[int, int]
+    output_size: tuple[int, int]
     target: Path
+
+
+class Decoded(NamedTuple):
+    """A picture, uint8 (channels, height, width), in both sizes of its task, and its alpha (1, height, width)."""
+
+    small: Tensor
+    full: Tensor
+    alpha: Tensor | None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -79,8 +99,10 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
     return pictures
 
 
-def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_masks: bool) -> list[Path]:
-    """The path of each picture's output: the same place and name below ``output`` as below ``source``, as PNG.
+def name_outputs(
+    pictures: Sequence[Picture], source: Path, output: Path, with_masks: bool, ending: str = ".png"
+) -> list[Path]:
+    """The path of each picture's output: the same place and name below ``output`` as below ``source``.
 
     Pictures whose names differ only in the ending keep it: "a.jpg.png". Raises InputError where an output, or the
     folder of its masks, would overwrite an input, another output, or a file beside a single input.
@@ -88,9 +110,9 @@ def name_outputs(pictures: Sequence[Picture], source: Path, output: Path, with_m
     places = [output / (p.path.name if source.is_file() else p.path.relative_to(source)) for p in pictures]
     alike = Counter(str(place.with_suffix("")).casefold() for place in places)  # some disks ignore case
     targets = [
-        place.with_suffix(".png")
+        place.with_suffix(ending)
         if alike[str(place.with_suffix("")).casefold()] == 1
-        else place.with_name(f"{place.name}.png")
+        else place.with_name(f"{place.name}{ending}")
         for place in places
     ]
     counts = Counter(str(target).casefold() for target in targets)
@@ -125,31 +147,33 @@ def mask_folder(target: Path) -> Path:
     return target.with_name(f"{target.stem}_masks")
 
 
+def shrink(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
+    """A size (height, width), shrunk to a longer side of ``longest`` where it is larger; None leaves it."""
+    scale = 1.0 if longest is None else min(1.0, longest / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
 def plan(
     pictures: Sequence[Picture],
     targets: Sequence[Path],
+    longest: int | None,
     max_size: int | None,
     only_size: tuple[int, int] | None,
     failed: dict[Path, str],
 ) -> list[Task]:
-    """Make the tasks from the sizes of the pictures.
+    """Make the tasks from the sizes of the pictures: outputs of at most ``max_size``, seen at ``longest`` at most.
 
-    A picture whose size cannot be read, or is not ``only_size``, goes to ``failed`` with the reason.
+    A generator with an ``only_size`` sees them all in this size, whatever their shape. A picture whose size cannot be
+    read goes to ``failed`` with the reason.
     """
     tasks = []
     for picture, target in zip(pictures, targets, strict=True):
         try:
             height, width = picture.size()
+            output_size = shrink((height, width // 2 if picture.half else width), max_size)
+            tasks.append(Task(picture, only_size or shrink(output_size, longest), output_size, target))
         except Exception as error:  # decoders raise what they like
             failed[picture.path] = str(error) or type(error).__name__
-            continue
-        if max_size is not None and max(height, width) > max_size:
-            scale = max_size / max(height, width)
-            height, width = max(1, round(scale * height)), max(1, round(scale * width))
-        if only_size is not None and (height, width) != only_size:
-            failed[picture.path] = f"picture of {height} x {width} pixels: {fixed_size_message(only_size)}"
-            continue
-        tasks.append(Task(picture, (height, width), target))
     return tasks
 
 
@@ -173,13 +197,20 @@ def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def decode(task: Task, channels: int) -> Tensor | str:
-    """The picture, uint8 (channels, height, width), or the reason why it cannot be read."""
+def decode(task: Task, channels: int, keep_alpha: bool) -> Decoded | str:
+    """The picture of a task, or the reason why it cannot be read."""
     try:
         image = task.picture.open(channels)
-        return to_tensor(image if image.size == task.size[::-1] else resize(image, task.size, "squash"))
+        full = to_tensor(fit(image, task.output_size))
+        small = full if task.size == task.output_size else to_tensor(fit(image, task.size))
+        alpha = task.picture.alpha() if keep_alpha else None
+        return Decoded(small, full, None if alpha is None else to_tensor(fit(alpha, task.output_size)))
     except Exception as error:  # decoders raise what they like
         return str(error) or type(error).__name__
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size[::-1] else resize(image, size, "squash")
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -193,67 +224,113 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[
         yield waiting.popleft().result()
 
 
-def translate_batch(generator: Generator, images: Tensor, device: torch.device, with_masks: bool) -> list[Any]:
-    """Translate a uint8 batch (B, channels, H, W): for each picture the uint8 parts for ``write``, or a reason (str).
+class Painted(NamedTuple):
+    """What a generator made of one picture; all uint8, because what waits to be written so takes less memory.
+
+    image: (channels, h, w). foreground: (1, h, w), see ``models.Translation``; None where the generator has none.
+    background: (1, h, w), how much of the input is kept at each place; None where nothing is. masks: (n, h, w) and
+    contents: (m, channels, h, w), [] where they are not asked for.
+    """
+
+    image: Tensor
+    foreground: Tensor | None
+    background: Tensor | None
+    masks: Sequence[Tensor] = ()
+    contents: Sequence[Tensor] = ()
+
+
+def translate_batch(
+    generator: Generator, images: Tensor, device: torch.device, autocast: Callable[[], Any], with_masks: bool
+) -> list[Painted | str]:
+    """Translate a uint8 batch (B, channels, H, W); for each picture the result, or the reason why there is none.
 
     A batch that runs out of memory is tried again picture by picture.
     """
     try:
-        translation = translate_any_size(generator, normalise(images.to(device)))
-        image = quantise(translation.image).cpu()
-        if not with_masks:
-            return [Translation(i) for i in image]
-        # In uint8, what waits to be written takes a quarter of the memory. quantise takes [-1, 1].
-        shares = {"attention": translation.attention, "heat_map": translation.heat_map}
-        parts = {name: 2 * share - 1 for name, share in shares.items() if share is not None}
-        if translation.content is not None:
-            parts["content"] = translation.content
-        parts = {name: quantise(part).cpu() for name, part in parts.items()}
-        return [Translation(i, **{name: part[k] for name, part in parts.items()}) for k, i in enumerate(image)]
+        batch = normalise(images.to(device)).contiguous(memory_format=utils.pick_layout(device))
+        with autocast():
+            made = translate_any_size(generator, batch)
+        n, foreground = len(images), made.foreground
+
+        def split(part: Tensor | None, low: float = 0.0) -> list[Any]:
+            """A part of each picture, from [low, 1] to 8 bits."""
+            return [None] * n if part is None else [*quantise((part.float() - low) / (1 - low) * 2 - 1).cpu()]
+
+        background = None if foreground is None or made.attention is None else 1 - foreground
+        shown = [split(made.image, -1), split(foreground), split(background)]
+        if with_masks and made.attention is not None and made.content is not None:
+            shown += [split(made.attention), split(made.content, -1)]
+        return [Painted(*parts) for parts in zip(*shown, strict=True)]
     except (MemoryError, RuntimeError) as error:
         if not utils.is_out_of_memory(error):
             raise
     if len(images) == 1:
-        return [f"out of memory at {images.shape[-1]} x {images.shape[-2]} pixels; --max_size shrinks"]
-    return [result for image in images for result in translate_batch(generator, image[None], device, with_masks)]
+        return [f"out of memory at {images.shape[-1]} x {images.shape[-2]} pixels; --size or --max_size shrink"]
+    singles = (translate_batch(generator, image[None], device, autocast, with_masks) for image in images)
+    return [result for results in singles for result in results]
 
 
-def save(picture: Tensor, path: Path) -> None:
-    """Write a uint8 picture as PNG. ``path`` is complete or not there, also when this process is killed."""
+def enlarge(painted: Painted, decoded: Decoded) -> Tensor:
+    """The output, uint8 (channels, H, W), of a picture that the generator saw in another size.
+
+    What the generator painted is enlarged, and what it kept comes from the input in full size.
+    """
+    kept = torch.zeros_like(painted.image[:1]) if painted.background is None else painted.background
+    added = normalise(painted.image) - kept / 255 * normalise(decoded.small)
+    both = torch.cat([added, kept / 255])[None]
+    large = F.interpolate(both, decoded.full.shape[-2:], mode="bicubic", antialias=True)[0]
+    return quantise(large[:-1] + large[-1:] * normalise(decoded.full))
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture. ``path`` is complete or not there, also when this process is killed."""
     # Of this process and thread, and not longer for a long name.
-    partial = path.with_name(f".partial.{os.getpid()}.{threading.get_ident()}.png")
+    partial = path.with_name(f".partial.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
-        to_pil_image(picture).save(partial)
+        image.save(partial, quality=QUALITY)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write(target: Path, translation: Translation) -> None:
-    """Write the picture to ``target``, and masks and contents, if any, to the folder ``<name>_masks`` beside it.
+def write(task: Task, decoded: Decoded, painted: Painted, with_masks: bool, shown: bool) -> dict[str, Image.Image]:
+    """Write the output, and with ``with_masks`` the folder ``<name>_masks`` beside it.
 
-    All parts are uint8. ``attention.png`` is 1 minus the last mask where this is the background (there are fewer
-    contents than masks), or the heat map of a generator that has one.
+    The folder has ``attention.png``, the foreground; ``overlay.png``, the input in grey with the foreground in orange;
+    and every mask and content in the size in which the generator saw the picture. Returns the thumbnails by column of
+    what is ``shown`` on the sheet.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save(translation.image, target)
-    if all(part is None for part in translation[1:]):
-        return
-    folder = mask_folder(target)
+    same = task.size == task.output_size
+    output = to_pil_image(painted.image if same else enlarge(painted, decoded))
+    pictures = {"input": to_pil_image(decoded.full), "translation": output}
+    if painted.foreground is not None:
+        pictures["attention"] = fit(to_pil_image(painted.foreground), task.output_size)
+    thumbnails = {name: ImageOps.pad(image, THUMBNAIL, color="white") for name, image in pictures.items() if shown}
+    if decoded.alpha is not None:
+        output.putalpha(to_pil_image(decoded.alpha))
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    save(output, task.target)
+    if not with_masks:
+        return thumbnails
+    folder = mask_folder(task.target)
     folder.mkdir(exist_ok=True)
-    for pattern in ("attention.png", "mask_??.png", "content_??.png"):  # of an earlier generator
+    for pattern in ("attention.png", "overlay.png", "mask_??.png", "content_??.png"):  # of an earlier generator
         for path in folder.glob(pattern):
             path.unlink()
-    if translation.heat_map is not None:
-        save(translation.heat_map, folder / "attention.png")
-    if translation.attention is None or translation.content is None:
-        return
-    if len(translation.content) < len(translation.attention):
-        save(255 - translation.attention[-1:], folder / "attention.png")
-    for i, mask in enumerate(translation.attention, 1):
-        save(mask[None], folder / f"mask_{i:02d}.png")
-    for i, content in enumerate(translation.content, 1):
-        save(content, folder / f"content_{i:02d}.png")
+    if "attention" in pictures:
+        save(pictures["attention"], folder / "attention.png")
+        save(overlay(pictures["input"], pictures["attention"]), folder / "overlay.png")
+    for i, mask in enumerate(painted.masks, 1):
+        save(to_pil_image(mask[None]), folder / f"mask_{i:02d}.png")
+    for i, content in enumerate(painted.contents, 1):
+        save(to_pil_image(content), folder / f"content_{i:02d}.png")
+    return thumbnails
+
+
+def overlay(picture: Image.Image, foreground: Image.Image) -> Image.Image:
+    """The picture in grey, and the foreground over it in orange."""
+    orange = Image.new("RGB", picture.size, ORANGE)
+    return Image.composite(orange, picture.convert("L").convert("RGB"), foreground.point(lambda value: 0.7 * value))
 
 
 @torch.inference_mode()
@@ -261,46 +338,66 @@ def translate(
     generator: Generator,
     batches: Sequence[Sequence[Task]],
     device: torch.device,
-    with_masks: bool,
+    autocast: Callable[[], Any],
     failed: dict[Path, str],
-) -> None:
+    with_masks: bool = False,
+    keep_alpha: bool = False,
+    shown: Container[Path] = (),
+) -> dict[Path, dict[str, Image.Image]]:
     """Translate and write all batches; threads decode and write while the generator works.
 
     A picture that cannot be decoded, does not fit in memory, or whose output's name cannot be written goes to
-    ``failed`` with the reason. Raises OSError for other errors of writing, such as a full disk.
+    ``failed`` with the reason. Raises OSError for other errors of writing, such as a full disk. Returns the thumbnails
+    of the pictures that are ``shown`` (see ``write``).
     """
     channels = generator.settings["channels"]
+    generator.to(device).to(memory_format=utils.pick_layout(device))
     writing: deque[tuple[Task, Future]] = deque()
+    thumbnails: dict[Path, dict[str, Image.Image]] = {}
 
     def finish() -> None:
         task, written = writing.popleft()
         try:
-            written.result()
+            if columns := written.result():
+                thumbnails[task.picture.path] = columns
         except OSError as error:
             if error.errno not in NAME_ERRORS:
                 raise OSError(f"{task.target}: could not be written ({error})") from error
             failed[task.picture.path] = str(error)
 
+    def read(batch: Sequence[Task]) -> tuple[list[Task], list[Decoded]]:
+        """The tasks whose pictures can be decoded."""
+        tried = [(task, decode(task, channels, keep_alpha)) for task in batch]
+        failed.update((task.picture.path, found) for task, found in tried if isinstance(found, str))
+        return [t for t, found in tried if isinstance(found, Decoded)], [d for _, d in tried if isinstance(d, Decoded)]
+
     with (
         ThreadPoolExecutor(2) as readers,
         ThreadPoolExecutor(2) as writers,
-        tqdm(total=sum(map(len, batches)), unit="picture", disable=None) as bar,
+        utils.Progress(total=sum(map(len, batches)), desc="translating", unit="picture") as bar,
     ):
-        for batch, decoded in ahead(readers, lambda b: (b, [decode(task, channels) for task in b]), batches):
-            good = [(task, image) for task, image in zip(batch, decoded, strict=True) if isinstance(image, Tensor)]
-            failed.update((t.picture.path, d) for t, d in zip(batch, decoded, strict=True) if isinstance(d, str))
-            if good:
-                results = translate_batch(generator, torch.stack([i for _, i in good]), device, with_masks)
-                for (task, _), result in zip(good, results, strict=True):
-                    if isinstance(result, str):
-                        failed[task.picture.path] = result
-                    else:
-                        writing.append((task, writers.submit(write, task.target, result)))
-            while len(writing) > AHEAD * len(batch):
+        for tasks, decoded in ahead(readers, read, batches):
+            small = [picture.small for picture in decoded]
+            results = translate_batch(generator, torch.stack(small), device, autocast, with_masks) if small else []
+            for task, picture, result in zip(tasks, decoded, results, strict=True):
+                if isinstance(result, str):
+                    failed[task.picture.path] = result
+                else:
+                    on_sheet = task.picture.path in shown
+                    writing.append((task, writers.submit(write, task, picture, result, with_masks, on_sheet)))
+            while len(writing) > AHEAD * len(tasks):
                 finish()
-            bar.update(len(batch))
+            bar.update(len(tasks))
         while writing:
             finish()
+    return thumbnails
+
+
+def draw_thumbnails(thumbnails: Mapping[Path, Mapping[str, Image.Image]]) -> Image.Image:
+    """A sheet with a row for each picture, in the order of their paths."""
+    rows = [thumbnails[path] for path in sorted(thumbnails)]
+    columns = {name: torch.stack([normalise(to_tensor(row[name])) for row in rows]) for name in rows[0]}
+    return draw_sheet(columns, rows=[path.name for path in sorted(thumbnails)])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -368,31 +465,37 @@ def export(generator: Generator, path: Path, grey: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def size(text: str) -> int:
+    return 0 if text == "native" else utils.at_least(8)(text)
+
+
 def make_parser() -> utils.Parser:
     parser = utils.Parser("Translate pictures with a trained generator, or export it to ONNX.")
     add = parser.add_argument
-    add(
-        "--checkpoint", required=True, help="a run, shipped weights, a folder or a generator file, also an official one"
-    )
-    add(
-        "--direction",
-        choices=("AtoB", "BtoA"),
-        help="which way to translate (default: the file's own, else AtoB, else BtoA)",
-    )
+    weights = "a run, shipped weights, a folder or a generator file, also an official one"
+    add("--checkpoint", required=True, help=weights)
+    way = "which way to translate (default: the file's own, else AtoB, else BtoA)"
+    add("--direction", choices=("AtoB", "BtoA"), help=way)
     add("--input", type=Path, help="a picture, or a folder of pictures")
     add("--output", type=Path, help="folder for the translations")
-    add(
-        "--recursive",
-        action="store_true",
-        help="also the pictures in sub-folders; the output gets the same sub-folders",
-    )
-    masks = "also write every mask and content, or the heat map, to NAME_masks beside NAME.png"
+    deeper = "also the pictures in sub-folders; the output gets the same sub-folders"
+    add("--recursive", action="store_true", help=deeper)
+    masks = "also write attention, overlay, every mask and content to NAME_masks, and a sheet of the folder"
     add("--masks", action="store_true", help=masks)
+    seen = "pictures with a longer side than N are shrunk to it for the generator, and the output is brought back to "
+    seen += "the input's size; native: they are not (default: where the weights do best, else their training size)"
+    add("--size", type=size, metavar="N|native", help=seen)
+    max_size = "shrink pictures whose longer side is longer than this; the translations are as small"
+    add("--max_size", type=utils.at_least(1), help=max_size)
+    half = "for pictures that hold A and B side by side: the half to translate (auto: the input's, where the weights "
+    half += "were trained on such pictures and all of these look like them)"
+    add("--half", choices=("auto", "left", "right", "none"), default="auto", help=half)
+    add("--format", choices=FORMATS, default=FORMATS[0], help="of the translations")
+    add("--keep_alpha", action="store_true", help="keep transparency, which otherwise is laid on white")
+    precision = "auto: bf16 where the hardware multiplies it natively, else float32"
+    add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=precision)
     batch_size = "pictures of one size that are translated at once, fewer of large ones (default: 8)"
     add("--batch_size", type=utils.at_least(1), help=batch_size)
-    max_size = "shrink pictures whose longer side is longer than this; the translations are as small. A default "
-    max_size += "generator needs about 1.1 kB of memory per pixel of a batch: 13 GB for one picture of 4000 x 3000"
-    add("--max_size", type=utils.at_least(1), help=max_size)
     model = "write the generator as ONNX instead; pictures are RGB in [0, 1]"
     add("--export", type=Path, metavar="MODEL.onnx", help=model)
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
@@ -402,7 +505,8 @@ def make_parser() -> utils.Parser:
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
     if options.export is not None:
-        others = [n for n in ("input", "output", "masks", "recursive", "max_size", "batch_size") if getattr(options, n)]
+        of_translating = "input", "output", "masks", "recursive", "size", "max_size", "keep_alpha", "batch_size"
+        others = [name for name in of_translating if getattr(options, name) not in (None, False)]
         if others:
             raise InputError(f"--export writes a model, --{others[0]} is for translating; expected one of the two")
         if options.export.suffix != ".onnx" or not options.export.parent.is_dir():
@@ -411,6 +515,28 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("expected --input and --output, or --export")
     elif options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output {options.output}: is a file, expected a folder")
+    if options.keep_alpha and options.format == "jpg":
+        raise InputError("--keep_alpha: --format jpg has no transparency, expected png or webp")
+
+
+def choose_half(pictures: Sequence[Picture], half: str, about: Mapping[str, Any]) -> list[Picture]:
+    """The half of each picture that ``--half`` means (see there)."""
+    if half == "auto":
+        half = HALVES[about["direction"][0]] if about.get("halves") and are_pairs(pictures, about) else "none"
+        if half != "none":
+            print(f"{len(pictures)} pictures side by side: translating the {half} halves (--half none: all of each)")
+    return [picture if half == "none" else picture._replace(half=half) for picture in pictures]
+
+
+def are_pairs(pictures: Sequence[Picture], about: Mapping[str, Any]) -> bool:
+    """Whether all pictures are about twice as wide as those of training."""
+    wanted = 2 * about["options"]["img_width"] / about["options"]["img_height"]
+    aspects = []
+    for picture in pictures:
+        with suppress(Exception):  # decoders raise what they like; ``plan`` names the picture
+            height, width = picture.size()
+            aspects.append(width / height)
+    return bool(aspects) and all(0.8 < aspect / wanted < 1.25 for aspect in aspects)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -432,15 +558,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--masks: {options.checkpoint} holds a {type(generator).__name__}, which has none")
         found = find_inputs(options.input, options.output, options.recursive)
         pictures = [as_input(picture.path, task, about["direction"]) for picture in found]
-        targets = name_outputs(pictures, options.input, options.output, options.masks)
+        pictures = choose_half(pictures, options.half, about)
+        targets = name_outputs(pictures, options.input, options.output, options.masks, f".{options.format}")
+        longest = best_size(about) if options.size is None else options.size or None
         failed: dict[Path, str] = {}
-        batches = make_batches(plan(pictures, targets, options.max_size, only_size, failed), options.batch_size or 8)
-        try:
-            translate(generator.to(device), batches, device, options.masks, failed)
-        finally:
-            for path, reason in failed.items():
-                print(f"not translated: {path}: {reason}", file=sys.stderr)
+        tasks = plan(pictures, targets, longest, options.max_size, only_size, failed)
+        shown = [picture.path for picture in pictures[:SHOWN]] if options.masks and options.input.is_dir() else []
+        with utils.lock_folder(options.output, "choose another --output"):
+            try:
+                thumbnails = translate(
+                    generator,
+                    make_batches(tasks, options.batch_size or 8),
+                    device,
+                    utils.make_autocast(device, options.precision),
+                    failed,
+                    options.masks,
+                    options.keep_alpha,
+                    shown,
+                )
+                if thumbnails:
+                    save(draw_thumbnails(thumbnails), options.output / SHEET)
+            finally:
+                for path, reason in failed.items():
+                    print(f"not translated: {path}: {reason}", file=sys.stderr)
         print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
+        if any(task.size != task.output_size for task in tasks):
+            seen = f"{only_size[0]} x {only_size[1]}, its only size" if only_size else f"{longest} pixels (--size)"
+            print(f"the generator saw larger ones at {seen}; outputs have the size of their inputs")
         return 1 if failed else 0
 
     return utils.run_script("translate.py", work)

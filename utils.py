@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import pickle
 import signal
@@ -26,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+LINE_SECONDS = 60  # between two lines of progress in a file
+LINE = "{desc}{n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LOCK_SECONDS = 10  # how long to wait for a folder that another process has locked
 
 
@@ -154,6 +157,27 @@ def print0(message: str) -> None:
     """Print on rank 0, above the progress bar if there is one."""
     if rank() == 0:
         tqdm.write(message)
+
+
+class Progress(tqdm):
+    """A bar where there is a terminal; elsewhere a line now and then, because a file would fill with bars."""
+
+    def __init__(self, *arguments: Any, **others: Any):
+        terminal = sys.stderr.isatty()
+        self.lines = not terminal
+        how = dict(mininterval=0.5, dynamic_ncols=True) if terminal else dict(mininterval=LINE_SECONDS, bar_format=LINE)
+        super().__init__(*arguments, **{**how, **others})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.lines:
+            super().display(msg, pos)
+        elif msg is None and self.n > self.initial:
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.lines:
+            self.leave, self.delay = False, math.inf  # no last bar, no end of a line
+        super().close()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -395,11 +419,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, advice: str = "choose another --name") -> Iterator[None]:
     """Lock a folder for this process; the kernel frees it however the process ends. Without effect on Windows.
 
     Raises InputError where another process still has it after ``LOCK_SECONDS``: the workers of a killed run need a
-    moment to end.
+    moment to end. ``advice`` ends its message.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -416,9 +440,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise InputError(
-                        f"{folder}: another process is training this run; wait for its end, or choose another --name"
-                    ) from None
+                    raise InputError(f"{folder}: another process works here; wait for its end, or {advice}") from None
                 time.sleep(0.1)
             except OSError:  # a file system without locks
                 break

@@ -536,7 +536,7 @@ def test_two_processes_never_train_one_run(small_set, capsys, monkeypatch):
         assert other.stdout.readline() == b"locked\n"
         for flags in (f"{QUICK} --n_epochs 1 --name r --overwrite", "--name r --resume --n_epochs 2"):
             assert run(flags) == 2
-            assert "saved_models/r: another process is training this run" in capsys.readouterr().err
+            assert "saved_models/r: another process works here" in capsys.readouterr().err
         assert Path("saved_models/r/checkpoint.pt").read_bytes() == before
         other.kill()
     assert run("--name r --resume --n_epochs 2") == 0

@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from common import below, noise, official_attention_forward, official_attention_weights, save
 from conftest import ROOT
 from PIL import Image
@@ -25,11 +25,12 @@ from models import (
     AttentionGenerator,
     ResNetGenerator,
     SingleMaskGenerator,
+    Translation,
     UGATITGenerator,
     UNetGenerator,
     translate_any_size,
 )
-from translate import OnUnitRange, Task, luminance, make_batches, name_outputs
+from translate import SHEET, OnUnitRange, Task, luminance, make_batches, name_outputs
 from utils import InputError
 
 
@@ -66,7 +67,7 @@ def onnxruntime():
 
 
 def run(command: str) -> int:
-    return translate.main(["--checkpoint", "net", "--device", "cpu", *command.split()])
+    return translate.main(["--checkpoint", "net", "--device", "cpu", "--precision", "float32", *command.split()])
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
@@ -158,7 +159,7 @@ def test_pictures_of_all_kinds_keep_their_upright_size(net, capsys):
         "Zèbre no. 2 斑馬": (13, 12),
     }
     before = below(folder)
-    assert run("--input in --output new/out") == 0
+    assert run("--input in --output new/out --size native") == 0
     assert capsys.readouterr() == ("7 of 7 pictures translated into new/out\n", "")
     assert below(Path("new/out")).keys() == {f"{name}.png" for name in sizes}
     assert below(folder) == before
@@ -208,7 +209,7 @@ def test_pictures_that_differ_in_their_ending_keep_it(net):
         save(noise(i), Path("in") / name)
     assert run("--input in --output out --masks") == 0
     written = {"a.jpg.png": "a.jpg", "a.png.png": "a.png", "b.png": "b.png"}
-    assert {p.name for p in Path("out").iterdir()} == {*written, "a.jpg_masks", "a.png_masks", "b_masks"}
+    assert {p.name for p in Path("out").iterdir()} == {*written, "a.jpg_masks", "a.png_masks", "b_masks", SHEET}
     for output, source in written.items():
         assert_shows(f"out/{output}", by_hand(net, Path("in") / source))
 
@@ -237,6 +238,130 @@ def test_max_size_shrinks_what_is_larger(net):
         assert read(f"out/{name}.png").shape[:0:-1] == shrunk
         image = noise(i, size) if shrunk == size else resize(noise(i, size), shrunk[::-1], "squash")
         assert_shows(f"out/{name}.png", by_hand(net, image))
+
+
+class KeepsLeft(nn.Module):
+    """A generator that keeps the left half of a picture and paints the right half white; it notes the shapes."""
+
+    size_multiple, min_size, settings = 4, 8, {"channels": 3}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append((x.shape[-1], x.shape[-2]))
+        kept = (torch.arange(x.shape[-1]) < x.shape[-1] // 2).float().expand(len(x), 1, *x.shape[-2:])
+        white = torch.ones_like(x)
+        return Translation(x * kept + white * (1 - kept), torch.cat([1 - kept, kept], dim=1), white[:, None])
+
+
+@pytest.mark.parametrize(
+    "flags, about, seen",
+    [
+        ("", {}, (256, 128)),  # what official files were trained at
+        ("", {"options": {"img_height": 64, "img_width": 128}}, (128, 64)),
+        ("", {"options": {"img_height": 64, "img_width": 64}, "best_size": 96}, (96, 48)),
+        ("--size 72", {"best_size": 96}, (72, 36)),
+        ("--size native", {"best_size": 96}, (400, 200)),
+        ("--size 512", {}, (400, 200)),  # nothing is enlarged
+        ("--size 72 --max_size 200", {}, (72, 36)),
+    ],
+)
+def test_larger_pictures_are_seen_at_a_size_and_brought_back_sharp(monkeypatch, capsys, flags, about, seen):
+    generator = KeepsLeft()
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (generator, {"direction": "AtoB", **about}))
+    image = noise(0, (400, 200))
+    save(image, Path("in/a.png"))
+    assert run(f"--input in --output out {flags}") == 0
+    assert generator.seen == [seen]
+    told = f"the generator saw larger ones at {seen[0]} pixels (--size); outputs have the size of their inputs\n"
+    assert capsys.readouterr().out.endswith(told) == (seen != (400, 200))
+    made, wanted = read("out/a.png"), tensor(image if "max_size" not in flags else resize(image, (100, 200), "squash"))
+    assert made.shape == wanted.shape
+    middle, border = wanted.shape[2] // 2, 3 * wanted.shape[2] // seen[0] + 2
+    assert torch.equal(made[..., : middle - border], wanted[..., : middle - border])
+    assert (made[..., middle + border :] == 255).all()
+
+
+@pytest.mark.parametrize("ending, kind", [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
+def test_translations_have_the_format_that_was_asked_for(monkeypatch, ending, kind):
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (KeepsLeft(), {"direction": "AtoB"}))
+    image = save(noise(0, (4, 4)).resize((64, 48), Image.Resampling.BICUBIC), Path("in/a.bmp"))
+    assert run(f"--input in --output out --format {ending}") == 0
+    expected = torch.cat([tensor(Image.open(image))[..., :32], torch.full((3, 48, 32), 255)], dim=2)
+    with Image.open(f"out/a.{ending}") as made:
+        assert made.format == kind
+        assert (tensor(made) - expected).abs().mean() < (8 if ending != "png" else 0.01)
+
+
+def test_transparency_is_kept_where_asked(net, capsys):
+    clear, turned = noise(0, (40, 24)), Image.Exif()
+    clear.putalpha(noise(1, (40, 24)).convert("L"))
+    turned[274] = 6  # a quarter turn
+    save(clear, Path("in/clear.png"), exif=turned)
+    save(noise(2, (16, 16)), Path("in/plain.png"))
+    assert run("--input in --output out --keep_alpha --max_size 20") == 0
+    with Image.open("out/clear.png") as made, Image.open("out/plain.png") as plain:
+        assert (made.mode, made.size, plain.mode) == ("RGBA", (12, 20), "RGB")
+        alpha = clear.getchannel("A").transpose(Image.Transpose.ROTATE_270)
+        assert torch.equal(tensor(made)[3:], tensor(resize(alpha, (20, 12), "squash")))
+    assert run("--input in --output out --keep_alpha --format jpg") == 2
+    assert "--keep_alpha: --format jpg has no transparency, expected png or webp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "size, halves, flags, taken",
+    [
+        ((64, 32), True, "", "left"),
+        ((64, 32), True, "--direction BtoA", "right"),
+        ((64, 32), True, "--half none", None),
+        ((64, 32), False, "", None),
+        ((64, 32), False, "--half right", "right"),
+        ((40, 32), True, "", None),
+    ],
+)
+def test_pictures_side_by_side_are_known_by_their_shape(size, halves, flags, taken, capsys):
+    generators = {"AtoB": tiny(0), "BtoA": tiny(1)}
+    store(more={"halves": halves, "options": {"img_height": 32, "img_width": 32}}, **generators)
+    image = noise(0, size)
+    save(image, Path("in/a.png"))
+    assert run(f"--input in --output out --size native {flags}") == 0
+    told = f"1 pictures side by side: translating the {taken} halves (--half none: all of each)"
+    assert (told in capsys.readouterr().out) == (halves and taken is not None)
+    left = 32 if taken == "right" else 0
+    half = image if taken is None else image.crop((left, 0, left + 32, 32))
+    assert_shows("out/a.png", by_hand(generators["BtoA" if "BtoA" in flags else "AtoB"], half))
+
+
+def test_a_sheet_and_an_overlay_show_where_it_paints(monkeypatch):
+    monkeypatch.setattr(translate, "open_generator", lambda *_: (KeepsLeft(), {"direction": "AtoB"}))
+    for i in range(translate.SHOWN + 2):
+        save(Image.new("RGB", (32, 32), (0, 0, 10 * i)), Path(f"in/{i:02d}.png"))
+    assert run("--input in --output out --masks") == 0
+    overlay = read("out/03_masks/overlay.png")
+    assert (overlay.argmax(dim=0)[:, 17:] == 0).all() and (overlay.std(dim=0)[:, :15] == 0).all()  # orange, and grey
+    with Image.open(f"out/{SHEET}") as sheet:
+        assert sheet.height == translate.SHOWN * 226 + 2 + 18 and sheet.width > 3 * 226
+        rows = [sheet.getpixel((sheet.width - 3 * 226 + 40, 20 + 226 * i + 100)) for i in range(translate.SHOWN)]
+    assert [round(row[2] / 10) for row in rows] == list(range(translate.SHOWN))
+
+
+def test_half_precision_changes_few_levels(net):
+    save(noise(0, (64, 64)), Path("in/a.png"))
+    assert run("--input in --output out") == 0
+    assert run("--input in --output half --precision bf16") == 0
+    error = (read("out/a.png") - read("half/a.png")).abs()
+    assert 0 < error.mean() < 4
+
+
+def test_two_processes_do_not_write_into_one_folder(net, monkeypatch, capsys):
+    save(noise(0), Path("in/a.png"))
+    monkeypatch.setattr(utils, "LOCK_SECONDS", 0)
+    with utils.lock_folder(Path("out")):
+        assert run("--input in --output out") == 2
+    assert "out: another process works here; wait for its end, or choose another --output" in capsys.readouterr().err
+    assert run("--input in --output out") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -315,7 +440,7 @@ def test_an_earlier_generators_masks_make_way(net):
     arguments = "--checkpoint small --device cpu --input in --output out --masks"
     assert translate.main(arguments.split()) == 0
     names = {path.name for path in Path("out/a_masks").iterdir()}
-    assert names == {"attention.png", "mask_01.png", "mask_02.png", "content_01.png", "note.txt"}
+    assert names == {"attention.png", "overlay.png", "mask_01.png", "mask_02.png", "content_01.png", "note.txt"}
 
 
 @pytest.mark.parametrize(
@@ -332,11 +457,11 @@ def test_masks_and_contents_make_the_picture(made_with, n, background):
     image = noise(0, (33, 21))
     save(image, Path("in/horse.png"))
     assert run("--input in --output out --masks") == 0
-    assert {p.name for p in Path("out").iterdir()} == {"horse.png", "horse_masks"}
+    assert {p.name for p in Path("out").iterdir()} == {"horse.png", "horse_masks", SHEET}
     parts = {path.name: read(path) for path in Path("out/horse_masks").iterdir()}
     contents = range(1, n if background else n + 1)
     names = {f"mask_{i:02d}.png" for i in range(1, n + 1)} | {f"content_{i:02d}.png" for i in contents}
-    assert parts.keys() == names | ({"attention.png"} if background else set())
+    assert parts.keys() == names | ({"attention.png", "overlay.png"} if background else set())
 
     masks = torch.cat([parts[f"mask_{i:02d}.png"] for i in range(1, n + 1)])
     assert masks.shape == (n, 21, 33)
@@ -363,29 +488,29 @@ def test_u_gat_its_heat_map_is_its_attention():
     for i in range(2):  # in one batch, each with its own
         save(noise(i, (33, 21)), Path(f"in/{i}.png"))
     assert run("--input in --output out --masks") == 0
-    assert {p.name for p in Path("out").iterdir()} == {"0.png", "0_masks", "1.png", "1_masks"}
+    assert {p.name for p in Path("out").iterdir()} == {"0.png", "0_masks", "1.png", "1_masks", SHEET}
     for i in range(2):
         assert_shows(f"out/{i}.png", by_hand(generator, Path(f"in/{i}.png")))
-        assert [p.name for p in Path(f"out/{i}_masks").iterdir()] == ["attention.png"]
+        assert {p.name for p in Path(f"out/{i}_masks").iterdir()} == {"attention.png", "overlay.png"}
         with torch.no_grad():
             t = translate_any_size(generator, (tensor(noise(i, (33, 21))) / 127.5 - 1).float()[None])
         assert_shows(f"out/{i}_masks/attention.png", 2 * t.heat_map[0] - 1)
 
 
-def test_the_full_u_gat_it_refuses_other_sizes_one_by_one(capsys):
+@torch.no_grad()
+def test_the_full_u_gat_it_sees_every_picture_in_its_size(capsys):
     generator = tiny(network=UGATITGenerator, size=(16, 24))
     store(AtoB=generator)
-    sizes = {"fits": (24, 16), "twice": (48, 32), "turned": (16, 24), "unlike": (25, 16)}
-    for i, (name, size) in enumerate(sizes.items()):
-        save(noise(i, size), Path(f"in/{name}.png"))
-    assert run("--input in --output out --masks") == 1
-    out, err = capsys.readouterr()
-    assert out == "1 of 4 pictures translated into out\n" and len(err.splitlines()) == 3
-    why = "the full U-GAT-IT takes only pictures of its training size, 16 x 24 (the light one takes any)"
-    assert f"not translated: in/twice.png: picture of 32 x 48 pixels: {why}\n" in err
-    assert_shows("out/fits.png", by_hand(generator, Path("in/fits.png")))
-    assert run("--input in --output out --max_size 24") == 1  # shrunk to fit
-    assert capsys.readouterr().out == "2 of 4 pictures translated into out\n"
+    for i, size in enumerate([(24, 16), (48, 32), (16, 24)]):
+        save(noise(i, size), Path(f"in/{i}.png"))
+    assert run("--input in --output out --masks") == 0
+    told = "the generator saw larger ones at 16 x 24, its only size; outputs have the size of their inputs\n"
+    assert capsys.readouterr().out == "3 of 3 pictures translated into out\n" + told
+    assert_shows("out/0.png", by_hand(generator, Path("in/0.png")))
+    for i, size in ((1, (48, 32)), (2, (16, 24))):  # what it keeps is not known, so its whole answer is enlarged
+        small = by_hand(generator, resize(noise(i, size), (16, 24), "squash"))[None]
+        large = F.interpolate(small, size[::-1], mode="bicubic", antialias=True)[0]
+        assert (read(f"out/{i}.png") - (large.clamp(-1, 1) + 1) * 127.5).abs().max() < 2
 
 
 def test_generators_without_masks_are_refused(capsys):
@@ -518,7 +643,7 @@ def test_a_name_that_cannot_be_written_to_costs_no_other(net, capsys):
 
 def test_batches_have_one_size_and_the_largest_come_last():
     sizes = [(8, 16), (32, 32), (16, 8), (8, 16), (8, 16), (32, 32), (4, 4), (1, 200)]
-    tasks = [Task(Picture(Path(str(i))), size, Path(f"{i}.png")) for i, size in enumerate(sizes)]
+    tasks = [Task(Picture(Path(str(i))), size, size, Path(f"{i}.png")) for i, size in enumerate(sizes)]
     batches = make_batches(tasks, batch_size=2)
     assert [[tasks.index(task) for task in batch] for batch in batches] == [[6], [0, 3], [4], [2], [7], [1, 5]]
 
@@ -535,7 +660,7 @@ def test_batches_have_one_size_and_the_largest_come_last():
     ],
 )
 def test_a_batch_has_no_more_than_a_million_pixels(size, batch_size, lengths):
-    tasks = [Task(Picture(Path(str(i))), size, Path(f"{i}.png")) for i in range(9)]
+    tasks = [Task(Picture(Path(str(i))), size, size, Path(f"{i}.png")) for i in range(9)]
     batches = make_batches(tasks, batch_size)
     assert [len(batch) for batch in batches] == lengths
     assert [task for batch in batches for task in batch] == tasks
@@ -575,7 +700,7 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
     assert run("--input in --output out --batch_size 2") == 1
     out, err = capsys.readouterr()
     assert out == "3 of 4 pictures translated into out\n"
-    assert err == "not translated: in/0.png: out of memory at 40 x 32 pixels; --max_size shrinks\n"
+    assert err == "not translated: in/0.png: out of memory at 40 x 32 pixels; --size or --max_size shrink\n"
     assert limited.seen == [(2, 16, 16), (1, 16, 16), (1, 16, 16), (1, 16, 16), (1, 32, 40)]
     assert below(Path("out")).keys() == {"1.png", "2.png", "3.png"}
     for i in (1, 2, 3):
@@ -604,13 +729,13 @@ def test_sub_folders_are_not_opened_without_recursive(net, monkeypatch, capsys):
 
 def test_a_full_disk_is_named(net, monkeypatch, capsys):
     save(noise(0), Path("in/a.png"))
-    monkeypatch.setattr(translate, "to_pil_image", lambda _: SimpleNamespace(save=fail_to_write))
+    monkeypatch.setattr(Image.Image, "save", fail_to_write)
     assert run("--input in --output out") == 2
     expected = "translate.py: error: out/a.png: could not be written ([Errno 28] No space left on device)\n"
     assert capsys.readouterr().err.endswith(expected)
 
 
-def fail_to_write(_):
+def fail_to_write(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # Pillow's has no name
 
 
@@ -672,7 +797,7 @@ def test_help_shows_defaults(monkeypatch, capsys):
     assert stop.value.code == 0
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "fewer of large ones (default: 8)" in shown and "cpu, or auto (default: auto)" in shown
-    assert shown.count("(default: ") == 3  # the third is of --direction; None and False say nothing
+    assert shown.count("(default: ") == 7  # None and False say nothing
 
 
 def test_a_checkpoint_is_asked_for(capsys):
@@ -792,10 +917,10 @@ def test_a_killed_translation_leaves_no_half_picture(tmp_path):
         "def half(self, path, *a, **k):\n"
         "    open(path, 'wb').write(b'half'); os._exit(9)\n"
         "Image.Image.save = half\n"
-        "translate.save(torch.zeros(3, 4, 4, dtype=torch.uint8), translate.Path('out.png'))\n"
+        "translate.save(Image.new('RGB', (4, 4)), translate.Path('out.png'))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
     assert not (tmp_path / "out.png").exists()
-    translate.save(torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "out.png")
+    translate.save(Image.new("RGB", (4, 4)), tmp_path / "out.png")
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (4, 4)

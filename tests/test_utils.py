@@ -131,7 +131,7 @@ def test_a_locked_folder_is_refused_where_the_system_has_locks(monkeypatch, has_
         monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with lock_folder(Path("a/run")):
         if has_locks:
-            with pytest.raises(InputError, match=r"^a/run: another process is training"), lock_folder(Path("a/run")):
+            with pytest.raises(InputError, match=r"^a/run: another process works here"), lock_folder(Path("a/run")):
                 pass
         else:
             with lock_folder(Path("a/run")):
