@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from common import checkpoint, log, run, same_run, stop_at
 from conftest import ROOT
+from packaging.version import Version
 
 import benchmark
 import checkpoints
@@ -242,3 +243,12 @@ def test_the_system_of_the_page_on_new_systems_trains_and_resumes(small_set, mon
     weights = checkpoint("straight")["networks"]["D"]["layers.0.weight"]
     assert weights.abs().max() <= 0.02 and {"D", "G"} <= log("straight")[0].keys()
     assert {e["lr"] for e in log("straight")} == {5e-5}
+
+
+def test_the_lock_pins_every_package_within_the_lower_bounds():
+    lines = (ROOT / "requirements-lock.txt").read_text().splitlines()[1:]
+    pinned = dict(re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines)
+    wanted = [*(ROOT / "requirements.txt").read_text().splitlines()]
+    wanted += [line for line in (ROOT / "requirements-extras.txt").read_text().splitlines() if line[0] not in "-#"]
+    for name, least in (line.split(">=") for line in wanted):
+        assert Version(pinned[name]) >= Version(least)
