@@ -184,7 +184,8 @@ def all_flags():
     return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
 
 
-OF_OTHERS = {"--norm", "--lambda_warmup"}  # of the official code; of an earlier commit, as the page says
+# Of the official code, of an earlier commit (as the page says), of Docker, and those that train.py explains.
+OF_OTHERS = {"--norm", "--n_epochs_decay", "--lambda_warmup", "--shm-size", "--time", *train.FOREIGN}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
