@@ -40,7 +40,7 @@ import train
 import utils
 from checkpoints import DIRECTIONS, SAVED_MODELS, find_run, has_direction, is_finished, open_generators, save_generator
 from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_noise, normalise, quantise, unaugmented
-from metrics import EFFICIENTNET, Extractor, Features, kernel_distance
+from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
 from models import NOISE
 from prepare import draw_built_in
 from record import find_block, write_block
@@ -335,24 +335,21 @@ def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
     return normalise(torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures]))
 
 
-def find_inputs(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> list[Picture]:
-    """The first ``n`` test pictures that a run of these options translates."""
-    return find_side(root, "test", direction[0], options.get("task", TASKS[0]))[:n]
-
-
-def find_truths(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
-    """The true translations of ``find_inputs`` where pairs tell them, read by ``read_all``; None elsewhere."""
-    inputs, task = find_inputs(root, direction, options, n), options.get("task", TASKS[0])
-    truths = datasets.true_translations(root, inputs, direction, task, evaluate.takes_pairs(options))
-    return None if truths is None else read_all(truths, options)
+def find_tests(
+    root: Path, direction: str, options: Mapping[str, Any], n: int | None = None
+) -> tuple[list[Picture], list[Picture] | None]:
+    """The first ``n`` test pictures that a run of these options translates, and their truths where pairs tell them."""
+    task = options.get("task", TASKS[0])
+    inputs = find_side(root, "test", direction[0], task)[:n]
+    return inputs, datasets.true_translations(root, inputs, direction, task, evaluate.takes_pairs(options))
 
 
 def measure_grey(root: Path, direction: str, options: Mapping[str, Any]) -> Figures:
     """The error of pictures of one grey, the mean of the target's training pictures, where truths are known."""
-    if direction == NOISE or (truths := find_truths(root, direction, options)) is None:
+    if direction == NOISE or (truths := find_tests(root, direction, options)[1]) is None:
         return {}
     level = read_all(find_side(root, "train", direction[-1], options.get("task", TASKS[0])), options).mean()
-    return {"L1": (truths - level).abs().mean().item()}
+    return {"L1": (read_all(truths, options) - level).abs().mean().item()}
 
 
 def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[str, float]:
@@ -393,59 +390,45 @@ def hours_taken(log: Path, batch_size: int) -> float:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """The figure's name (a regular expression), how it is written, a factor, a heading instead of the name."""
-
-    figure: str
-    form: str = ".3f"
-    factor: int = 1
-    heading: str = ""
-
-    def write(self, values: Sequence[Any]) -> str:
-        """Mean ± standard deviation of numbers; text as it is."""
-        if isinstance(values[0], str):
-            return values[0]
-        numbers = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
-        return " ± ".join(f"{self.factor * number:z{self.form}}" for number in numbers)
-
-
 SIZE = "million parameters of a generator"
 COMPARED = (
-    *map(Column, ("IoU", "AP", "change IoU", "change AP", "background error", "L1")),
-    Column(r"KID\S*", ".2f", 100),
-    *map(Column, (".* rate", "cycle error", "change")),
-    Column("steps/s", ".1f"),
-    Column(SIZE, ".2f"),
+    *map(figure, ("IoU", "AP", "change IoU", "change AP", "background error", "L1", "KID", "class rate")),
+    *map(figure, ("cycle error", "change")),
+    Figure("steps/s", form=".1f"),
+    Figure(SIZE, form=".2f"),
 )
-RESULTS = (
-    Column(r"KID\S*", ".1f", 100, "100 KID-EffNet"),
-    Column(".* rate", heading="class rate"),
-    Column("AP", heading="attention AP"),
-    Column("IoU", heading="attention IoU"),
-    *(Column(key, heading=key) for key in ("background error", "change", "cycle error")),
-    Column("pairs", ",.0f", heading="pairs"),
-    Column("hours", ".1f", heading="hours"),
-    Column("published", heading="published"),
+RESULTS = (  # each has a heading, and so a column even where nothing is known
+    figure("KID")._replace(form=".1f", heading="100 KID-EffNet"),
+    figure("class rate")._replace(heading="class rate"),
+    figure("AP")._replace(heading="attention AP"),
+    figure("IoU")._replace(heading="attention IoU"),
+    *(figure(name)._replace(heading=name) for name in ("background error", "change", "cycle error")),
+    Figure("pairs", form=",.0f", heading="pairs"),
+    Figure("hours", form=".1f", heading="hours"),
+    Figure("published", heading="published"),
 )
 
 
-def table(rows: Sequence[Row], columns: Sequence[Column], blank: str) -> list[str]:
+def table(rows: Sequence[Row], kinds: Sequence[Figure], blank: str) -> list[str]:
     """Markdown: a row for each title, over the figures of its seeds; ``blank`` where there are none.
 
-    A column with a heading is always there, one without stands once for every figure of its name.
+    A kind with a heading has a column always, one without has one for every figure that there is.
     """
     keys = dict.fromkeys(key for _, runs in rows for run in runs for key, value in run.items() if value is not None)
-    shown: list[tuple[str, Column, list[str]]] = []
-    for column in columns:
-        found = [key for key in keys if re.fullmatch(column.figure, key)]
-        many = f"{column.factor} " if column.factor != 1 else ""
-        shown += [(column.heading, column, found)] if column.heading else [(many + k, column, [k]) for k in found]
-    lines = [["", *(heading for heading, _, _ in shown)], ["---"] * (len(shown) + 1)]
-    for title, runs in rows:
-        values = [[run[k] for run in runs for k in found if run.get(k) is not None] for _, _, found in shown]
-        cells = [column.write(each) if each else blank for (_, column, _), each in zip(shown, values, strict=True)]
-        lines.append([title, *cells])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    columns: list[tuple[str, Figure, list[str]]] = []
+    for kind in kinds:
+        found = kind.among(keys)
+        columns += [(kind.heading, kind, found)] if kind.heading else [(kind.title(k), kind, [k]) for k in found]
+
+    def cell(kind: Figure, names: Sequence[str], runs: Sequence[Figures]) -> str:
+        """Mean ± standard deviation of numbers; text as it is."""
+        values = [run[name] for run in runs for name in names if run.get(name) is not None]
+        if not values or isinstance(values[0], str):
+            return values[0] if values else blank
+        return kind.write(statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else []))
+
+    lines = [[title, *(cell(kind, names, runs) for _, kind, names in columns)] for title, runs in rows]
+    return record.markdown(["", *(heading for heading, _, _ in columns)], lines)
 
 
 def make_rows(runs: Sequence[Run], known: Mapping[str, About], direction: str) -> tuple[list[Row], list[Row]]:
@@ -478,14 +461,15 @@ def translate(run: str, direction: str, root: Path, n: int, *wanted: str) -> dic
     options = about["options"]
     if direction == NOISE:
         return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], options["seed"]))}
-    inputs = read_all(find_inputs(root, direction, options, n), options)
+    found, partners = find_tests(root, direction, options, n)
+    inputs = read_all(found, options)
     made = generator.eval()(inputs)
     back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
     parts = {
         "input": inputs,
         "output": made.image,
         "attention": None if made.foreground is None else 2 * made.foreground - 1,
-        "truth": find_truths(root, direction, options, n),
+        "truth": None if partners is None else read_all(partners, options),
         "recovered": None if back is None else back.eval()(made.image).image,
         "masks": made.attention,
         "contents": made.content,
@@ -655,7 +639,7 @@ def ship(options: argparse.Namespace) -> int:
         if "dataset_name" not in about.get("options", {}):
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
         root = options.data_dir / about["options"]["dataset_name"]
-        if not find_inputs(root, direction, about["options"]):
+        if not find_side(root, "test", direction[0], about["options"].get("task", TASKS[0])):
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
         parts = translate(run, direction, root, 6, "input", "output", "attention", "truth")
         numbered = {name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()}
