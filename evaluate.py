@@ -215,7 +215,7 @@ class Exam:
                 f"({self.n_in_train[side]} that are also in train {left}){masks}, "
                 f"against {len(self.tests[target])} of {self.folders[target]} ({self.n_in_train[target]} {left})"
                 if self.tests[target]
-                else f"{self.lacking(target)}: only {direction} is measured, without FID, KID and class rate"
+                else f"{self.lacking(target)}, so only {direction} is measured, without FID, KID and class rate"
             )
         if self.n_on_both_sides:
             lines.append(f"train: {self.n_on_both_sides} pictures stand on both sides")
