@@ -78,8 +78,8 @@ def store(folder="net", size=(32, 32), how="squash", more=None, **generators):
 
 
 def run(command: str, dataset="small", extractor="none") -> int:
-    options = ["--dataset_name", dataset, "--device", "cpu", "--checkpoint", *command.split()]
-    return evaluate.main([*options, "--extractor", extractor])
+    options = ["--dataset_name", dataset, "--device", "cpu", "--extractor", extractor]
+    return evaluate.main([*options, "--checkpoint", *command.split()])
 
 
 def report(name="net") -> dict:
@@ -780,14 +780,26 @@ def test_generators_without_masks_have_only_figures_of_change(drawn):
     assert 0 < figures()["change IoU"] < 1 and 0 < figures()["background error"] < 2
 
 
-@pytest.mark.parametrize("where, name", [("net/BtoA.pt", "net_BtoA"), ("back", "back")])
+@pytest.mark.parametrize(
+    "where, name",
+    [
+        ("net/BtoA.pt", "net_BtoA"),
+        ("back", "back"),
+        ("run/BtoA.pt", "run_BtoA"),
+        ("saved_models/run/BtoA.pt", "run_BtoA"),
+    ],
+)
 def test_a_single_file_or_direction_has_one_row_and_no_way_back(small_set, capsys, where, name):
-    store(AtoB=tiny(0), BtoA=tiny(1))
+    for folder in ("net", "saved_models/run"):
+        store(folder, AtoB=tiny(0), BtoA=tiny(1))
+    store("saved_models/run/best", AtoB=tiny(2), BtoA=tiny(3))
     store("back", BtoA=tiny(1))
     shutil.copytree(SMALL / "testA", SMALL / "testB_truth")
     assert run(where) == 0
-    assert [r["direction"] for r in report(name)["rows"]] == ["BtoA"]
-    assert "L1" in figures("BtoA", name) and "cycle error" not in figures("BtoA", name)
+    assert [(r["direction"], r["weights"]) for r in report(name)["rows"]] == [("BtoA", "last")]
+    found, inputs = figures("BtoA", name), side("testB")
+    assert "L1" in found and "cycle error" not in found
+    assert found["change"] == pytest.approx(distance(by_hand(tiny(1), inputs)[0], inputs), rel=1e-5)
     assert table(capsys.readouterr().out).keys() == {("BtoA", "untranslated"), ("BtoA", name)}
 
 
@@ -1090,19 +1102,20 @@ def test_an_oracle_needs_something_to_choose_from_and_by(kept, capsys):
 
 
 def test_checkpoints_of_other_sizes_have_rows_of_their_own(small_set, capsys):
-    store("one", AtoB=fading(1))
-    store("two", AtoB=fading(1), size=(16, 24))
+    """Names with a dot stay apart, too."""
+    store("saved_models/weight_0.1", AtoB=fading(1))
+    store("saved_models/weight_0.5", AtoB=fading(1), size=(16, 24))
     shutil.copytree(SMALL / "testB", SMALL / "testA_truth")
-    assert run("one two") == 0
+    assert run("weight_0.1 weight_0.5") == 0
     cells = table(capsys.readouterr().out)
     assert [label for _, label in cells] == [
-        *("untranslated at 32 x 32", "one at 32 x 32"),
-        *("untranslated at 16 x 24", "two at 16 x 24"),
+        *("untranslated at 32 x 32", "weight_0.1 at 32 x 32"),
+        *("untranslated at 16 x 24", "weight_0.5 at 16 x 24"),
     ]
-    assert cells["AtoB", "two at 16 x 24"]["L1"] == cells["AtoB", "untranslated at 16 x 24"]["L1"]
-    assert protocol(name="one")["size"] == [32, 32] and protocol(name="two")["size"] == [16, 24]
+    assert cells["AtoB", "weight_0.5 at 16 x 24"]["L1"] == cells["AtoB", "untranslated at 16 x 24"]["L1"]
+    assert protocol(name="weight_0.1")["size"] == [32, 32] and protocol(name="weight_0.5")["size"] == [16, 24]
     expected = distance(side("testA", size=(16, 24)), side("testA_truth", size=(16, 24)))
-    assert figures(name="two")["L1"] == pytest.approx(expected, rel=1e-5)
+    assert figures(name="weight_0.5")["L1"] == pytest.approx(expected, rel=1e-5)
 
 
 class MeanColours:
@@ -1122,14 +1135,6 @@ def test_features_are_of_the_pictures_as_they_are_read(small_set):
         targets, _ = exam.side("B", Reading((12, 12), 3, how))
         assert torch.equal(found[-1], targets.float().mean(dim=(2, 3)))
     assert not torch.equal(*found)
-
-
-def test_names_with_a_dot_stay_apart(small_set, capsys):
-    for name, keep in (("weight_0.1", 0.3), ("weight_0.5", 0.8)):
-        store(f"saved_models/{name}", AtoB=fading(keep))
-    assert run("weight_0.1 weight_0.5") == 0
-    assert list(table(capsys.readouterr().out)) == [("AtoB", "weight_0.1"), ("AtoB", "weight_0.5")]
-    assert figures(name="weight_0.1")["change"] > figures(name="weight_0.5")["change"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1241,50 +1246,45 @@ def test_inception_is_the_default_extractor(small_set, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, extractor, message",
+    "arguments, message",
     [
-        ("nowhere", "none", "nowhere: no generator for AtoB found"),
-        ("net nowhere", "none", "nowhere: no generator for AtoB found"),
-        ("net/AtoB.pt --direction BtoA", "none", "net/AtoB.pt: translates AtoB, expected BtoA (a folder serves both)"),
-        ("half --direction AtoB BtoA", "none", "half: translates AtoB, expected BtoA (a folder serves both)"),
-        ("net --mask_dir nowhere", "none", "--mask_dir nowhere: no folder testA or testB in it"),
-        ("half --mask_dir nowhere", "none", "--mask_dir nowhere: no folder testA in it"),
-        ("net --mask_dir masks --direction BtoA", "none", "--mask_dir masks: no folder testB in it"),
-        ("net --mask_dir masks", "none", "masks/testA: no mask there is named as a test picture, as 0"),
-        ("net --floor_draws -1", "none", "--floor_draws: expected at least 0, found -1"),
-        ("net", "huge", f"--extractor huge: unknown, expected {EFFICIENTNET}, "),
-        ("net --inception notes.txt", "inception-v3-compat", "--inception notes.txt: not a readable weights file"),
-        ("net --oracle", "none", "--oracle: nothing in net/kept"),
+        ("nowhere", "nowhere: no generator for AtoB found"),
+        ("net nowhere", "nowhere: no generator for AtoB found"),
+        ("net/AtoB.pt --direction BtoA", "net/AtoB.pt: translates AtoB, expected BtoA (a folder serves both)"),
+        ("half --direction AtoB BtoA", "half: translates AtoB, expected BtoA (a folder serves both)"),
+        ("net --mask_dir nowhere", "--mask_dir nowhere: no folder testA or testB in it"),
+        ("half --mask_dir nowhere", "--mask_dir nowhere: no folder testA in it"),
+        ("net --mask_dir masks --direction BtoA", "--mask_dir masks: no folder testB in it"),
+        ("net --mask_dir masks", "masks/testA: no mask there is named as a test picture, as 0"),
+        ("net --floor_draws -1", "--floor_draws: expected at least 0, found -1"),
+        ("net --extractor huge", f"--extractor huge: unknown, expected {EFFICIENTNET}, "),
         (
-            "net/BtoA.pt half/AtoB.pt --spread",
-            "none",
-            "--spread: no two checkpoints have direction, size and resize in common",
+            "net --inception notes.txt --extractor inception-v3-compat",
+            "--inception notes.txt: not a readable weights file",
         ),
-        (
-            "net --data_dir elsewhere",
-            "none",
-            "elsewhere/small: no such folder. Expected pictures in elsewhere/small/trainA",
-        ),
-        ("notes.txt", "none", "notes.txt: not a readable weights file"),
+        ("net --oracle", "--oracle: nothing in net/kept"),
+        ("net/BtoA.pt half/AtoB.pt --spread", "--spread: no two checkpoints have direction, size and resize in common"),
+        ("net --data_dir elsewhere", "elsewhere/small: no such folder. Expected pictures in elsewhere/small/trainA"),
+        ("notes.txt", "notes.txt: not a readable weights file"),
         # What would be ignored or lost.
-        ("x/net x_net", "none", "x/net and x_net would both be written to images/x_net"),
-        ("net --inception w.pth", "none", "--inception is for torch-fidelity's extractors, found --extractor none"),
-        ("net --inception w.pth", EFFICIENTNET, f"found --extractor {EFFICIENTNET}"),
-        ("net --class_B zebra", "tiny", "--class_A and --class_B need a classifier"),
-        ("net --spread", "none", "--spread: expected several checkpoints, found one"),
-        ("net net --spread", "none", "--checkpoint net and net would both be written to images/net"),
-        ("run saved_models/run", "none", "--checkpoint run and saved_models/run would both be written to images/run"),
-        (".", "none", "--checkpoint .: has no name to write under, expected a run or a longer path"),
-        ("net ../..", "none", "--checkpoint ../..: has no name to write under"),
+        ("x/net x_net", "x/net and x_net would both be written to images/x_net"),
+        ("net --inception w.pth", "--inception is for torch-fidelity's extractors, found --extractor none"),
+        (f"net --inception w.pth --extractor {EFFICIENTNET}", f"found --extractor {EFFICIENTNET}"),
+        ("net --class_B zebra --extractor tiny", "--class_A and --class_B need a classifier"),
+        ("net --spread", "--spread: expected several checkpoints, found one"),
+        ("net net --spread", "--checkpoint net and net would both be written to images/net"),
+        ("run saved_models/run", "--checkpoint run and saved_models/run would both be written to images/run"),
+        (".", "--checkpoint .: has no name to write under, expected a run or a longer path"),
+        ("net ../..", "--checkpoint ../..: has no name to write under"),
     ],
 )
-def test_what_does_not_fit_is_named(small_set, capsys, arguments, extractor, message):
+def test_what_does_not_fit_is_named(small_set, capsys, arguments, message):
     store(AtoB=tiny(), BtoA=tiny())
     store("half", AtoB=tiny())
     blobs("masks/testA", ["another"])
     Path("notes.txt").write_text("milk, bread")
     before = below(Path())
-    assert run(arguments, extractor=extractor) == 2
+    assert run(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("evaluate.py: error: ") and message in err
     assert below(Path()) == before
@@ -1319,17 +1319,6 @@ def test_a_run_by_its_path_has_its_best_row_and_spread_is_of_the_last_ones(small
     errors = [figures(name=f"run_{seed}")["cycle error"] for seed in (0, 1)]
     assert f"median {sum(errors) / 2:.3f}".split() == re.search(r"median +[\d.]+", out)[0].split()
     assert f"worst {max(errors):.3f}".split() == re.search(r"worst +[\d.]+", out)[0].split()
-
-
-@pytest.mark.parametrize("where", ["run/BtoA.pt", "saved_models/run/BtoA.pt"])
-def test_a_file_of_a_run_is_found_by_the_runs_name(small_set, where):
-    store("saved_models/run", AtoB=tiny(0), BtoA=tiny(1))
-    store("saved_models/run/best", AtoB=tiny(2), BtoA=tiny(3))
-    assert run(where) == 0
-    assert [(r["direction"], r["weights"]) for r in report("run_BtoA")["rows"]] == [("BtoA", "last")]
-    inputs = side("testB")
-    expected = distance(by_hand(tiny(1), inputs)[0], inputs)
-    assert figures("BtoA", "run_BtoA")["change"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
