@@ -341,10 +341,7 @@ def entries_of(
     entries = []
     for direction, (generator, about) in opened.items():
         generator.to(device).eval()
-        options = about.get("options", {})
-        size = options.get("img_height", 256), options.get("img_width", 256)  # official files do not say: 256
-        how, task = options.get("resize", "squash"), options.get("task", TASKS[0])
-        reading = Reading(size, generator.settings["channels"], how, task, takes_pairs(options))
+        reading = find_reading(about.get("options", {}), generator.settings["channels"])
         back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
         folder = find_generator(where, direction).parent
         if wanted is None or direction in wanted:
@@ -352,10 +349,14 @@ def entries_of(
     return entries
 
 
-def takes_pairs(options: Mapping[str, Any]) -> bool:
-    """Whether a run with these options learned from pairs. Official files name no system and did not."""
-    system = SYSTEMS.get(options.get("system", ""))
-    return system is not None and system.game.data == "paired"
+def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
+    """How a run of these options reads pictures. Official files say nothing: 256 pixels, squashed, without pairs."""
+    size, system = (
+        (options.get("img_height", 256), options.get("img_width", 256)),
+        SYSTEMS.get(options.get("system", "")),
+    )
+    paired = system is not None and system.game.data == "paired"
+    return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
 
 
 def find_oracle(last: Sequence[Entry], device: torch.device, exam: Exam) -> list[Entry]:

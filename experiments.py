@@ -39,7 +39,8 @@ import record
 import train
 import utils
 from checkpoints import DIRECTIONS, SAVED_MODELS, find_run, has_direction, is_finished, open_generators, save_generator
-from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_noise, normalise, quantise, unaugmented
+from datasets import BUILT_IN, Picture, find_plain, find_side, fixed_noise, normalise, quantise
+from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
 from models import NOISE
 from prepare import draw_built_in
@@ -309,8 +310,8 @@ def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 50
     """
     extract = Extractor(extractor, None, utils.pick_device())
     opened = {run.name: open_generators(run.name, noise=True)[NOISE] for run in runs}
-    options = opened[runs[0].name][1]["options"]
-    real = {split: extract(quantise(read_all(find_plain(root, split), options))) for split in ("train", "test")}
+    reading = find_reading(opened[runs[0].name][1])
+    real = {split: extract(reading.images(find_plain(root, split))) for split in ("train", "test")}
 
     def kid(images: Features) -> Figures:
         return {f"KID{extract.suffix}": kernel_distance(images.vectors, real["test"].vectors)}
@@ -329,27 +330,25 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
     return next((r for r in about["rows"] if (r["direction"], r["weights"]) == (direction, evaluate.LAST)), None)
 
 
-def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
-    """Pictures as a run of these options sees them outside training, (n, channels, height, width) in [-1, 1]."""
-    size = options["img_height"], options["img_width"]
-    return normalise(torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures]))
+def find_reading(about: Mapping[str, Any]) -> Reading:
+    """How a run sees pictures outside training."""
+    return evaluate.find_reading(about["options"], about["options"]["channels"])
 
 
 def find_tests(
-    root: Path, direction: str, options: Mapping[str, Any], n: int | None = None
+    root: Path, direction: str, reading: Reading, n: int | None = None
 ) -> tuple[list[Picture], list[Picture] | None]:
-    """The first ``n`` test pictures that a run of these options translates, and their truths where pairs tell them."""
-    task = options.get("task", TASKS[0])
-    inputs = find_side(root, "test", direction[0], task)[:n]
-    return inputs, datasets.true_translations(root, inputs, direction, task, evaluate.takes_pairs(options))
+    """The first ``n`` test pictures to translate in a direction, and their truths where pairs tell them."""
+    inputs = find_side(root, "test", direction[0], reading.task)[:n]
+    return inputs, datasets.true_translations(root, inputs, direction, reading.task, reading.paired)
 
 
-def measure_grey(root: Path, direction: str, options: Mapping[str, Any]) -> Figures:
+def measure_grey(root: Path, direction: str, reading: Reading) -> Figures:
     """The error of pictures of one grey, the mean of the target's training pictures, where truths are known."""
-    if direction == NOISE or (truths := find_tests(root, direction, options)[1]) is None:
+    if direction == NOISE or (truths := find_tests(root, direction, reading)[1]) is None:
         return {}
-    level = read_all(find_side(root, "train", direction[-1], options.get("task", TASKS[0])), options).mean()
-    return {"L1": (read_all(truths, options) - level).abs().mean().item()}
+    level = normalise(reading.images(find_side(root, "train", direction[-1], reading.task))).mean()
+    return {"L1": (normalise(reading.images(truths)) - level).abs().mean().item()}
 
 
 def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[str, float]:
@@ -434,9 +433,8 @@ def table(rows: Sequence[Row], kinds: Sequence[Figure], blank: str) -> list[str]
 def make_rows(runs: Sequence[Run], known: Mapping[str, About], direction: str) -> tuple[list[Row], list[Row]]:
     """Rows of what the runs are compared with, none where nothing is known; and a row for each title of the runs."""
     found = {run: row for run in runs if run.name in known and (row := find_row(known[run.name], direction))}
-    others: list[Row] = []
-    for row in [*found.values()][:1]:
-        others = [("real training pictures", [row["floor"]]), ("untranslated", [row["untranslated"]])]
+    beside = {"real training pictures": "floor", "untranslated": "untranslated"}
+    others: list[Row] = [(title, [row[key]]) for row in [*found.values()][:1] for title, key in beside.items()]
     rows: list[Row] = []
     for title, name in {run.title: run.name for run in runs}.items():
         figures = [{**known[run.name], **row["figures"]} for run, row in found.items() if run.title == title]
@@ -458,18 +456,18 @@ def translate(run: str, direction: str, root: Path, n: int, *wanted: str) -> dic
     """
     opened = open_generators(run, noise=direction == NOISE)
     generator, about = opened[direction]
-    options = about["options"]
     if direction == NOISE:
-        return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], options["seed"]))}
-    found, partners = find_tests(root, direction, options, n)
-    inputs = read_all(found, options)
+        return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], about["options"]["seed"]))}
+    reading = find_reading(about)
+    tests, truths = find_tests(root, direction, reading, n)
+    inputs = normalise(reading.images(tests))
     made = generator.eval()(inputs)
     back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
     parts = {
         "input": inputs,
         "output": made.image,
         "attention": None if made.foreground is None else 2 * made.foreground - 1,
-        "truth": None if partners is None else read_all(partners, options),
+        "truth": None if truths is None else normalise(reading.images(truths)),
         "recovered": None if back is None else back.eval()(made.image).image,
         "masks": made.attention,
         "contents": made.content,
@@ -567,7 +565,7 @@ def compare(options: argparse.Namespace) -> int:
     directions = [d for d in (*DIRECTIONS, NOISE) if all(find_row(each, d) for each in known.values())]
     for direction in directions:
         others, rows = make_rows(runs, known, direction)
-        grey = "mean grey of the training pictures", [measure_grey(root, direction, about["options"])]
+        grey = "mean grey of the training pictures", [measure_grey(root, direction, find_reading(about))]
         rows += [row for row in (*reversed(others), grey) if any(row[1])]
         lines += ["", f"**{direction}**", "", *table(rows, COMPARED, blank="–")]
     lines += ["", "**Settings**", "", *(f"- {s}: `{own or 'as above'}`" for s, own in SETTINGS[name].items())]
@@ -639,7 +637,7 @@ def ship(options: argparse.Namespace) -> int:
         if "dataset_name" not in about.get("options", {}):
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
         root = options.data_dir / about["options"]["dataset_name"]
-        if not find_side(root, "test", direction[0], about["options"].get("task", TASKS[0])):
+        if not find_tests(root, direction, find_reading(about))[0]:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
         parts = translate(run, direction, root, 6, "input", "output", "attention", "truth")
         numbered = {name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()}

@@ -2,6 +2,7 @@
 
 Feature vectors are float32 (N, D), one for each picture. KID here is the polynomial-kernel distance of Binkowski et
 al. (ICLR 2018), k(x, y) = (x·y / D + 1)³, of whatever features it is given: which ones is part of a figure's name.
+``FIGURES`` says of every name how it is written in tables, and whether a low or a high figure is better.
 """
 
 from __future__ import annotations

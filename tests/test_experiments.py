@@ -187,9 +187,10 @@ def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_p
 def test_pictures_of_equal_names_are_truths_where_the_system_takes_pairs(small_set):
     of_system = {"pix2pix": [Picture(small_set / "testA" / f"{i}.png") for i in (0, 1)], "cyclegan": None}
     for system, truths in of_system.items():
-        inputs, found = experiments.find_tests(small_set, "BtoA", {"system": system})
+        reading = experiments.find_reading({"options": {"system": system, "channels": 3}})
+        inputs, found = experiments.find_tests(small_set, "BtoA", reading)
         assert inputs == [Picture(small_set / "testB" / f"{i}.png") for i in (0, 1)] and found == truths
-        assert experiments.find_tests(small_set, "BtoA", {"system": system}, 1) == (inputs[:1], truths and truths[:1])
+        assert experiments.find_tests(small_set, "BtoA", reading, 1) == (inputs[:1], truths and truths[:1])
 
 
 def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(in_this_process, monkeypatch, capsys):
