@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import record
 import train
 import utils
 from datasets import BUILT_IN, EpochSampler, make_loader, normalise
 from prepare import draw_built_in
-from record import write_block
 from systems import SYSTEMS, System, TwoWay, Weights
 from utils import InputError
 
@@ -427,12 +427,11 @@ def cell(column: str, value: Any) -> str:
     return FORMATS.get(column, "{:.2f}".format if isinstance(value, float) else str)(value)
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines of a table with a column for every key; where a row lacks one the cell is empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [columns, *([cell(column, row[column]) if column in row else "" for column in columns] for row in rows)]
-    heads, *lines = ("| " + " | ".join(line) + " |" for line in cells)
-    return [heads, "|---" * len(columns) + "|", *lines]
+    cells = ([cell(column, row[column]) if column in row else "" for column in columns] for row in rows)
+    return record.markdown(columns, cells)
 
 
 def describe(device: torch.device) -> str:
@@ -454,11 +453,11 @@ def add_tables(out: Path, tables: Mapping[str, Any]) -> None:
     lines = []
     try:
         kept = (json.loads(store.read_text()) if store.exists() else {}) | dict(tables)
-        for title, table in kept.items():
-            lines += [f"### {title}", "", f"`{table['command']}`, {table['when']}", "", *markdown(table["rows"]), ""]
+        for title, each in kept.items():
+            lines += [f"### {title}", "", f"`{each['command']}`, {each['when']}", "", *table(each["rows"]), ""]
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{store}: not the tables of an earlier benchmark.py ({error!r})") from error
-    write_block(page, "benchmark", f"python benchmark.py --out {out}", lines[:-1])
+    record.write_block(page, "benchmark", f"python benchmark.py --out {out}", lines[:-1])
     with utils.replacing(store) as path:
         path.write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -481,13 +480,8 @@ def make_parser() -> utils.Parser:
     add("--own", action="store_true", help="measure no variants, but what train.py does by --precision and --compile")
     translating = sorted(name for name in SYSTEMS if SYSTEMS[name].game.data != "plain")  # the other draws from noise
     add("--systems", nargs="+", choices=translating, default=["attentiongan"], help="systems to measure")
-    add(
-        "--sizes",
-        type=number,
-        nargs="+",
-        default=[128, 256],
-        help="sides of the pictures, pixels; they are square here, so this stands for --img_height and --img_width",
-    )
+    sizes = "sides of the pictures, pixels; one list of squares, since --img_height and --img_width are of one size"
+    add("--sizes", type=number, nargs="+", default=[128, 256], help=sizes)
     add("--batch_sizes", type=number, nargs="+", default=[1], help="pictures of each side in a batch")
     add("--rounds", type=number, default=5, help="turns of each variant, of about a second or more; none for --memory")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")
@@ -530,7 +524,7 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> N
     when = f"PyTorch {torch.__version__}, Python {platform.python_version()}, {on}, {date.today():%d %B %Y}"
 
     def show(title: str, rows: list[dict[str, Any]]) -> None:
-        print("", f"{title}, {on}", "", *markdown(rows), sep="\n", flush=True)
+        print("", f"{title}, {on}", "", *table(rows), sep="\n", flush=True)
         if own.out is not None:
             add_tables(own.out, {f"{title}, {on}": {"command": command, "when": when, "rows": rows}})
 

@@ -594,6 +594,59 @@ def true_translations(
     return [partners[picture] for picture in pictures]
 
 
+def find_truths(
+    root: Path, tests: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+) -> list[Picture] | None:
+    """``true_translations``; but for pictures of ``testA`` those of ``testA_truth``, where there is such a folder.
+
+    Raises InputError where one is missing.
+    """
+    folder, truths = root / f"test{direction[0]}", root / f"test{direction[0]}_truth"
+    if task != TASKS[0] or not truths.is_dir() or not all(p.path.is_relative_to(folder) for p in tests):
+        return true_translations(root, tests, direction, task, paired)
+    found = named_alike(tests, truths)
+    for picture in tests:
+        if picture.path.stem not in found:
+            raise InputError(f"{truths}: no picture named {picture.path.stem}, expected one for each test picture")
+    return [found[picture.path.stem] for picture in tests]
+
+
+def find_masks(
+    root: Path, tests: Sequence[Picture], size: tuple[int, int], how: str, mask_dir: Path | None = None
+) -> dict[str, Tensor]:
+    """Object masks of one side's test pictures by the stem of their names, bool (1, *size), read like the pictures.
+
+    For pictures of ``testA`` they come from ``mask_dir/testA``, without a ``mask_dir`` from ``testA_mask`` in the
+    data set, or else from the masks in this repository. Raises InputError for masks that fit no test picture.
+    """
+    name = tests[0].path.relative_to(root).parts[0]
+    folder = root / f"{name}_mask" if mask_dir is None else mask_dir / name
+    shipped = Path(__file__).parent / "data" / f"{root.name}_masks.json"
+    stems = {p.path.stem for p in tests}
+    masks = {}
+    if folder.is_dir():
+        masks = {stem: p.read(1) for stem, p in named_alike(tests, folder).items()}
+        if not masks:
+            raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
+        if all(np.asarray(mask).max() < 128 for mask in masks.values()):
+            raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
+    elif mask_dir is None and shipped.exists():
+        masks = {stem: mask for stem, mask in load_masks(shipped, name).items() if stem in stems}
+    return {stem: to_tensor(ImageOps.fit(resize(m, size, how), size[::-1])) > 127 for stem, m in masks.items()}
+
+
+def named_alike(tests: Sequence[Picture], folder: Path) -> dict[str, Picture]:
+    """The pictures of ``folder`` that have the name of a test picture, by this name, without its ending.
+
+    Raises InputError where two test pictures have one name.
+    """
+    counts = Counter(p.path.stem for p in tests)
+    for name, count in counts.items():
+        if count > 1:
+            raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
+    return {p.path.stem: p for p in find_pictures(folder) if p.path.stem in counts}
+
+
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
     """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
 

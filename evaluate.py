@@ -18,13 +18,13 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -41,8 +40,8 @@ import datasets
 import metrics
 import utils
 from checkpoints import DIRECTIONS, find_generator, open_generators
-from datasets import TASKS, Picture, find_pictures, find_side, normalise, quantise
-from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, check_extractor
+from datasets import TASKS, Picture, find_side, normalise, quantise
+from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
 from models import Generator
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
@@ -53,9 +52,15 @@ CLASSES = {"horse2zebra": ("sorrel", "zebra"), "apple2orange": ("Granny Smith", 
 
 LAST, BEST, ORACLE = "last", "best by validation", "best by test (oracle)"  # which generators of a run
 
+RULES = {  # figures that may order a sheet, the first that is there
+    "L1": "mean absolute error to the true translation",
+    "IoU": "IoU of attention and object",
+    "change IoU": "IoU of change and object",
+    "cycle error": "cycle error",
+}
+BY_NAME = "name"
+
 Figures = dict[str, float]  # nan: not defined for these pictures
-LOW_IS_BETTER = ("FID", "KID", "L1", "background", "cycle error")  # figures whose names start so
-NO_ORDER = ("low", "high", "error of blocks", "U-GAT-IT", "change")  # names that end so: neither better nor worse
 
 
 class Reading(NamedTuple):
@@ -90,38 +95,12 @@ class Entry(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class RealFeatures(NamedTuple):
-    """Features of the test pictures of both sides, and the ImageNet class of the target side, where it is known."""
-
-    extractor: Extractor
-    inputs: Features
-    targets: Features
-    target_class: str | None
-
-
-@dataclass
-class Reference:
-    """The test pictures of one direction, read for one kind of generator, with their truths and masks.
-
-    Pictures are uint8 (N, channels, H, W). ``masks`` are bool (N, 1, H, W); ``masked``, bool (N,), says which pictures
-    have one. ``real`` is None without an extractor.
-    """
-
-    names: list[str]
-    inputs: Tensor
-    targets: Tensor
-    truths: Tensor | None
-    masked: Tensor
-    masks: Tensor
-    real: RealFeatures | None
-
-
 class Exam:
     """A data set and how generators are measured on it.
 
     Without an ``extractor`` there are no figures that need features. ``mask_dir`` None takes the masks that belong to
     the data set, and ``classes`` None those of ``CLASSES``. ``dedup`` leaves out test pictures that are also in train.
-    Raises InputError where a side has no test pictures, and for classes that the extractor does not know.
+    Raises InputError where no side has test pictures, and for classes that the extractor does not know.
     """
 
     def __init__(
@@ -133,29 +112,41 @@ class Exam:
         classes: Mapping[str, str | None] | None = None,
         task: str = TASKS[0],
     ):
-        self.root, self.extractor, self.mask_dir, self.dedup, self.task = root, extractor, mask_dir, dedup, task
+        self.root, self.extractor, self.mask_dir, self.dedup = root, extractor, mask_dir, dedup
         self.classes = find_classes(root.name, extractor, classes or {})
         self.folders: dict[str, str] = {}  # of the test pictures of a side: "testA", "test", "val", ...
         self.tests: dict[str, list[Picture]] = {}
         self.n_in_train: dict[str, int] = {}
-        self.in_test: set[str] = set()  # sums of all test pictures
         self.sides: dict[tuple[str, Reading], tuple[Tensor, Features | None]] = {}
         self.references: dict[tuple[str, Reading], Reference] = {}
-        in_train = {sha256(p.path) for side in "AB" for p in find_side(root, "train", side, task)}
-        for side in "AB":
-            pictures = find_side(root, "test", side, task)
-            if not pictures:
-                none = f"{root / f'test{side}'}: no test pictures there"
-                raise InputError(none if root.is_dir() else datasets.missing(root, side, task))
-            self.folders[side] = pictures[0].path.relative_to(root).parts[0]
-            sums = [sha256(p.path) for p in pictures]
-            self.in_test.update(sums)
-            fresh = [p for p, s in zip(pictures, sums, strict=True) if s not in in_train]
-            self.n_in_train[side] = len(pictures) - len(fresh)
-            self.tests[side] = fresh if dedup else pictures
-            if not self.tests[side]:
-                where = root / self.folders[side]
-                raise InputError(f"{where}: every test picture is also in train, --dedup leaves none")
+        self.train, test = (
+            {side: {p: sha256(p.path) for p in find_side(root, split, side, task)} for side in "AB"}
+            for split in ("train", "test")
+        )
+        if not any(test.values()):
+            raise InputError(self.lacking("A") if root.is_dir() else datasets.missing(root, "A", task))
+        in_train, self.in_test = ({s for sums in split.values() for s in sums.values()} for split in (self.train, test))
+        for side, sums in test.items():
+            self.n_in_train[side] = sum(s in in_train for s in sums.values())
+            self.tests[side] = [p for p, s in sums.items() if not (dedup and s in in_train)]
+            if sums:
+                self.folders[side] = next(iter(sums)).path.relative_to(root).parts[0]
+                if not self.tests[side]:
+                    where = root / self.folders[side]
+                    raise InputError(f"{where}: every test picture is also in train, --dedup leaves none")
+        # Halves of one file, and a picture and its grey version, are not the same.
+        A, B = ({(s, p.half, p.grey) for p, s in sums.items()} for sums in self.train.values())
+        self.n_on_both_sides = len(A & B)
+
+    def lacking(self, side: str) -> str:
+        return f"{self.root / f'test{side}'}: no test pictures there"
+
+    def measurable(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries that have test pictures to translate. Raises InputError where none has."""
+        found = [entry for entry in entries if self.tests[entry.direction[0]]]
+        if not found:
+            raise InputError(self.lacking(entries[0].direction[0]))
+        return found
 
     def side(self, side: str, reading: Reading) -> tuple[Tensor, Features | None]:
         """The test pictures of a side, uint8, and their features; made once for both directions."""
@@ -169,45 +160,23 @@ class Exam:
         """What translations in ``direction`` are compared with."""
         if (direction, reading) not in self.references:
             source, target = direction[0], direction[-1]
-            (inputs, of_inputs), (targets, of_targets) = self.side(source, reading), self.side(target, reading)
-            real = None
+            pictures, (inputs, of_inputs), real = self.tests[source], self.side(source, reading), None
+            of_targets = self.side(target, reading)[1] if self.tests[target] else None
             if self.extractor and of_inputs and of_targets:
                 real = RealFeatures(self.extractor, of_inputs, of_targets, self.classes[target])
-            pictures, masks = self.tests[source], self.find_masks(source, reading)
+            paired = reading.paired and bool(self.tests[target])
+            truths = datasets.find_truths(self.root, pictures, direction, reading.task, paired)
+            masks = datasets.find_masks(self.root, pictures, reading.size, reading.how, self.mask_dir)
             empty = torch.zeros(1, *reading.size, dtype=torch.bool)
             self.references[direction, reading] = Reference(
                 names=[p.path.stem for p in pictures],
                 inputs=inputs,
-                targets=targets,
-                truths=find_truths(self.root, pictures, direction, reading),
+                truths=None if truths is None else reading.images(truths),
                 masked=torch.tensor([p.path.stem in masks for p in pictures]),
                 masks=torch.stack([masks.get(p.path.stem, empty) for p in pictures]),
                 real=real,
             )
         return self.references[direction, reading]
-
-    def find_masks(self, side: str, reading: Reading) -> dict[str, Tensor]:
-        """Object masks of a side's test pictures by the stem of their names, bool (1, H, W).
-
-        For pictures of ``testA`` they come from ``mask_dir/testA``, without a ``mask_dir`` from ``testA_mask`` in the
-        data set, or else from the masks in this repository. Raises InputError for masks that fit no test picture.
-        """
-        name = self.folders[side]
-        folder = self.root / f"{name}_mask" if self.mask_dir is None else self.mask_dir / name
-        shipped = Path(__file__).parent / "data" / f"{self.root.name}_masks.json"
-        stems = {p.path.stem for p in self.tests[side]}
-        masks = {}
-        if folder.is_dir():
-            masks = {stem: p.read(1) for stem, p in named_alike(self.tests[side], folder).items()}
-            if not masks:
-                raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
-            if all(np.asarray(mask).max() < 128 for mask in masks.values()):
-                raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
-        elif self.mask_dir is None and shipped.exists():
-            masks = {stem: mask for stem, mask in datasets.load_masks(shipped, name).items() if stem in stems}
-        for stem, mask in masks.items():
-            masks[stem] = ImageOps.fit(datasets.resize(mask, reading.size, reading.how), reading.size[::-1])
-        return {stem: datasets.to_tensor(mask) > 127 for stem, mask in masks.items()}
 
     def floor(self, direction: str, reading: Reading, n_draws: int) -> tuple[Figures, Figures]:
         """Figures of real training pictures in place of translations: means and deviations over draws.
@@ -217,8 +186,7 @@ class Exam:
         draws are the same.
         """
         real, n_wanted = self.reference(direction, reading).real, len(self.tests[direction[0]])
-        trains = find_side(self.root, "train", direction[-1], self.task)
-        pictures = [p for p in trains if sha256(p.path) not in self.in_test]
+        pictures = [p for p, s in self.train[direction[-1]].items() if s not in self.in_test]
         n = min(n_wanted, len(pictures))
         if real is None or n < 2 or n_draws == 0:
             return {}, {}
@@ -228,8 +196,8 @@ class Exam:
         vectors, logits = real.extractor(reading.images([pictures[i] for i in used]))
         rows = []
         for drawn in torch.from_numpy(places.reshape(draws.shape)):
-            rows.append(realism(Features(vectors[drawn], None if logits is None else logits[drawn]), real))
-        keys = [k for k in rows[0] if not k.endswith(NO_ORDER) and all(math.isfinite(row[k]) for row in rows)]
+            rows.append(metrics.realism(Features(vectors[drawn], None if logits is None else logits[drawn]), real))
+        keys = [k for k in rows[0] if figure(k).better and all(math.isfinite(row[k]) for row in rows)]
         mean = {key: statistics.mean(row[key] for row in rows) for key in keys}
         if n_draws == 1 or n == len(pictures):
             return mean, {}
@@ -245,8 +213,12 @@ class Exam:
             lines.append(
                 f"{direction}: {len(reference.inputs)} pictures of {self.folders[side]} "
                 f"({self.n_in_train[side]} that are also in train {left}){masks}, "
-                f"against {len(reference.targets)} of {self.folders[target]} ({self.n_in_train[target]} {left})"
+                f"against {len(self.tests[target])} of {self.folders[target]} ({self.n_in_train[target]} {left})"
+                if self.tests[target]
+                else f"{self.lacking(target)}, so only {direction} is measured, without FID, KID and class rate"
             )
+        if self.n_on_both_sides:
+            lines.append(f"train: {self.n_on_both_sides} pictures stand on both sides")
         if self.extractor is not None:
             lines.append(f"features: {self.extractor.name}")
         return "\n".join(dict.fromkeys(lines))
@@ -271,105 +243,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_truths(root: Path, pictures: Sequence[Picture], direction: str, reading: Reading) -> Tensor | None:
-    """The true translations of test pictures, uint8 (N, channels, height, width); None where they are not known.
-
-    They come from ``testA_truth`` for pictures of ``testA``, where there is such a folder, or else from
-    ``true_translations``. Raises InputError where one is missing.
-    """
-    tests, folder = root / f"test{direction[0]}", root / f"test{direction[0]}_truth"
-    if reading.task != TASKS[0] or not folder.is_dir() or not all(p.path.is_relative_to(tests) for p in pictures):
-        truths = datasets.true_translations(root, pictures, direction, reading.task, reading.paired)
-        return None if truths is None else reading.images(truths)
-    found = named_alike(pictures, folder)
-    lacking = [p.path.stem for p in pictures if p.path.stem not in found]
-    if lacking:
-        raise InputError(f"{folder}: no picture named {lacking[0]}, expected one for each test picture")
-    return reading.images([found[p.path.stem] for p in pictures])
-
-
-def named_alike(tests: Sequence[Picture], folder: Path) -> dict[str, Picture]:
-    """The pictures of ``folder`` that have the name of a test picture, by this name, without its ending.
-
-    Raises InputError where two test pictures have one name.
-    """
-    counts = Counter(p.path.stem for p in tests)
-    for name, count in counts.items():
-        if count > 1:
-            raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
-    return {p.path.stem: p for p in find_pictures(folder) if p.path.stem in counts}
-
-
 # ----------------------------------------------------------------------------------------------------------
 #  Figures
 # ----------------------------------------------------------------------------------------------------------
 
 
-def realism(found: Features, real: RealFeatures) -> Figures:
-    """How near pictures are to the target's test pictures: FID, KID in its forms, class rate."""
-    suffix = real.extractor.suffix
-    low, high = metrics.kernel_distance_interval(found.vectors, real.targets.vectors)
-    mean, error = metrics.kernel_distance_in_blocks(real.targets.vectors, found.vectors)
-    kid = f"KID{suffix}"
-    figures: Figures = {
-        f"FID{suffix}": metrics.frechet_distance(found.vectors, real.targets.vectors),
-        kid: metrics.kernel_distance(found.vectors, real.targets.vectors),
-        f"{kid} low": low,
-        f"{kid} high": high,
-        f"{kid} blocks of 10": mean,
-        f"{kid} blocks of 10, error of blocks": error,
-        f"{kid} U-GAT-IT": metrics.ugatit_kernel_distance(found.vectors, real.targets.vectors, real.inputs.vectors),
-    }
-    if found.logits is not None and real.target_class is not None:
-        hits = found.logits.argmax(dim=1) == real.extractor.class_index(real.target_class)
-        figures[f"{real.target_class} rate"] = hits.float().mean().item()
-    return figures
-
-
-def per_picture(
-    reference: Reference, images: Tensor, foreground: Tensor | None = None, recovered: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Figures of every picture, (N,); those that need a mask are nan where there is none.
-
-    images: uint8 translations. foreground: (N, 1, H, W) in [0, 1]. recovered: uint8, translated back.
-    """
-
-    def measure(part: Tensor) -> dict[str, Tensor]:
-        outputs, inputs, masks = normalise(images[part]), normalise(reference.inputs[part]), reference.masks[part]
-        figures = {}
-        if reference.masked.any():
-            maps = {"change ": metrics.change_map(outputs, inputs)}
-            if foreground is not None:
-                maps = {"": foreground[part], **maps}
-                figures["background attention"] = metrics.mean_outside(foreground[part], masks)
-            for name, attention in maps.items():
-                figures[f"{name}IoU"] = metrics.intersection_over_union(attention, masks)
-                figures[f"{name}AP"] = metrics.average_precision(attention, masks)
-            figures["background error"] = metrics.mean_outside((outputs - inputs).abs(), masks)
-            figures = {k: v.masked_fill(~reference.masked[part], float("nan")) for k, v in figures.items()}
-        if reference.truths is not None:
-            truths = normalise(reference.truths[part])
-            figures["L1"] = metrics.mean_absolute_error(outputs, truths)
-            figures["PSNR"] = metrics.peak_signal_to_noise(outputs, truths)
-            figures["SSIM"] = metrics.structural_similarity(outputs, truths)
-        figures["change"] = metrics.mean_absolute_error(outputs, inputs)
-        if recovered is not None:
-            figures["cycle error"] = metrics.mean_absolute_error(normalise(recovered[part]), inputs)
-        return figures
-
-    parts = [measure(part) for part in torch.arange(len(images)).split(8)]  # SSIM takes much memory
-    return {name: torch.cat([figures[name].reshape(-1) for figures in parts]) for name in parts[0]}
-
-
-def means(figures: Mapping[str, Tensor]) -> Figures:
-    return {name: values.nanmean().item() for name, values in figures.items()}
-
-
 def untranslated(reference: Reference) -> Figures:
     """The figures of the inputs themselves, which a copy would have."""
-    figures = realism(reference.real.inputs, reference.real) if reference.real else {}
-    singly = per_picture(reference, reference.inputs)
-    return figures | means({name: singly[name] for name in ("L1", "PSNR", "SSIM") if name in singly})
+    singly = metrics.per_picture(reference, reference.inputs)
+    found = reference.real.inputs if reference.real else None
+    return summary({name: singly[name] for name in ("L1", "PSNR", "SSIM") if name in singly}, found, reference)
+
+
+def summary(singly: Mapping[str, Tensor], found: Features | None, reference: Reference) -> Figures:
+    """Figures of all pictures: by their features, and the means of those of single pictures."""
+    figures = metrics.realism(found, reference.real) if found and reference.real else {}
+    return figures | {name: values.nanmean().item() for name, values in singly.items()}
 
 
 class Judged(NamedTuple):
@@ -387,9 +276,9 @@ def judge(entry: Entry, reference: Reference, device: torch.device) -> Judged:
     """Translate the test pictures and measure them."""
     outputs, foreground = translate_all(entry.generator, reference.inputs, device)
     recovered = None if entry.back is None else translate_all(entry.back, outputs, device)[0]
-    singly = per_picture(reference, outputs, foreground, recovered)
+    singly = metrics.per_picture(reference, outputs, foreground, recovered)
     found = reference.real.extractor(outputs) if reference.real else None
-    figures = (realism(found, reference.real) if found and reference.real else {}) | means(singly)
+    figures = summary(singly, found, reference)
     return Judged(figures, outputs, foreground, recovered, *scored(singly, found, reference.real))
 
 
@@ -409,19 +298,19 @@ def scored(singly: Mapping[str, Tensor], found: Features | None, real: RealFeatu
     """What orders translations on the sheet: scores, (N,), higher is better, and their name.
 
     The first that is there: error to the truth, probability of the target's class, likeness to the target's pictures,
-    IoU, change.
+    or another of ``RULES``. Where no figure says which is better it is the order of their names.
     """
-    if "L1" in singly:
-        return -singly["L1"], "mean absolute error to the true translation"
-    if found is not None and real is not None:
+    if "L1" not in singly and found is not None and real is not None:
         if found.logits is not None and real.target_class is not None:
             index = real.extractor.class_index(real.target_class)
             return found.logits.log_softmax(dim=1)[:, index], f"probability of {real.target_class!r}"
         likeness = metrics.resemblance(found.vectors, real.targets.vectors, real.inputs.vectors)
         return likeness, "likeness to the target's test pictures (kernel witness)"
-    if "IoU" in singly:
-        return singly["IoU"].nan_to_num(-1), "IoU of attention and object"
-    return singly["change"], "mean change of the input"
+    for name, rule in RULES.items():
+        if name in singly:
+            scores = -singly[name] if figure(name).better == "low" else singly[name]
+            return scores.nan_to_num(-math.inf), rule
+    return -torch.arange(len(singly["change"])), BY_NAME
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -452,10 +341,7 @@ def entries_of(
     entries = []
     for direction, (generator, about) in opened.items():
         generator.to(device).eval()
-        options = about.get("options", {})
-        size = options.get("img_height", 256), options.get("img_width", 256)  # official files do not say: 256
-        how, task = options.get("resize", "squash"), options.get("task", TASKS[0])
-        reading = Reading(size, generator.settings["channels"], how, task, takes_pairs(options))
+        reading = find_reading(about.get("options", {}), generator.settings["channels"])
         back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
         folder = find_generator(where, direction).parent
         if wanted is None or direction in wanted:
@@ -463,10 +349,14 @@ def entries_of(
     return entries
 
 
-def takes_pairs(options: Mapping[str, Any]) -> bool:
-    """Whether a run with these options learned from pairs. Official files name no system and did not."""
-    system = SYSTEMS.get(options.get("system", ""))
-    return system is not None and system.game.data == "paired"
+def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
+    """How a run of these options reads pictures. Official files say nothing: 256 pixels, squashed, without pairs."""
+    size, system = (
+        (options.get("img_height", 256), options.get("img_width", 256)),
+        SYSTEMS.get(options.get("system", "")),
+    )
+    paired = system is not None and system.game.data == "paired"
+    return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
 
 
 def find_oracle(last: Sequence[Entry], device: torch.device, exam: Exam) -> list[Entry]:
@@ -518,56 +408,21 @@ class Row(NamedTuple):
     figures: Figures
     deviations: Figures  # over draws, of the floor
 
-
-class Column(NamedTuple):
-    """A column of the table: the name of a figure, its decimals, the factor it is shown with, and its heading.
-
-    After ``sign`` comes the deviation over draws, or else the figure named ``second``. The heading "" is the name.
-    """
-
-    key: str
-    digits: int = 3
-    factor: int = 1
-    heading: str = ""
-    second: str = ""
-    sign: str = " ± "
-
-    def text(self, row: Row) -> str:
-        around = row.deviations.get(self.key, row.figures.get(self.second, math.nan))
-        values = [v for v in (row.figures.get(self.key, math.nan), around) if math.isfinite(v)]
-        return self.sign.join(f"{self.factor * v:.{self.digits}f}" for v in values) or "-"
+    def text(self, name: str, kind: Figure) -> str:
+        """A figure with its deviation over draws, or else with what belongs beside it."""
+        beside = self.figures.get(re.sub(kind.name, kind.beside, name), math.nan)
+        return kind.write(self.figures.get(name, math.nan), self.deviations.get(name, beside)) or "-"
 
 
-def table_columns(suffix: str, rates: Sequence[str]) -> dict[str, list[Column]]:
-    """The parts of the table, each narrow enough for a terminal: title to columns."""
-    kid = f"KID{suffix}"
-    of_masks = ("IoU", "AP", "background attention", "change IoU", "change AP", "background error")
-    return {
-        "against the target's test pictures": [
-            Column(f"FID{suffix}", 1),
-            Column(kid, 2, 100, f"100 {kid}"),
-            Column(f"{kid} low", 2, 100, "95 % interval", f"{kid} high", " to "),
-            Column(f"{kid} blocks of 10", 2, 100, "blocks of 10", f"{kid} blocks of 10, error of blocks"),
-            Column(f"{kid} U-GAT-IT", 2, 100, "as U-GAT-IT"),
-            *map(Column, rates),
-        ],
-        "against the objects' masks": [*map(Column, of_masks)],
-        "against the truth and the input, on [-1, 1]": [
-            *(Column(key, 2 if key == "PSNR" else 3) for key in ("L1", "PSNR", "SSIM", "cycle error", "change"))
-        ],
-    }
-
-
-def print_table(rows: Sequence[Row], suffix: str) -> None:
-    """Print the figures of ``rows``; ``suffix`` is the extractor's."""
-    keys = dict.fromkeys(key for row in rows for key in row.figures)
-    for title, columns in table_columns(suffix, [key for key in keys if key.endswith(" rate")]).items():
-        columns = [column for column in columns if column.key in keys]
-        cells = [[row.direction, row.label, *(column.text(row) for column in columns)] for row in rows]
+def print_table(rows: Sequence[Row]) -> None:
+    names = dict.fromkeys(name for row in rows for name in row.figures)
+    for title, kinds in metrics.FIGURES.items():
+        columns = [(name, kind) for kind in kinds for name in kind.among(names)]
+        cells = [[row.direction, row.label, *(row.text(*column) for column in columns)] for row in rows]
         lines = [line for line in cells if any(cell != "-" for cell in line[2:])]
         if not lines:
             continue
-        lines.insert(0, ["", title, *(column.heading or column.key for column in columns)])
+        lines.insert(0, ["", title, *(kind.title(name) for name, kind in columns)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             aligned = [f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))]
@@ -577,10 +432,10 @@ def print_table(rows: Sequence[Row], suffix: str) -> None:
 
 def spread_rows(rows: Sequence[Row]) -> Iterator[Row]:
     """The median and the worst of each figure that all rows of one direction have."""
-    columns = {k: [row.figures.get(k, math.nan) for row in rows] for k in rows[0].figures if not k.endswith(NO_ORDER)}
-    whole = {key: values for key, values in columns.items() if all(map(math.isfinite, values))}
-    worst = {key: (max if key.startswith(LOW_IS_BETTER) else min)(values) for key, values in whole.items()}
-    yield Row("median", rows[0].direction, {key: statistics.median(v) for key, v in whole.items()}, {})
+    columns = {name: [row.figures.get(name, math.nan) for row in rows] for name in rows[0].figures}
+    ordered = {n: values for n, values in columns.items() if figure(n).better and all(map(math.isfinite, values))}
+    worst = {n: (max if figure(n).better == "low" else min)(values) for n, values in ordered.items()}
+    yield Row("median", rows[0].direction, {n: statistics.median(values) for n, values in ordered.items()}, {})
     yield Row("worst", rows[0].direction, worst, {})
 
 
@@ -598,15 +453,16 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     order = judged.scores.argsort(descending=True).tolist()
     n, k = len(order), min(3, len(order))
     chosen = list(dict.fromkeys([*order[:k], *order[(n - k) // 2 :][:k], *order[n - k :]]))
-    columns = {"input": normalise(reference.inputs), "output": normalise(judged.images)}
-    if judged.foreground is not None:
-        columns["attention"] = 2 * judged.foreground - 1
-    if reference.truths is not None:
-        columns["truth"] = normalise(reference.truths)
-    if judged.recovered is not None:
-        columns["recovered"] = normalise(judged.recovered)
-    title = f"best, median and worst by {judged.rule}"
-    sheet = draw_sheet({name: column[chosen] for name, column in columns.items()}, title=title)
+    columns = {
+        "input": normalise(reference.inputs),
+        "output": normalise(judged.images),
+        "attention": None if judged.foreground is None else 2 * judged.foreground - 1,
+        "truth": None if reference.truths is None else normalise(reference.truths),
+        "recovered": None if judged.recovered is None else normalise(judged.recovered),
+    }
+    shown = {name: column[chosen] for name, column in columns.items() if column is not None}
+    which = "first, middle and last" if judged.rule == BY_NAME else "best, median and worst"
+    sheet = draw_sheet(shown, title=f"{which} by {judged.rule}")
     path = IMAGES / entry.name / f"evaluation_{slug}.png"
     with utils.name_file(path):
         sheet.save(path)
@@ -661,6 +517,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise InputError(f"--checkpoint: found runs of {' and of '.join(tasks)}, expected one --task")
     root, classes = options.data_dir / options.dataset_name, {"A": options.class_A, "B": options.class_B}
     exam = Exam(root, extractor, options.mask_dir, options.dedup, classes, tasks[0])
+    groups = [exam.measurable(group) for group in groups]
     entries = [entry for group in groups for entry in group]
     if options.oracle:
         for group in groups:
@@ -703,9 +560,10 @@ def evaluate(options: argparse.Namespace) -> None:
                         "size": list(reading.size),
                         "resize": reading.how,
                         "translated": len(reference.inputs),
-                        "target": len(reference.targets),
+                        "target": len(exam.tests[direction[-1]]),
                         "masks": int(reference.masked.sum()),
                         "also_in_train": exam.n_in_train,
+                        "on_both_sides_of_train": exam.n_on_both_sides,
                         "dedup": options.dedup,
                         "floor_draws": options.floor_draws,
                         "inception_sha256": options.inception and sha256(options.inception),
@@ -720,7 +578,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for name, report in reports.items():
         add_to_report(IMAGES / name / "evaluation.json", report)
         update_links(IMAGES / name)
-    print_table(rows, extractor.suffix if extractor else "")
+    print_table(rows)
     print(exam.describe())
     print("written: evaluation.json, sheets and translations in", ", ".join(str(IMAGES / name) for name in reports))
 
@@ -741,7 +599,7 @@ def check_entries(entries: Sequence[Entry], exam: Exam, options: argparse.Namesp
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
-    check_extractor(options.extractor, options.inception)
+    metrics.check_extractor(options.extractor, options.inception)
     if options.spread and len(options.checkpoint) < 2:
         raise InputError("--spread: expected several checkpoints, found one")
     names: dict[str, str] = {}

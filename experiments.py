@@ -39,8 +39,9 @@ import record
 import train
 import utils
 from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators, save_generator
-from datasets import BUILT_IN, TASKS, Picture, find_plain, find_side, fixed_noise, normalise, quantise, unaugmented
-from metrics import EFFICIENTNET, Extractor, Features, kernel_distance
+from datasets import BUILT_IN, Picture, find_plain, find_side, fixed_noise, normalise, quantise
+from evaluate import Reading
+from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
 from models import NOISE
 from prepare import draw_built_in
 from record import find_block, write_block
@@ -309,8 +310,8 @@ def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 50
     """
     extract = Extractor(extractor, None, utils.pick_device())
     opened = {run.name: open_generators(run.name, noise=True)[NOISE] for run in runs}
-    options = opened[runs[0].name][1]["options"]
-    real = {split: extract(quantise(read_all(find_plain(root, split), options))) for split in ("train", "test")}
+    reading = find_reading(opened[runs[0].name][1])
+    real = {split: extract(reading.images(find_plain(root, split))) for split in ("train", "test")}
 
     def kid(images: Features) -> Figures:
         return {f"KID{extract.suffix}": kernel_distance(images.vectors, real["test"].vectors)}
@@ -329,30 +330,25 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
     return next((r for r in about["rows"] if (r["direction"], r["weights"]) == (direction, evaluate.LAST)), None)
 
 
-def read_all(pictures: Sequence[Picture], options: Mapping[str, Any]) -> Tensor:
-    """Pictures as a run of these options sees them outside training, (n, channels, height, width) in [-1, 1]."""
-    size = options["img_height"], options["img_width"]
-    return normalise(torch.stack([unaugmented(p, size, options["channels"], options["resize"]) for p in pictures]))
+def find_reading(about: Mapping[str, Any]) -> Reading:
+    """How a run sees pictures outside training."""
+    return evaluate.find_reading(about["options"], about["options"]["channels"])
 
 
-def find_inputs(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> list[Picture]:
-    """The first ``n`` test pictures that a run of these options translates."""
-    return find_side(root, "test", direction[0], options.get("task", TASKS[0]))[:n]
+def find_tests(
+    root: Path, direction: str, reading: Reading, n: int | None = None
+) -> tuple[list[Picture], list[Picture] | None]:
+    """The first ``n`` test pictures to translate in a direction, and their truths where pairs tell them."""
+    inputs = find_side(root, "test", direction[0], reading.task)[:n]
+    return inputs, datasets.true_translations(root, inputs, direction, reading.task, reading.paired)
 
 
-def find_truths(root: Path, direction: str, options: Mapping[str, Any], n: int | None = None) -> Tensor | None:
-    """The true translations of ``find_inputs`` where pairs tell them, read by ``read_all``; None elsewhere."""
-    inputs, task = find_inputs(root, direction, options, n), options.get("task", TASKS[0])
-    truths = datasets.true_translations(root, inputs, direction, task, evaluate.takes_pairs(options))
-    return None if truths is None else read_all(truths, options)
-
-
-def measure_grey(root: Path, direction: str, options: Mapping[str, Any]) -> Figures:
+def measure_grey(root: Path, direction: str, reading: Reading) -> Figures:
     """The error of pictures of one grey, the mean of the target's training pictures, where truths are known."""
-    if direction == NOISE or (truths := find_truths(root, direction, options)) is None:
+    if direction == NOISE or (truths := find_tests(root, direction, reading)[1]) is None:
         return {}
-    level = read_all(find_side(root, "train", direction[-1], options.get("task", TASKS[0])), options).mean()
-    return {"L1": (truths - level).abs().mean().item()}
+    level = normalise(reading.images(find_side(root, "train", direction[-1], reading.task))).mean()
+    return {"L1": (normalise(reading.images(truths)) - level).abs().mean().item()}
 
 
 def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[str, float]:
@@ -393,67 +389,52 @@ def hours_taken(log: Path, batch_size: int) -> float:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """The figure's name (a regular expression), how it is written, a factor, a heading instead of the name."""
-
-    figure: str
-    form: str = ".3f"
-    factor: int = 1
-    heading: str = ""
-
-    def write(self, values: Sequence[Any]) -> str:
-        """Mean ± standard deviation of numbers; text as it is."""
-        if isinstance(values[0], str):
-            return values[0]
-        numbers = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
-        return " ± ".join(f"{self.factor * number:z{self.form}}" for number in numbers)
-
-
 SIZE = "million parameters of a generator"
 COMPARED = (
-    *map(Column, ("IoU", "AP", "change IoU", "change AP", "background error", "L1")),
-    Column(r"KID\S*", ".2f", 100),
-    *map(Column, (".* rate", "cycle error", "change")),
-    Column("steps/s", ".1f"),
-    Column(SIZE, ".2f"),
+    *map(figure, ("IoU", "AP", "change IoU", "change AP", "background error", "L1", "KID", "class rate")),
+    *map(figure, ("cycle error", "change")),
+    Figure("steps/s", form=".1f"),
+    Figure(SIZE, form=".2f"),
 )
-RESULTS = (
-    Column(r"KID\S*", ".1f", 100, "100 KID-EffNet"),
-    Column(".* rate", heading="class rate"),
-    Column("AP", heading="attention AP"),
-    Column("IoU", heading="attention IoU"),
-    *(Column(key, heading=key) for key in ("background error", "change", "cycle error")),
-    Column("pairs", ",.0f", heading="pairs"),
-    Column("hours", ".1f", heading="hours"),
-    Column("published", heading="published"),
+RESULTS = (  # each has a heading, and so a column even where nothing is known
+    figure("KID")._replace(form=".1f", heading="100 KID-EffNet"),
+    figure("class rate")._replace(heading="class rate"),
+    figure("AP")._replace(heading="attention AP"),
+    figure("IoU")._replace(heading="attention IoU"),
+    *(figure(name)._replace(heading=name) for name in ("background error", "change", "cycle error")),
+    Figure("pairs", form=",.0f", heading="pairs"),
+    Figure("hours", form=".1f", heading="hours"),
+    Figure("published", heading="published"),
 )
 
 
-def table(rows: Sequence[Row], columns: Sequence[Column], blank: str) -> list[str]:
+def table(rows: Sequence[Row], kinds: Sequence[Figure], blank: str) -> list[str]:
     """Markdown: a row for each title, over the figures of its seeds; ``blank`` where there are none.
 
-    A column with a heading is always there, one without stands once for every figure of its name.
+    A kind with a heading has a column always, one without has one for every figure that there is.
     """
     keys = dict.fromkeys(key for _, runs in rows for run in runs for key, value in run.items() if value is not None)
-    shown: list[tuple[str, Column, list[str]]] = []
-    for column in columns:
-        found = [key for key in keys if re.fullmatch(column.figure, key)]
-        many = f"{column.factor} " if column.factor != 1 else ""
-        shown += [(column.heading, column, found)] if column.heading else [(many + k, column, [k]) for k in found]
-    lines = [["", *(heading for heading, _, _ in shown)], ["---"] * (len(shown) + 1)]
-    for title, runs in rows:
-        values = [[run[k] for run in runs for k in found if run.get(k) is not None] for _, _, found in shown]
-        cells = [column.write(each) if each else blank for (_, column, _), each in zip(shown, values, strict=True)]
-        lines.append([title, *cells])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    columns: list[tuple[str, Figure, list[str]]] = []
+    for kind in kinds:
+        found = kind.among(keys)
+        columns += [(kind.heading, kind, found)] if kind.heading else [(kind.title(k), kind, [k]) for k in found]
+
+    def cell(kind: Figure, names: Sequence[str], runs: Sequence[Figures]) -> str:
+        """Mean ± standard deviation of numbers; text as it is."""
+        values = [run[name] for run in runs for name in names if run.get(name) is not None]
+        if not values or isinstance(values[0], str):
+            return values[0] if values else blank
+        return kind.write(statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else []))
+
+    lines = [[title, *(cell(kind, names, runs) for _, kind, names in columns)] for title, runs in rows]
+    return record.markdown(["", *(heading for heading, _, _ in columns)], lines)
 
 
 def make_rows(runs: Sequence[Run], known: Mapping[str, About], direction: str) -> tuple[list[Row], list[Row]]:
     """Rows of what the runs are compared with, none where nothing is known; and a row for each title of the runs."""
     found = {run: row for run in runs if run.name in known and (row := find_row(known[run.name], direction))}
-    others: list[Row] = []
-    for row in [*found.values()][:1]:
-        others = [("real training pictures", [row["floor"]]), ("untranslated", [row["untranslated"]])]
+    beside = {"real training pictures": "floor", "untranslated": "untranslated"}
+    others: list[Row] = [(title, [row[key]]) for row in [*found.values()][:1] for title, key in beside.items()]
     rows: list[Row] = []
     for title, name in {run.title: run.name for run in runs}.items():
         figures = [{**known[run.name], **row["figures"]} for run, row in found.items() if run.title == title]
@@ -475,17 +456,18 @@ def translate(run: str, direction: str, root: Path, n: int, *wanted: str) -> dic
     """
     opened = open_generators(run, noise=direction == NOISE)
     generator, about = opened[direction]
-    options = about["options"]
     if direction == NOISE:
-        return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], options["seed"]))}
-    inputs = read_all(find_inputs(root, direction, options, n), options)
+        return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], about["options"]["seed"]))}
+    reading = find_reading(about)
+    tests, truths = find_tests(root, direction, reading, n)
+    inputs = normalise(reading.images(tests))
     made = generator.eval()(inputs)
     back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
     parts = {
         "input": inputs,
         "output": made.image,
         "attention": None if made.foreground is None else 2 * made.foreground - 1,
-        "truth": find_truths(root, direction, options, n),
+        "truth": None if truths is None else normalise(reading.images(truths)),
         "recovered": None if back is None else back.eval()(made.image).image,
         "masks": made.attention,
         "contents": made.content,
@@ -583,7 +565,7 @@ def compare(options: argparse.Namespace) -> int:
     directions = [d for d in (*DIRECTIONS, NOISE) if all(find_row(each, d) for each in known.values())]
     for direction in directions:
         others, rows = make_rows(runs, known, direction)
-        grey = "mean grey of the training pictures", [measure_grey(root, direction, about["options"])]
+        grey = "mean grey of the training pictures", [measure_grey(root, direction, find_reading(about))]
         rows += [row for row in (*reversed(others), grey) if any(row[1])]
         lines += ["", f"**{direction}**", "", *table(rows, COMPARED, blank="–")]
     lines += ["", "**Settings**", "", *(f"- {s}: `{own or 'as above'}`" for s, own in SETTINGS[name].items())]
@@ -655,7 +637,7 @@ def ship(options: argparse.Namespace) -> int:
         if "dataset_name" not in about.get("options", {}):
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
         root = options.data_dir / about["options"]["dataset_name"]
-        if not find_inputs(root, direction, about["options"]):
+        if not find_tests(root, direction, find_reading(about))[0]:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
         parts = translate(run, direction, root, 6, "input", "output", "attention", "truth")
         numbered = {name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()}

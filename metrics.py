@@ -2,10 +2,14 @@
 
 Feature vectors are float32 (N, D), one for each picture. KID here is the polynomial-kernel distance of Binkowski et
 al. (ICLR 2018), k(x, y) = (x·y / D + 1)³, of whatever features it is given: which ones is part of a figure's name.
+``FIGURES`` says of every name how it is written in tables, and whether a low or a high figure is better.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +24,72 @@ import utils
 from datasets import PictureDataset, normalise, quantise, unaugmented
 from models import evaluation_mode
 from utils import InputError, first_line, import_optional
+
+# ----------------------------------------------------------------------------------------------------------
+#  What figures are called, how they are written, and which are better
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    """A kind of figure. ``name`` is a regular expression: names end with an extractor's, or begin with a class's.
+
+    ``better`` is "low", "high", or "" where neither is. In a table its numbers are shown ``factor`` times under its
+    ``heading`` ("": the name), and with them the figure ``beside`` it (a template for the name's groups), if any.
+    """
+
+    name: str
+    better: str = ""
+    form: str = ".3f"
+    factor: int = 1
+    heading: str = ""
+    beside: str = ""
+    sign: str = " ± "
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """The names that are of this kind."""
+        return [name for name in names if re.fullmatch(self.name, name)]
+
+    def title(self, name: str) -> str:
+        return self.heading or (f"{self.factor} {name}" if self.factor != 1 else name)
+
+    def write(self, *values: float) -> str:
+        """The finite ones of a number and what stands beside it."""
+        shown = [f"{self.factor * value:z{self.form}}" for value in values if math.isfinite(value)]
+        return self.sign.join(shown)
+
+
+FIGURES = {  # the parts of the table of evaluate.py, each narrow enough for a terminal
+    "against the target's test pictures": (
+        Figure(r"FID\S*", "low", ".1f"),
+        Figure(r"KID\S*", "low", ".2f", 100),
+        Figure(r"(KID\S*) low", "", ".2f", 100, "95 % interval", r"\1 high", " to "),
+        Figure(r"(KID\S* blocks of 10)", "low", ".2f", 100, "blocks of 10", r"\1, error of blocks"),
+        Figure(r"KID\S* U-GAT-IT", "", ".2f", 100, "as U-GAT-IT"),
+        Figure(r".* rate", "high"),
+    ),
+    "against the objects' masks": (
+        Figure("IoU", "high"),
+        Figure("AP", "high"),
+        Figure("background attention", "low"),
+        Figure("change IoU", "high"),
+        Figure("change AP", "high"),
+        Figure("background error", "low"),
+    ),
+    "against the truth and the input, on [-1, 1]": (
+        Figure("L1", "low"),
+        Figure("PSNR", "high", ".2f"),
+        Figure("SSIM", "high"),
+        Figure("cycle error", "low"),
+        Figure("change"),
+    ),
+}
+
+
+def figure(name: str) -> Figure:
+    """The kind of the figure of this name; one that has no order where it stands in no table."""
+    kinds = (kind for part in FIGURES.values() for kind in part if kind.among([name]))
+    return next(kinds, Figure(re.escape(name)))
+
 
 # ----------------------------------------------------------------------------------------------------------
 #  Pictures against pictures, attention against masks: (B,) values, one for each picture
@@ -268,6 +338,91 @@ def make_fidelity_extractor(name: str, weights: Path | None) -> nn.Module:
     except Exception as error:  # the network's, the file's or the extractor's own
         hint = "" if weights is not None else f"; --inception PATH takes a file, --extractor {EFFICIENTNET} a package"
         raise InputError(f"--extractor {name}: cannot be made ({first_line(error)}{hint})") from error
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Translations against what they are compared with
+# ----------------------------------------------------------------------------------------------------------
+
+
+class RealFeatures(NamedTuple):
+    """Features of the test pictures of both sides, and the ImageNet class of the target side, where it is known."""
+
+    extractor: Extractor
+    inputs: Features
+    targets: Features
+    target_class: str | None
+
+
+def realism(found: Features, real: RealFeatures) -> dict[str, float]:
+    """How near pictures are to the target's test pictures: FID, KID in its forms, class rate; nan: not defined."""
+    suffix = real.extractor.suffix
+    low, high = kernel_distance_interval(found.vectors, real.targets.vectors)
+    mean, error = kernel_distance_in_blocks(real.targets.vectors, found.vectors)
+    kid = f"KID{suffix}"
+    figures = {
+        f"FID{suffix}": frechet_distance(found.vectors, real.targets.vectors),
+        kid: kernel_distance(found.vectors, real.targets.vectors),
+        f"{kid} low": low,
+        f"{kid} high": high,
+        f"{kid} blocks of 10": mean,
+        f"{kid} blocks of 10, error of blocks": error,
+        f"{kid} U-GAT-IT": ugatit_kernel_distance(found.vectors, real.targets.vectors, real.inputs.vectors),
+    }
+    if found.logits is not None and real.target_class is not None:
+        hits = found.logits.argmax(dim=1) == real.extractor.class_index(real.target_class)
+        figures[f"{real.target_class} rate"] = hits.float().mean().item()
+    return figures
+
+
+class Reference(NamedTuple):
+    """The test pictures of one direction, read for one kind of generator, with their truths and masks.
+
+    Pictures are uint8 (N, channels, H, W). ``masks`` are bool (N, 1, H, W); ``masked``, bool (N,), says which pictures
+    have one. ``real`` is None without an extractor, or without test pictures of the target.
+    """
+
+    names: list[str]
+    inputs: Tensor
+    truths: Tensor | None
+    masked: Tensor
+    masks: Tensor
+    real: RealFeatures | None
+
+
+def per_picture(
+    reference: Reference, images: Tensor, foreground: Tensor | None = None, recovered: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Figures of every picture, (N,); those that need a mask are nan where there is none.
+
+    images: uint8 translations. foreground: (N, 1, H, W) in [0, 1]. recovered: uint8, translated back.
+    """
+
+    def measure(part: Tensor) -> dict[str, Tensor]:
+        outputs, inputs, masks = normalise(images[part]), normalise(reference.inputs[part]), reference.masks[part]
+        figures = {}
+        if reference.masked.any():
+            maps = {"change ": change_map(outputs, inputs)}
+            if foreground is not None:
+                maps = {"": foreground[part], **maps}
+                figures["background attention"] = mean_outside(foreground[part], masks)
+            for name, attention in maps.items():
+                figures[f"{name}IoU"] = intersection_over_union(attention, masks)
+                figures[f"{name}AP"] = average_precision(attention, masks)
+            figures["background error"] = mean_outside((outputs - inputs).abs(), masks)
+            figures = {k: v.masked_fill(~reference.masked[part], float("nan")) for k, v in figures.items()}
+        if reference.truths is not None:
+            truths = normalise(reference.truths[part])
+            figures["L1"] = mean_absolute_error(outputs, truths)
+            figures["PSNR"] = peak_signal_to_noise(outputs, truths)
+            figures["SSIM"] = structural_similarity(outputs, truths)
+        figures["change"] = mean_absolute_error(outputs, inputs)
+        if recovered is not None:
+            figures["cycle error"] = mean_absolute_error(normalise(recovered[part]), inputs)
+        return figures
+
+    parts = [measure(part) for part in torch.arange(len(images)).split(8)]  # SSIM takes much memory
+    return {name: torch.cat([figures[name].reshape(-1) for figures in parts]) for name in parts[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------

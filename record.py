@@ -494,3 +494,8 @@ def write_block(page: Path, name: str, command: str, lines: Sequence[str]) -> No
     page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as path:
         path.write_text(before + block + after, encoding="utf-8")
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table of cells."""
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)]

@@ -88,7 +88,7 @@ def test_the_command_measures_and_writes(capsys, monkeypatch):
         assert 0 < row["of matmul's rate"] < 1 and 0 < row["kept for backward"] < row["peak memory"]
     ratio = first[times][0] / second[times][0]
     assert second["× textbook, float32"] == pytest.approx(ratio)
-    heads, _, _, cells = ([cell.strip() for cell in line.split("|")] for line in benchmark.markdown(table["rows"]))
+    heads, _, _, cells = ([cell.strip() for cell in line.split("|")] for line in benchmark.table(table["rows"]))
     assert cells[heads.index("× textbook, float32")] == f"{ratio:.2f}"
 
     # Tables of other commands stay, one of the same title gives way; the page shows all.
@@ -96,7 +96,7 @@ def test_the_command_measures_and_writes(capsys, monkeypatch):
     Path("docs/speed.json").write_text(json.dumps({elsewhere: table, title: table}))
     benchmark.add_tables(Path("docs/speed"), {title: {**table, "when": "later"}})
     assert list(json.loads(Path("docs/speed.json").read_text())) == [elsewhere, title]
-    page, lines = Path("docs/speed.md").read_text(), "\n".join(benchmark.markdown(table["rows"]))
+    page, lines = Path("docs/speed.md").read_text(), "\n".join(benchmark.table(table["rows"]))
     assert page.startswith(
         "<!-- begin benchmark: python benchmark.py --out docs/speed -->\n\n### Training step, elsewh"
     )
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_a_row_and_no_end():
     worker.ask(False)
     assert worker.figures == {"trouble": "out of memory"}
     fine = {"": "fine", "median (least–most)": [1.0, 0.5, 2.0], "peak memory": 1234.5}
-    lines = benchmark.markdown([{"": "huge", **worker.figures}, fine])
+    lines = benchmark.table([{"": "huge", **worker.figures}, fine])
     assert lines[0] == "|  | trouble | median (least–most) | peak memory |"
     assert lines[2:] == ["| huge | out of memory |  |  |", "| fine |  | 1.00 s (500.0 ms–2.00 s) | 1,234 MiB |"]
 

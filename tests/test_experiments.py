@@ -94,6 +94,12 @@ def drawn(monkeypatch):
     return sheets
 
 
+def evaluated(name: str, direction: str) -> dict:
+    """The figures of a run in its report."""
+    report = json.loads(Path(f"images/{name}/evaluation.json").read_text())
+    return next(row["figures"] for row in report["rows"] if row["direction"] == direction)
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
@@ -124,8 +130,7 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
     for row, (setting, slug) in enumerate((("II", "ii"), ("CycleGAN, plain", "cyclegan-plain"))):
         figures = []
         for seed in (3, 4):
-            report = json.loads(Path(f"images/compare_systems_{slug}_{seed}/evaluation.json").read_text())
-            figures.append(next(line["figures"] for line in report["rows"] if line["direction"] == "AtoB"))
+            figures.append(evaluated(f"compare_systems_{slug}_{seed}", "AtoB"))
             assert len(Path(f"saved_models/compare_systems_{slug}_{seed}/log.jsonl").read_text().splitlines()) == 3
         for key in ("AP", "L1", "cycle error"):
             if key in figures[0]:
@@ -173,23 +178,19 @@ def test_pairs_are_held_against_the_mean_grey_and_shown_with_the_truth(in_this_p
     photos = {split: np.stack(pictures)[:, :, :16] / 127.5 - 1 for split, pictures in parts.items()}
     expected = abs(photos["test"] - photos["train"].mean()).mean()
     assert rows["mean grey of the training pictures"][heads.index("L1")] == f"{expected:.3f}"
-    report = json.loads(Path("images/compare_pix2pix_cyclegan_1/evaluation.json").read_text())
-    figures = next(row["figures"] for row in report["rows"] if row["direction"] == "BtoA")
-    assert rows["CycleGAN"][heads.index("L1")] == f"{figures['L1']:.3f}"
+    expected = evaluated("compare_pix2pix_cyclegan_1", "BtoA")["L1"]
+    assert rows["CycleGAN"][heads.index("L1")] == f"{expected:.3f}"
     with Image.open("docs/compare_pix2pix.webp") as sheet:  # input, output, truth of three pictures
         assert sheet.height == 18 + 2 * CELL + 2 and sheet.width > 9 * CELL
 
 
-@pytest.mark.parametrize("system", ["pix2pix", "cyclegan"])
-def test_pictures_of_equal_names_are_truths_where_the_system_takes_pairs(small_set, system):
-    options = vars(train.parse_options(f"--system {system} --img_height 64 --img_width 64 --channels 1".split()))
-    truths = experiments.find_truths(small_set, "BtoA", options, 1)
-    if system == "cyclegan":
-        assert truths is None
-    else:
-        expected = unaugmented(Picture(small_set / "testA" / "0.png"), (64, 64), 1)
-        assert torch.equal(quantise(truths), expected[None])
-        assert len(experiments.find_truths(small_set, "BtoA", options)) == 2
+def test_pictures_of_equal_names_are_truths_where_the_system_takes_pairs(small_set):
+    of_system = {"pix2pix": [Picture(small_set / "testA" / f"{i}.png") for i in (0, 1)], "cyclegan": None}
+    for system, truths in of_system.items():
+        reading = experiments.find_reading({"options": {"system": system, "channels": 3}})
+        inputs, found = experiments.find_tests(small_set, "BtoA", reading)
+        assert inputs == [Picture(small_set / "testB" / f"{i}.png") for i in (0, 1)] and found == truths
+        assert experiments.find_tests(small_set, "BtoA", reading, 1) == (inputs[:1], truths and truths[:1])
 
 
 def test_samples_from_noise_are_compared_by_kid_to_the_test_pictures(in_this_process, monkeypatch, capsys):
@@ -294,9 +295,6 @@ def test_runs_of_an_older_version_are_used(two_settings):
     with pytest.raises(InputError, match=r"new: trained with --gone 7 \(which this version does not know\); remove"):
         train_all(OWN, OWN)
 
-
-def test_runs_on_other_pictures_are_refused(two_settings):
-    stand("r", OWN)
     first = next(Path("data/solid2striped/trainA").iterdir())
     first.with_name("another.png").write_bytes(first.read_bytes())
     with pytest.raises(InputError, match=r"r: trained with pictures of other names than those in data/solid2striped"):
@@ -354,9 +352,8 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(three_runs):
     assert [line[0] for line in lines] == [t for way in ways for t in (f"**solid2striped: {way}, 16 × 16**", *each)]
     assert lines[6][-1] == "KID 7" and lines[0][-1] == "–"
     for name, start in (("two", 3), ("cycle", 4)):
-        report = json.loads(Path(f"images/{name}/evaluation.json").read_text())["rows"]
         for direction, line in (("AtoB", lines[start]), ("BtoA", lines[start + 6])):
-            figures = next(row["figures"] for row in report if row["direction"] == direction)
+            figures = evaluated(name, direction)
             same = ((key, key) for key in ("background error", "change", "cycle error"))
             for head, key in (("attention AP", "AP"), ("attention IoU", "IoU"), *same):
                 expected = f"{figures[key]:.3f}" if key in figures else ""
@@ -389,19 +386,9 @@ def test_the_table_shows_kid_and_class_rate():
         about["rows"] += [{"direction": way, "figures": figures, **shared} for way in ("AtoB", "BtoA")]
     rows = experiments.result_rows({"results_horse2zebra_attentiongan": about})
     heads, lines = read_table("\n".join(experiments.table(rows, experiments.RESULTS, blank="")))
-    assert dict(zip(heads, lines[3], strict=True)) == {
-        "": "AttentionGAN II",
-        "100 KID-EffNet": "12.5",
-        "class rate": "0.250",
-        "attention AP": "",
-        "attention IoU": "",
-        "background error": "",
-        "change": "0.034",
-        "cycle error": "",
-        "pairs": "2,000",
-        "hours": "1.2",
-        "published": "",
-    }
+    expected = "100 KID-EffNet,class rate,attention AP,attention IoU,background error,change,cycle error,pairs,hours"
+    assert heads == ["", *expected.split(","), "published"]
+    assert lines[3] == ["AttentionGAN II", "12.5", "0.250", "", "", "", "0.034", "", "2,000", "1.2", ""]
     assert lines[1][:2] == ["real training pictures", "0.0"] and lines[2][:2] == ["untranslated", "20.0"]
 
 
@@ -564,7 +551,7 @@ def test_the_pages_have_room_for_every_table_and_show_what_is_measured():
     rows = experiments.table(experiments.result_rows(known), experiments.RESULTS, blank="")
     before, _ = experiments.find_block(ROOT / "docs" / "results.md", "results")
     text = (ROOT / "docs" / "results.md").read_text()[len(before) :]
-    assert read_table(text.replace("|---", "| --- ")) == read_table("\n".join(rows))
+    assert read_table(text) == read_table("\n".join(rows))
 
 
 def test_what_ships_opens_both_ways_and_is_in_its_card():
