@@ -26,7 +26,6 @@ import train
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout
 from systems import SYSTEMS, Turn, least_squares, mask_measures
 from train import all_options, trained_parameters, training_step, update
-from utils import InputError
 
 
 def assert_same_turn(turn, found, expected, ours, book):
@@ -163,8 +162,6 @@ def test_pix2pix_has_one_direction_and_only_the_networks_it_needs():
     )
     alone = build("pix2pix", lambda_gan=0.0)
     assert [name for name, _ in alone.named_children()] == ["G"] and list(alone.sheet(batch))[1] == "fake B"
-    with pytest.raises(InputError, match="--lambda_gan 0 --lambda_L1 0: nothing to train by"):
-        build("pix2pix", lambda_gan=0.0, lambda_L1=0.0)
 
 
 def test_settings_reach_the_networks_of_pix2pix():
@@ -178,8 +175,6 @@ def test_settings_reach_the_networks_of_pix2pix():
     assert small.G.settings == dict(channels=1, ngf=8, depth=6) and small.D.layers[0].weight.shape == (4, 2, 4, 4)
     assert (small.size_multiple, small.min_size) == (64, 64)
     assert (make(unet_depth=2).size_multiple, make(unet_depth=2).min_size) == (4, 24)
-    with pytest.raises(InputError, match="--unet_depth 1: expected 2 to 8 at 256 x 256, or 0"):
-        make(unet_depth=1)
 
 
 def test_pix2pix_draws_its_noise_while_training_and_none_for_a_sheet():
@@ -280,12 +275,6 @@ def test_the_spread_of_dcgan_tells_a_collapse():
     measures = system.measures(batch, batch["image"][:1].expand(4, -1, -1, -1))
     assert measures["spread_fake"] < 1e-12
     torch.testing.assert_close(measures["spread_real"], batch["image"].var(dim=0, correction=0).sqrt().mean())
-
-
-def test_dcgan_takes_only_square_pictures_of_its_sizes():
-    for size in ((24, 24), (64, 32), (256, 256)):
-        with pytest.raises(InputError, match=f"--img_height {size[0]} --img_width {size[1]}: .* 16, 32, 64, 128"):
-            SYSTEMS["dcgan"]().build(size)
 
 
 class TextbookPool:
@@ -522,11 +511,6 @@ def test_settings_reach_the_networks():
     assert system.min_size == 12 and system.size_multiple == 4
 
 
-def test_scheme_i_needs_its_adversarial_terms():
-    with pytest.raises(InputError, match="--lambda_gan 0: only a copy is left to train for"):
-        build("attentiongan1", lambda_gan=0.0)
-
-
 def test_settings_reach_u_gat_its_networks():
     def layers(system):
         return len(system.global_D_B.layers) + 1, len(system.local_D_A.layers) + 1
@@ -548,6 +532,13 @@ def test_settings_reach_u_gat_its_networks():
         assert weight.abs().max() > 0.9 * weight[0].numel() ** -0.5
 
 
+def build_in_single_precision(name):
+    """The system, whose buffers fill at once, and a batch."""
+    pool = {"pool_size": 1} if "pool_size" in all_options(name) else {}
+    system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool).build((16, 16))
+    return system, {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_asks_for_no_value(name, monkeypatch):
     """It runs on tensors that have none; on a GPU each one asked for is a wait."""
@@ -558,10 +549,8 @@ def test_a_step_asks_for_no_value(name, monkeypatch):
     for fetch in ("cpu", "numpy"):  # which tensors on the CPU could answer
         monkeypatch.setattr(torch.Tensor, fetch, refuse)
     with FakeTensorMode():
-        pool = {"pool_size": 1} if "pool_size" in all_options(name) else {}
-        system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool).build((16, 16))
+        system, batch = build_in_single_precision(name)
         optimizers = adams(system)
-        batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
         shown = training_step(system, optimizers, partial(torch.autocast, "cpu", torch.bfloat16), batch)
         for fetch in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.Tensor.cpu, torch.Tensor.numpy):
             with pytest.raises(RuntimeError):
@@ -582,12 +571,10 @@ class NoMoves(TorchDispatchMode):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_moves_nothing_to_the_device(name, monkeypatch):
     """Shown on CUDA tensors without values, for which no GPU is needed but in the backward pass."""
-    pool = {"pool_size": 1} if "pool_size" in all_options(name) else {}
     monkeypatch.setattr(train, "update", lambda *_: None)
     with FakeTensorMode():
         with torch.device("cuda"):
-            system = SYSTEMS[name](**SYSTEM_SETTINGS[name], **pool).build((16, 16))
-            batch = {key: torch.zeros(value.shape) for key, value in make_batch(0).items()}
+            system, batch = build_in_single_precision(name)
         assert {t.device.type for t in (*batch.values(), *system.parameters(), *system.buffers())} == {"cuda"}
         with NoMoves():
             for _ in range(2):
