@@ -93,11 +93,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 def varies(variance: Tensor, eps: float = 1e-5) -> Tensor:
-    """Where a channel is more than rounding noise: bool, of the shape of its variances.
+    """Where a channel is more than rounding noise: bool, of the shape of its variances. Norms leave others at zero.
 
     A norm divides by √(variance + ε). In a channel of one value (a black frame, a blank scan) that makes noise and
-    gradients 316 times larger, and so does the next norm, until float32 overflows; while the exact gradient of the
-    weights before the norm is zero there. So norms leave such channels at zero.
+    gradients 316 times larger, norm by norm, until float32 overflows, where the exact gradient before it is zero.
     """
     return variance > 1e-4 * eps
 
@@ -189,10 +188,8 @@ def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps
 
 
 class AdaLIN(nn.Module):
-    """Adaptive layer-instance normalisation: γ and β come with the picture, ρ in [0, 1] is learned and starts at 0.9.
-
-    Takes (B, dim, H, W) and γ, β, (B, dim). The training step keeps ρ in its bounds.
-    """
+    """Adaptive layer-instance normalisation of (B, dim, H, W): γ and β, (B, dim), come with the picture, ρ in [0, 1]
+    is learned and starts at 0.9."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -270,8 +267,7 @@ class CAM(nn.Module):
 def heat_map(features: Tensor, size: Sequence[int]) -> Tensor:
     """A class activation map to look at: (B, 1, *size) in [0, 1], without gradient, from (B, dim, h, w).
 
-    The features behind the CAM are summed over their channels, scaled so that each picture's smallest value is 0 and
-    its largest is 1, and resized bilinearly.
+    The features behind the CAM are summed over channels, scaled to 0 to 1 in each picture, and resized bilinearly.
     """
     heat = at_least_float32(features.detach()).sum(dim=1, keepdim=True)
     least, most = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
@@ -306,9 +302,8 @@ class SpectralNorm(nn.Module):
 class NoiseDropout(nn.Module):
     """Dropout of one half that also acts when the network is used: pix2pix's only noise (Sec. 3.1).
 
-    In training every call draws from torch's random state. In evaluation mode the pattern of dropped values is fixed,
-    the same for every picture, and repeats with the period ``side`` in both directions, so that a picture's
-    translation depends on nothing else. Takes (B, dim, H, W); in evaluation mode H and W are multiples of ``side``.
+    In training every call draws from torch's random state. In evaluation mode the dropped values are the same for every
+    picture, and repeat with the period ``side`` in both directions. Takes (B, dim, H, W), then multiples of ``side``.
     """
 
     kept: Tensor
@@ -648,8 +643,8 @@ class CAMDiscriminator(nn.Module):
     ``n_layers`` - 2 convolutions of stride 2 and one of stride 1, each but the first with twice the channels, then the
     CAM and the verdict; the paper's are 7 (global) and 5 (local), at 256 × 256. Takes (B, channels, H, W), each side at
     least ``min_size``; returns the logit map, (B, 1, H/s - 2, W/s - 2) with s = 2 ** (n_layers - 2), and the CAM's
-    logits, (B, 2). Every call that keeps a graph is a step of the power iteration, so real and translated pictures go
-    through in calls of their own, as in the official code. ``init``: see ``UGATITGenerator``.
+    logits, (B, 2). Every call that keeps a graph is a step of the power iteration, so real and translated pictures are
+    separate calls, as in the official code. ``init``: see ``UGATITGenerator``.
     """
 
     def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 5, init: str = "normal"):
@@ -715,8 +710,7 @@ class DCGANDiscriminator(nn.Module):
 def depths(size: int) -> tuple[int, int]:
     """``n_layers`` of the global and the local discriminator for pictures whose shorter side is ``size`` pixels.
 
-    The paper's 7 and 5 from 256 pixels on, one less for every halving, so that what a logit sees of the picture stays
-    the same, down to 4 and 3.
+    The paper's 7 and 5 from 256 pixels on, one less for every halving, down to 4 and 3: a logit sees the same share.
     """
     n_layers = min(7, max(4, int(math.log2(size)) - 1))
     return n_layers, max(3, n_layers - 2)

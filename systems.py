@@ -58,10 +58,7 @@ class Turn(NamedTuple):
 
 
 class System(nn.Module, ABC):
-    """The interface between a game and the loop.
-
-    Children with parameters are equal on all ranks; every rank has others (replay buffers) of its own.
-    """
+    """A game as the loop sees it. Children with parameters are equal on all ranks, others (replay buffers) are not."""
 
     data: ClassVar[str] = "unpaired"  # the kind of samples it learns from: a key of ``datasets.KINDS``
     generators: dict[str, str]  # direction ("AtoB", "BtoA" or ``NOISE``) to the name of its generator
@@ -151,10 +148,7 @@ def least_squares(logits: Sequence[Tensor], target: float) -> Tensor:
 
 
 def cross_entropy(logits: Sequence[Tensor], target: float) -> Tensor:
-    """Binary cross-entropy (Goodfellow et al., 2014): mean over each map of logits, summed over the maps.
-
-    With the target 1 for generated pictures it is the generator's loss in its form that does not saturate.
-    """
+    """Binary cross-entropy (Goodfellow et al., 2014), likewise. Target 1 for generated pictures does not saturate."""
     return torch.stack([F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x in logits]).sum()
 
 
@@ -172,10 +166,7 @@ def real_against_fake(judge: nn.Module, real: Tensor, fake: Tensor, gan_loss: Ga
 
 
 def mask_measures(attention: Tensor) -> dict[str, Tensor]:
-    """Each mask's mean and its mean binary entropy in bits (0: every pixel decided, 1: every pixel at 1/2).
-
-    attention: (B, n, H, W), values in [0, 1]. Both results have n entries.
-    """
+    """(n,) means of masks (B, n, H, W) in [0, 1], and their entropies in bits: 0 decided, 1 at 1/2 everywhere."""
     bits = (torch.special.entr(attention) + torch.special.entr(1 - attention)) / math.log(2)
     return {"mean": attention.mean(dim=(0, 2, 3)), "entropy": bits.mean(dim=(0, 2, 3))}
 
@@ -271,7 +262,6 @@ class TwoWay(BothDirections):
 
     ``curriculum_epochs``: for so many the adversarial terms lead, as in the official code of scheme I. The terms that
     tie the output to the input (cycle, identity, pixel) have the factor 0.01 and the others 0.99; later all have 0.5.
-
     Raises InputError for guidance options without an attention-guided discriminator.
     """
 
@@ -485,9 +475,7 @@ class UGATIT(BothDirections):
     L_D = Σ gan · [ Σ (D(real) - 1)² + D(fake)² ], not halved,
     L_G = Σ [ gan · Σ (D(fake) - 1)² + cyc · |recovered - real|₁ + identity · |same - real|₁ + cam · CAM ],
     with the inner sums over both scales, logit map and CAM logits. CAM is the cross-entropy of the generator's own CAM
-    logits, which classify its input: source domain (translation) or target domain (identity).
-
-    ``after_step`` brings every ρ back to [0, 1].
+    logits, which classify its input: source domain (translation) or target domain (identity). Every ρ stays in [0, 1].
     """
 
     SCALES = ("global", "local")
