@@ -47,7 +47,7 @@ import train
 import utils
 from datasets import BUILT_IN, EpochSampler, make_loader, normalise
 from prepare import draw_built_in
-from systems import SYSTEMS, System, TwoWay, Weights
+from systems import SYSTEMS, System, TwoWay
 from utils import InputError
 
 MATMUL = 4096  # side of the matrices whose product tells the machine's own rate
@@ -82,8 +82,8 @@ def textbook_step(
         real = batch[source]
         fakes[target] = fake = to[target](real).image
         losses[f"G_{source}{target}"] = judge(judges[target], fake, True)
-        losses[f"cycle_{source}"] = system.weights.cyc * F.l1_loss(to[source](fake).image, real)
-        losses[f"identity_{source}"] = system.weights.identity * F.l1_loss(to[source](real).image, real)
+        losses[f"cycle_{source}"] = system.options.lambda_cyc * F.l1_loss(to[source](fake).image, real)
+        losses[f"identity_{source}"] = system.options.lambda_id * F.l1_loss(to[source](real).image, real)
     optimizers["G"].zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     optimizers["G"].step()
@@ -102,12 +102,7 @@ def textbook_step(
 
 def has_textbook(system: System) -> bool:
     """Whether ``textbook_step`` has the system's terms: those of CycleGAN and AttentionGAN II, and no further ones."""
-    return (
-        isinstance(system, TwoWay)
-        and system.weights == Weights(cyc=system.weights.cyc, identity=system.weights.identity)
-        and bool(system.weights.identity)
-        and system.attn_disc == "none"
-    )
+    return isinstance(system, TwoWay) and bool(system.options.lambda_id) and system.options.attn_disc == "none"
 
 
 class Variant(NamedTuple):

@@ -1,8 +1,7 @@
 """The networks: generators, discriminators and the replay buffer.
 
-Pictures are float tensors of shape (B, channels, H, W) with values in [-1, 1]. A generator returns a
-``Translation``; one that draws from noise returns only the pictures. A discriminator returns a tuple of logits (one map
-for the PatchGAN).
+Pictures are float tensors of shape (B, channels, H, W) with values in [-1, 1]. A discriminator returns a tuple of
+logits.
 
 Convolutions that are followed by InstanceNorm or BatchNorm have no bias. The norm would subtract it again, so its
 gradient is exactly zero, and Adam would turn the rounding noise of that zero into a random walk.
@@ -27,16 +26,15 @@ NOISE = "generator"  # stands in the place of a direction for a generator that d
 
 
 class Translation(NamedTuple):
-    """What a generator made of a batch of pictures.
+    """What a generator made of a batch of pictures. Parts that it does not have are None.
 
     image: (B, channels, H, W) in [-1, 1], the translated pictures.
     attention: (B, n_masks, H, W), each pixel's masks sum to 1, the last one is the background unless every mask has
-        a content; None where the generator has no masks.
-    content: (B, n_masks - 1, channels, H, W) in [-1, 1], one picture per foreground mask; None likewise.
+        a content.
+    content: (B, n_masks - 1, channels, H, W) in [-1, 1], one picture per foreground mask.
     cam_logits: (B, 2), the verdicts of a class activation map's classifiers (average and maximum pooling) on whether
-        the input is of the source domain; None where the generator has none.
-    heat_map: (B, 1, H, W) in [0, 1], that class activation map as the official code shows it (see ``heat_map``); None
-        likewise.
+        the input is of the source domain.
+    heat_map: (B, 1, H, W) in [0, 1], that class activation map as the official code shows it (see ``heat_map``).
     """
 
     image: Tensor
@@ -70,8 +68,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 class ReflectionConv2d(nn.Conv2d):
     """A convolution with reflection padding of (kernel - 1) // 2. With an odd kernel and stride 1 it keeps the size.
 
-    It pads in the input's own type. Autocast on the CPU would first widen to float32, and keep that for the backward
-    pass.
+    It pads in the input's own type. Autocast on the CPU would widen to float32, and keep that for the backward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = True):
@@ -96,11 +93,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 def varies(variance: Tensor, eps: float = 1e-5) -> Tensor:
-    """Where a channel is more than rounding noise: bool, of the shape of its variances.
+    """Where a channel is more than rounding noise: bool, of the shape of its variances. Norms leave others at zero.
 
     A norm divides by √(variance + ε). In a channel of one value (a black frame, a blank scan) that makes noise and
-    gradients 316 times larger, and so does the next norm, until float32 overflows; while the exact gradient of the
-    weights before the norm is zero there. So norms leave such channels at zero.
+    gradients 316 times larger, norm by norm, until float32 overflows, where the exact gradient before it is zero.
     """
     return variance > 1e-4 * eps
 
@@ -113,10 +109,7 @@ class FlatSafeInstanceNorm2d(InstanceNorm2d):
 
 
 class ResidualBlock(nn.Module):
-    """x + IN(conv(ReLU(IN(conv(x))))), 3×3, reflection padding, no ReLU after the sum.
-
-    The block of CycleGAN and AttentionGAN: (B, dim, H, W) to the same shape.
-    """
+    """x + IN(conv(ReLU(IN(conv(x))))), 3×3, reflection padding: (B, dim, H, W) to the same shape."""
 
     def __init__(self, dim: int, norm: type[nn.Module] = InstanceNorm2d):
         super().__init__()
@@ -132,12 +125,11 @@ def norm_relu(dim: int, norm: type[nn.Module] = InstanceNorm2d) -> list[nn.Modul
     return [norm(dim), nn.ReLU(inplace=True)]
 
 
-def encoder(channels: int, ngf: int, n_residual_blocks: int, down_padding: str = "zeros") -> nn.Sequential:
+def encoder(channels: int, ngf: int, n_residual_blocks: int, reflect: bool = False) -> nn.Sequential:
     """c7s1-ngf, d(2 ngf), d(4 ngf), R(4 ngf) × n: (B, channels, H, W) to (B, 4 ngf, H/4, W/4).
 
-    ``down_padding``: how the two convolutions of stride 2 pad, "zeros" or "reflect".
+    ``reflect``: so pad the two convolutions of stride 2, else with zeros.
     """
-    reflect = down_padding == "reflect"
     down = ReflectionConv2d if reflect else partial(nn.Conv2d, padding=1)
     norm = FlatSafeInstanceNorm2d if reflect else InstanceNorm2d
     return nn.Sequential(
@@ -160,17 +152,6 @@ def enlarge(dim: int, upsample: str) -> list[nn.Module]:
     if upsample == "transposed":
         return [nn.ConvTranspose2d(dim, dim // 2, 3, stride=2, padding=1, output_padding=1, bias=False)]
     return [nn.Upsample(scale_factor=2), ReflectionConv2d(dim, dim // 2, 3, bias=False)]
-
-
-def decoder(ngf: int, out_channels: int, kernel: int, upsample: str = "transposed") -> nn.Sequential:
-    """u(2 ngf), u(ngf), c{kernel}s1: (B, 4 ngf, H/4, W/4) to (B, out_channels, H, W), no activation."""
-    return nn.Sequential(
-        *enlarge(4 * ngf, upsample),
-        *norm_relu(2 * ngf),
-        *enlarge(2 * ngf, upsample),
-        *norm_relu(ngf),
-        ReflectionConv2d(ngf, out_channels, kernel),
-    )
 
 
 def init_weights(network: nn.Module, std: float = 0.02) -> None:
@@ -207,10 +188,8 @@ def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps
 
 
 class AdaLIN(nn.Module):
-    """Adaptive layer-instance normalisation: γ and β come with the picture, ρ in [0, 1] is learned and starts at 0.9.
-
-    Takes (B, dim, H, W) and γ, β, (B, dim). The training step keeps ρ in its bounds.
-    """
+    """Adaptive layer-instance normalisation of (B, dim, H, W): γ and β, (B, dim), come with the picture, ρ in [0, 1]
+    is learned and starts at 0.9."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -232,6 +211,19 @@ class ILN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_instance_norm(x, self.rho, self.gamma, self.beta)
+
+
+def decoder(
+    ngf: int, out_channels: int, kernel: int, upsample: str, norm: type[nn.Module] = InstanceNorm2d, bias: bool = True
+) -> nn.Sequential:
+    """u(2 ngf), u(ngf), c{kernel}s1: (B, 4 ngf, H/4, W/4) to (B, out_channels, H, W), no activation."""
+    return nn.Sequential(
+        *enlarge(4 * ngf, upsample),
+        *norm_relu(2 * ngf, norm),
+        *enlarge(2 * ngf, upsample),
+        *norm_relu(ngf, norm),
+        ReflectionConv2d(ngf, out_channels, kernel, bias=bias),
+    )
 
 
 class AdaLINBlock(nn.Module):
@@ -275,8 +267,7 @@ class CAM(nn.Module):
 def heat_map(features: Tensor, size: Sequence[int]) -> Tensor:
     """A class activation map to look at: (B, 1, *size) in [0, 1], without gradient, from (B, dim, h, w).
 
-    The features behind the CAM are summed over their channels, scaled so that each picture's smallest value is 0 and
-    its largest is 1, and resized bilinearly.
+    The features behind the CAM are summed over channels, scaled to 0 to 1 in each picture, and resized bilinearly.
     """
     heat = at_least_float32(features.detach()).sum(dim=1, keepdim=True)
     least, most = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
@@ -287,8 +278,8 @@ def heat_map(features: Tensor, size: Sequence[int]) -> Tensor:
 class SpectralNorm(nn.Module):
     """Parametrises a layer's weight as weight / σ, σ its largest singular value (Miyato et al., ICLR 2018).
 
-    σ comes from one step of the power iteration in each call. Where no gradient is wanted (sheets, evaluation) the step
-    is not kept. torch's own spectral norm would work in bf16 under autocast, and takes 15 steps when it is created.
+    σ comes from one step of the power iteration in each call, not kept where no gradient is wanted (sheets). torch's
+    own spectral norm would work in bf16 under autocast, and takes 15 steps when it is created.
     """
 
     u: Tensor
@@ -311,9 +302,8 @@ class SpectralNorm(nn.Module):
 class NoiseDropout(nn.Module):
     """Dropout of one half that also acts when the network is used: pix2pix's only noise (Sec. 3.1).
 
-    In training every call draws from torch's random state. In evaluation mode the pattern of dropped values is fixed,
-    the same for every picture, and repeats with the period ``side`` in both directions, so that a picture's
-    translation depends on nothing else. Takes (B, dim, H, W); in evaluation mode H and W are multiples of ``side``.
+    In training every call draws from torch's random state. In evaluation mode the dropped values are the same for every
+    picture, and repeat with the period ``side`` in both directions. Takes (B, dim, H, W), then multiples of ``side``.
     """
 
     kept: Tensor
@@ -354,28 +344,26 @@ def check_size(x: Tensor, multiple: int, least: int) -> None:
 
 
 class Generator(nn.Module):
-    """What all generators have besides ``forward``."""
+    """Takes pictures (B, channels, H, W) in [-1, 1], unless it draws from noise; returns a ``Translation``.
+
+    H and W are multiples of ``size_multiple`` and at least ``min_size``, in pixels (ValueError otherwise). For
+    ``upsample`` see ``enlarge``.
+    """
 
     settings: dict[str, Any]  # the constructor's arguments, plain values
-    size_multiple: int  # height and width of its pictures are multiples of this, in pixels
-    min_size: int  # and at least this
+    size_multiple: int = 4
+    min_size: int = 8
 
 
 class AttentionGenerator(Generator):
     """The generator of AttentionGAN, scheme II (Tang et al., TNNLS 2021, Sec. III-A).
 
     A shared encoder feeds a content head (n_masks - 1 pictures, tanh) and an attention head (n_masks masks,
-    softmax); the output is the sum of contents × foreground masks + input × background mask.
-
-    Takes (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size``
-    (ValueError otherwise); returns a ``Translation`` with all three parts. ``attention_kernel`` is the size of
-    the attention head's last convolution: 1 as in the official code, 7 as the paper writes it (c7s1-10).
+    softmax); the output is the sum of contents × foreground masks + input × background mask. ``attention_kernel`` is
+    the size of the attention head's last convolution: 1 as in the official code, 7 as the paper writes it (c7s1-10).
     Without ``background`` every mask has a content and nothing of the input is kept, the official code's variant
-    for changes of shape (selfie2anime). ``upsample``: see ``enlarge``.
+    for changes of shape (selfie2anime).
     """
-
-    size_multiple = 4
-    min_size = 8
 
     def __init__(
         self,
@@ -388,15 +376,8 @@ class AttentionGenerator(Generator):
         upsample: str = "transposed",
     ):
         super().__init__()
-        self.settings = dict(
-            channels=channels,
-            ngf=ngf,
-            n_residual_blocks=n_residual_blocks,
-            n_masks=n_masks,
-            attention_kernel=attention_kernel,
-            background=background,
-            upsample=upsample,
-        )
+        self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, n_masks=n_masks)
+        self.settings |= dict(attention_kernel=attention_kernel, background=background, upsample=upsample)
         n_contents = n_masks - 1 if background else n_masks
         self.encoder = encoder(channels, ngf, n_residual_blocks)
         self.content_head = decoder(ngf, n_contents * channels, 7, upsample)
@@ -415,52 +396,38 @@ class AttentionGenerator(Generator):
         return Translation(image, attention, content)
 
 
-class SingleMaskGenerator(Generator):
-    """The generator of AttentionGAN, scheme I (Tang et al., TNNLS 2021, Sec. III-A): CycleGAN's with one output more.
+class ResNetGenerator(Generator):
+    """The generator of CycleGAN (Zhu et al., ICCV 2017, Appendix 7.2): c7s1-64, d128, d256, R256 × 9, u128, u64,
+    c7s1-3, tanh."""
 
-    One mask (sigmoid) and one content picture (tanh): content × mask + input × (1 - mask). Takes (B, channels, H, W)
-    in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size`` (ValueError otherwise); returns a
-    ``Translation`` whose masks are that one and the background, 1 - mask. ``upsample``: see ``enlarge``.
-    """
-
-    size_multiple = 4
-    min_size = 8
+    n_masks = 0  # that the decoder makes besides the picture
 
     def __init__(self, channels: int = 3, ngf: int = 64, n_residual_blocks: int = 9, upsample: str = "transposed"):
         super().__init__()
         self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, upsample=upsample)
         self.encoder = encoder(channels, ngf, n_residual_blocks)
-        self.decoder = decoder(ngf, 1 + channels, 7, upsample)
+        self.decoder = decoder(ngf, self.n_masks + channels, 7, upsample)
         init_weights(self)
+
+    def forward(self, x: Tensor) -> Translation:
+        check_size(x, self.size_multiple, self.min_size)
+        return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
+
+
+class SingleMaskGenerator(ResNetGenerator):
+    """The generator of AttentionGAN, scheme I (Tang et al., TNNLS 2021, Sec. III-A): CycleGAN's with one output more.
+
+    One mask (sigmoid) and one content picture (tanh): content × mask + input × (1 - mask). The masks that it returns
+    are that one and the background, 1 - mask.
+    """
+
+    n_masks = 1
 
     def forward(self, x: Tensor) -> Translation:
         check_size(x, self.size_multiple, self.min_size)
         raw = at_least_float32(self.decoder(self.encoder(x)))  # (B, 1 + channels, H, W)
         mask, content = torch.sigmoid(raw[:, :1]), torch.tanh(raw[:, 1:])
         return Translation(content * mask + x * (1 - mask), torch.cat([mask, 1 - mask], dim=1), content[:, None])
-
-
-class ResNetGenerator(Generator):
-    """The generator of CycleGAN (Zhu et al., ICCV 2017, Appendix 7.2): c7s1-64, d128, d256, R256 × 9, u128, u64,
-    c7s1-3, tanh.
-
-    Takes (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size``
-    (ValueError otherwise); returns a ``Translation`` with only the picture. ``upsample``: see ``enlarge``.
-    """
-
-    size_multiple = 4
-    min_size = 8
-
-    def __init__(self, channels: int = 3, ngf: int = 64, n_residual_blocks: int = 9, upsample: str = "transposed"):
-        super().__init__()
-        self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, upsample=upsample)
-        self.encoder = encoder(channels, ngf, n_residual_blocks)
-        self.decoder = decoder(ngf, channels, 7, upsample)
-        init_weights(self)
-
-    def forward(self, x: Tensor) -> Translation:
-        check_size(x, self.size_multiple, self.min_size)
-        return Translation(torch.tanh(at_least_float32(self.decoder(self.encoder(x)))))
 
 
 class UNetGenerator(Generator):
@@ -470,10 +437,7 @@ class UNetGenerator(Generator):
     (ReLU), each of which but the innermost also sees the output of its mirror image. InstanceNorm with factors and
     biases stands where the paper has BatchNorm, and computes what that computes at the paper's batch of 1: not in the
     first, the innermost and the last. Dropout is in the decoder's blocks of equal width but the innermost: three at
-    depth 8, two at 7, none below 6; see ``NoiseDropout``.
-
-    Takes (B, channels, H, W) in [-1, 1], H and W multiples of 2 ** depth (ValueError otherwise); returns a
-    ``Translation`` with only the picture.
+    depth 8, two at 7, none below 6; see ``NoiseDropout``. H and W are multiples of 2 ** depth.
     """
 
     def __init__(self, channels: int = 3, ngf: int = 64, depth: int = 8):
@@ -523,16 +487,10 @@ class UGATITGenerator(Generator):
 
     An encoder, a CAM whose features give γ and β by a small MLP, ``n_residual_blocks`` blocks with AdaLIN on them, and
     a decoder with ILN. ``size``, (height, width), is the one picture size that the full network takes, because its MLP
-    reads the features of every place; None makes the light one, whose MLP reads their average over the picture. Takes
-    (B, channels, H, W) in [-1, 1], H and W multiples of ``size_multiple`` and at least ``min_size`` (ValueError
-    otherwise); returns a ``Translation`` with picture, CAM logits and heat map.
-
+    reads the features of every place; None makes the light one, whose MLP reads their average over the picture.
     ``init``: "normal" draws all weights from N(0, 0.02) as the paper says; "default" keeps torch's own, as the official
     PyTorch code does.
     """
-
-    size_multiple = 4
-    min_size = 8
 
     def __init__(
         self,
@@ -546,22 +504,14 @@ class UGATITGenerator(Generator):
         self.settings = dict(channels=channels, ngf=ngf, n_residual_blocks=n_residual_blocks, size=size)
         dim = 4 * ngf
         places = 1 if size is None else (size[0] // 4) * (size[1] // 4)
-        self.encoder = encoder(channels, ngf, n_residual_blocks, down_padding="reflect")
+        self.encoder = encoder(channels, ngf, n_residual_blocks, reflect=True)
         self.cam = CAM(dim)
         self.mlp = nn.Sequential(
             nn.Linear(places * dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.ReLU()
         )
         self.gamma, self.beta = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.blocks = nn.ModuleList(AdaLINBlock(dim) for _ in range(n_residual_blocks))
-        self.decoder = nn.Sequential(
-            *enlarge(dim, "nearest"),
-            ILN(2 * ngf),
-            nn.ReLU(),
-            *enlarge(2 * ngf, "nearest"),
-            ILN(ngf),
-            nn.ReLU(),
-            ReflectionConv2d(ngf, channels, 7, bias=False),
-        )
+        self.decoder = decoder(ngf, channels, 7, "nearest", ILN, bias=False)
         if init == "normal":
             init_weights(self)
 
@@ -643,8 +593,8 @@ def fixed_size_message(size: tuple[int, int]) -> str:
 def translate_any_size(generator: Generator, images: Tensor) -> Translation:
     """``generator`` on pictures of any size, (B, channels, H, W), H and W at least 1; the parts have their size.
 
-    Pixels that ``size_multiple`` and ``min_size`` of the generator ask for are added at the right and at the bottom by
-    repeating the edge, and cut off again. ValueError where the generator takes only one size and this is another.
+    Pixels that the generator needs are added at the right and at the bottom by repeating the edge, and cut off again.
+    ValueError where the generator takes only one size and this is another.
     """
     height, width = images.shape[-2:]
     multiple, least = generator.size_multiple, generator.min_size
@@ -693,8 +643,8 @@ class CAMDiscriminator(nn.Module):
     ``n_layers`` - 2 convolutions of stride 2 and one of stride 1, each but the first with twice the channels, then the
     CAM and the verdict; the paper's are 7 (global) and 5 (local), at 256 × 256. Takes (B, channels, H, W), each side at
     least ``min_size``; returns the logit map, (B, 1, H/s - 2, W/s - 2) with s = 2 ** (n_layers - 2), and the CAM's
-    logits, (B, 2). Every call that keeps a graph is a step of the power iteration, so real and translated pictures go
-    through in calls of their own, as in the official code. ``init``: see ``UGATITGenerator``.
+    logits, (B, 2). Every call that keeps a graph is a step of the power iteration, so real and translated pictures are
+    separate calls, as in the official code. ``init``: see ``UGATITGenerator``.
     """
 
     def __init__(self, channels: int = 3, ndf: int = 64, n_layers: int = 5, init: str = "normal"):
@@ -732,9 +682,8 @@ class CAMDiscriminator(nn.Module):
 class DCGANDiscriminator(nn.Module):
     """The discriminator of DCGAN (Radford et al., ICLR 2016): 4×4 convolutions of stride 2 down to 4×4, LeakyReLU 0.2.
 
-    ``ndf`` channels at first, doubled with every halving; BatchNorm but in the first. Takes (B, channels, size, size),
-    real and generated pictures in calls of their own, because BatchNorm sees the batch; returns a tuple of one logit
-    for each picture, (B,).
+    ``ndf`` channels at first, doubled with every halving; BatchNorm but in the first. Takes (B, channels, size, size);
+    returns a tuple of one logit for each picture, (B,).
     """
 
     def __init__(self, channels: int = 3, ndf: int = 64, size: int = 64):
@@ -761,8 +710,7 @@ class DCGANDiscriminator(nn.Module):
 def depths(size: int) -> tuple[int, int]:
     """``n_layers`` of the global and the local discriminator for pictures whose shorter side is ``size`` pixels.
 
-    The paper's 7 and 5 from 256 pixels on, one less for every halving, so that what a logit sees of the picture stays
-    the same, down to 4 and 3.
+    The paper's 7 and 5 from 256 pixels on, one less for every halving, down to 4 and 3: a logit sees the same share.
     """
     n_layers = min(7, max(4, int(math.log2(size)) - 1))
     return n_layers, max(3, n_layers - 2)
@@ -776,10 +724,9 @@ def depths(size: int) -> tuple[int, int]:
 class ReplayBuffer(nn.Module):
     """A history of generated pictures for the discriminator (Shrivastava et al., 2017; CycleGAN Sec. 4).
 
-    Until ``size`` pictures are stored each new one is stored and handed back. After that, with probability
-    1/2, a stored picture is handed back and the new one takes its place, else the new one passes through.
-    What happens to the k-th picture is a pure function of (seed, k), so resuming needs only ``state_dict``: the stored
-    pictures and k. ``size`` 0 hands every picture straight back.
+    Until ``size`` pictures are stored each new one is stored and handed back. After that, with probability 1/2, a
+    stored picture is handed back and the new one takes its place, else the new one passes through. What happens to the
+    k-th picture is a pure function of (seed, k), so resuming needs only ``state_dict``. ``size`` 0 stores none.
     """
 
     def __init__(self, size: int = 50, seed: Sequence[int] = (0,)):

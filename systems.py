@@ -1,7 +1,6 @@
 """How networks train one another: the loss terms, one class per kind of game, its options, and the table ``SYSTEMS``.
 
-A system owns its networks and computes the losses of each player's turn; the training loop takes the optimizer steps
-(see ``train.py``). A system knows no optimizer, no device, no file and no rank.
+A system owns its networks and computes the losses of each player's turn. It knows no optimizer, device, file or rank.
 
 Notation: pictures of domains A and B, ``fake_B = G_AB(real_A)``, ``recovered_A = G_BA(fake_B)``,
 ``same_A = G_BA(real_A)``; ``D_A`` judges pictures of domain A. Everything is (B, channels, H, W) in [-1, 1].
@@ -48,9 +47,9 @@ class Turn(NamedTuple):
     """One player's turn in a training step.
 
     player: "G" or "D", also the key of its optimizer.
-    networks: the names of the networks that the turn changes. Names, because a network may be wrapped later.
-    losses: (batch, fakes) to named scalars that are already weighted. Calling it twice changes nothing but the power
-        iteration of a spectral norm and the running statistics of BatchNorm.
+    networks: the names of the networks that it changes. Names, because a network may be wrapped later.
+    losses: (batch, fakes) to named, weighted scalars. Calling it twice changes nothing but the power iteration of a
+        spectral norm and the running statistics of BatchNorm.
     """
 
     player: str
@@ -59,10 +58,7 @@ class Turn(NamedTuple):
 
 
 class System(nn.Module, ABC):
-    """The interface between a game and the loop.
-
-    Children with parameters are equal on all ranks; every rank has others (replay buffers) of its own.
-    """
+    """A game as the loop sees it. Children with parameters are equal on all ranks, others (replay buffers) are not."""
 
     data: ClassVar[str] = "unpaired"  # the kind of samples it learns from: a key of ``datasets.KINDS``
     generators: dict[str, str]  # direction ("AtoB", "BtoA" or ``NOISE``) to the name of its generator
@@ -70,8 +66,9 @@ class System(nn.Module, ABC):
     size_multiple: int  # height and width of a training picture are multiples of this
 
     def __init__(self, options: Any, size: tuple[int, int], seed: Sequence[int]):
-        """Takes its ``NetworkOptions``, the size (height, width) of training pictures, a seed for replay buffers."""
+        """``options``: its ``NetworkOptions``. ``size`` and ``seed``: see ``NetworkOptions.build``."""
         super().__init__()
+        self.options = options
 
     @property
     @abstractmethod
@@ -118,12 +115,7 @@ class NetworkOptions:
     presets: ClassVar[Mapping[str, Any]] = {}  # defaults of train.py's own options, where this system has others
 
     channels: int = option(3, "colour channels of the pictures: 3 RGB, 1 grey", choices=(1, 3))
-    ngf: int = option(
-        64,
-        "channels of the generators' first convolution; for dcgan, which runs the other way, before the last",
-        least=1,
-        most=4096,
-    )
+    ngf: int = option(64, "channels of the generators' first convolution; of dcgan before the last", least=1, most=4096)
     ndf: int = option(64, "channels of the discriminators' first convolution", least=1, most=4096)
 
     def build(self, size: tuple[int, int] = (256, 256), seed: Sequence[int] = (0,)) -> System:
@@ -136,23 +128,13 @@ class NetworkOptions:
 
 # Options of several games, which may differ in the default.
 N_RESIDUAL_BLOCKS = partial(option, help="residual blocks of each generator", least=0, most=256)
-N_LAYERS_D = partial(
-    option, help="stride-2 layers of the PatchGAN: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34", least=1, most=12
-)
+N_LAYERS_D = partial(option, help="PatchGAN's stride-2 layers; 3 judges 70 x 70 pixels, 2 34 x 34", least=1, most=12)
 UPSAMPLE = partial(
-    option,
-    help="how generators enlarge: transposed convolutions as in the papers, or nearest neighbour and convolution",
-    choices=("transposed", "nearest"),
+    option, help="enlarge by transposed convolutions (papers) or by repeating pixels", choices=("transposed", "nearest")
 )
-LAMBDA_GAN = partial(
-    option, help="weight of each adversarial term; 0 for pix2pix: only L1, without discriminator", least=0
-)
+LAMBDA_GAN = partial(option, help="weight of each adversarial term; pix2pix at 0: only L1, no discriminator", least=0)
 LAMBDA_CYC = partial(option, help="weight of each direction's cycle loss", least=0)
-LAMBDA_ID = partial(
-    option,
-    help="weight of each direction's identity loss (AttentionGAN: 0.5 in the paper, 5 in the official code)",
-    least=0,
-)
+LAMBDA_ID = partial(option, help="weight of each identity loss (AttentionGAN: paper 0.5, official code 5)", least=0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,10 +148,7 @@ def least_squares(logits: Sequence[Tensor], target: float) -> Tensor:
 
 
 def cross_entropy(logits: Sequence[Tensor], target: float) -> Tensor:
-    """Binary cross-entropy (Goodfellow et al., 2014): mean over each map of logits, summed over the maps.
-
-    With the target 1 for generated pictures it is the generator's loss in its form that does not saturate.
-    """
+    """Binary cross-entropy (Goodfellow et al., 2014), likewise. Target 1 for generated pictures does not saturate."""
     return torch.stack([F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x in logits]).sum()
 
 
@@ -177,22 +156,17 @@ GanLoss = Callable[[Sequence[Tensor], float], Tensor]
 GAN_LOSSES: dict[str, GanLoss] = {"bce": cross_entropy, "lsgan": least_squares}
 
 
-def real_against_fake(
-    discriminator: nn.Module, real: Tensor, fake: Tensor, gan_loss: GanLoss = least_squares
-) -> Tensor:
+def real_against_fake(judge: nn.Module, real: Tensor, fake: Tensor, gan_loss: GanLoss = least_squares) -> Tensor:
     """The loss of a discriminator, halved to slow it down (pix2pix, Sec. 3.3; CycleGAN, Appendix 7.1).
 
     Both go through in one call, which is exact as long as the norm is per picture.
     """
-    maps = [logits.chunk(2) for logits in discriminator(torch.cat([real, fake]))]
+    maps = [logits.chunk(2) for logits in judge(torch.cat([real, fake]))]
     return 0.5 * (gan_loss([r for r, _ in maps], 1.0) + gan_loss([f for _, f in maps], 0.0))
 
 
 def mask_measures(attention: Tensor) -> dict[str, Tensor]:
-    """Each mask's mean and its mean binary entropy in bits (0: every pixel decided, 1: every pixel at 1/2).
-
-    attention: (B, n, H, W), values in [0, 1]. Both results have n entries.
-    """
+    """(n,) means of masks (B, n, H, W) in [0, 1], and their entropies in bits: 0 decided, 1 at 1/2 everywhere."""
     bits = (torch.special.entr(attention) + torch.special.entr(1 - attention)) / math.log(2)
     return {"mean": attention.mean(dim=(0, 2, 3)), "entropy": bits.mean(dim=(0, 2, 3))}
 
@@ -210,31 +184,47 @@ def split(both: Translation) -> tuple[Translation, Translation]:
     return Translation(*first), Translation(*second)
 
 
-def two_way_sheet(
-    batch: Batch,
-    G_AB: nn.Module,
-    G_BA: nn.Module,
-    seen: Callable[[str, Tensor], dict[str, Tensor]] = lambda domain, images: {},
-) -> dict[str, Tensor]:
-    """Columns for both directions: input, translation, attention or heat map, and the translation translated back.
-
-    ``seen``: further columns from the discriminators of a domain, given its name and the translations to it.
-    """
-    columns = {}
-    for source, target, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
-        fake = there(batch[source])
-        columns[f"real {source}"] = batch[source]
-        columns[f"fake {target}"] = fake.image
-        if fake.foreground is not None:
-            columns[f"attention {source}"] = 2 * fake.foreground - 1
-        columns |= seen(target, fake.image)
-        columns[f"recovered {source}"] = back(fake.image).image
-    return columns
-
-
 # ----------------------------------------------------------------------------------------------------------
-#  The two-way game: CycleGAN, AttentionGAN I and II
+#  The two-way games: CycleGAN, AttentionGAN I and II
 # ----------------------------------------------------------------------------------------------------------
+
+
+class BothDirections(System):
+    """What the games with a generator for each direction, ``G_AB`` and ``G_BA``, show of themselves."""
+
+    G_AB: Generator
+    G_BA: Generator
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, fakes: Any) -> dict[str, Tensor]:
+        """``change_*``: mean |output - input| in [0, 2], near 0 for a copy. Others: see ``measures_inside``."""
+        measures = {}
+        for way, real, fake in (("AB", batch["A"], fakes.fake_B), ("BA", batch["B"], fakes.fake_A)):
+            measures[f"change_{way}"] = F.l1_loss(fake.image, real)
+            measures |= self.measures_inside(way, fake)
+        return measures
+
+    @abstractmethod
+    def measures_inside(self, way: str, fake: Translation) -> dict[str, Tensor]:
+        """Further measures of a way, "AB" or "BA", by their full names."""
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        """For both directions: input, translation, attention or heat map, and the translation translated back."""
+        columns = {}
+        for source, target, there, back in (("A", "B", self.G_AB, self.G_BA), ("B", "A", self.G_BA, self.G_AB)):
+            fake = there(batch[source])
+            columns[f"real {source}"] = batch[source]
+            columns[f"fake {target}"] = fake.image
+            if fake.foreground is not None:
+                columns[f"attention {source}"] = 2 * fake.foreground - 1
+            columns |= self.seen(target, fake.image)
+            columns[f"recovered {source}"] = back(fake.image).image
+        return columns
+
+    def seen(self, side: str, images: Tensor) -> dict[str, Tensor]:
+        """Further columns: what the discriminators of a domain look at in translations to it."""
+        return {}
 
 
 class TwoWayFakes(NamedTuple):
@@ -257,107 +247,78 @@ def total_variation(masks: Tensor) -> Tensor:
     return (down + across) / len(masks)
 
 
-class Weights(NamedTuple):
-    """Weights of the terms of each direction. identity, pixel and tv are not computed where their weight is 0.
-
-    curriculum: see ``TwoWay``.
-    """
-
-    gan: float = 1.0
-    cyc: float = 10.0
-    identity: float = 0.0
-    pixel: float = 0.0
-    tv: float = 0.0
-    curriculum: int = 0
-
-
-class TwoWay(System):
+class TwoWay(BothDirections):
     """Two generators, two discriminators, least-squares + cycle + identity (CycleGAN, eq. 3; AttentionGAN).
 
     The terms are those of the official code, summed over both directions:
-    L_G = Σ [ gan · LSGAN + cyc · |recovered - real|₁ + identity · |same - real|₁ + pixel · |fake - real|₁ + tv · TV ],
-    L_D = Σ ½ [ (D(real) - 1)² + D(pooled)² ].
+    L_G = Σ [ gan · LSGAN + cyc · |recovered - real|₁ + id · |same - real|₁ + pixel · |fake - real|₁ + tv · TV ],
+    L_D = Σ ½ [ (D(real) - 1)² + D(pooled)² ]. Of id, pixel and tv those of weight 0 are not computed.
 
-    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III). Its terms have the same
-    weight as the plain ones. It sees [mask, picture] ("concat") or mask × picture ("mask"), see ``guide``.
-    A translated picture comes with the foreground mask it was made with. ``attn_grad``: gradients reach the generator
-    through the picture and the mask ("both") or only through the picture ("picture"). A real picture comes with the
-    mask that the generator *from* its side makes of it (``attn_real`` "own"), or with the mask of the translation it is
-    compared with ("partner", the literal reading of the paper).
+    ``attn_disc`` adds an attention-guided discriminator to each side (AttentionGAN, Sec. III), with terms of the same
+    weight. It sees [mask, picture] ("concat") or mask × picture ("mask"). A translated picture comes with the mask it
+    was made with; ``attn_grad``: gradients reach the generator through both, or only the picture. A real picture comes
+    with the mask that the generator *from* its side makes of it (``attn_real`` "own"), or with that of the translation
+    it is compared with ("partner", the literal reading of the paper).
 
-    ``curriculum``: for so many epochs the adversarial terms lead, as in the official code of scheme I. The terms that
+    ``curriculum_epochs``: for so many the adversarial terms lead, as in the official code of scheme I. The terms that
     tie the output to the input (cycle, identity, pixel) have the factor 0.01 and the others 0.99; later all have 0.5.
-
     Raises InputError for guidance options without an attention-guided discriminator.
     """
 
+    options: TwoWayOptions
+
     def __init__(self, options: TwoWayOptions, size: tuple[int, int], seed: Sequence[int]):
         super().__init__(options, size, seed)
-        self.weights, self.channels = options.weights(), options.channels
-        self.attn_disc, self.attn_real, self.attn_grad = options.guidance()
-        for flag, value, default in (("attn_real", self.attn_real, "own"), ("attn_grad", self.attn_grad, "both")):
-            if self.attn_disc == "none" and value != default:
+        self.guided = options.attn_disc != "none"
+        for flag, value, default in (("attn_real", options.attn_real, "own"), ("attn_grad", options.attn_grad, "both")):
+            if not self.guided and value != default:
                 raise InputError(f"--{flag} {value} needs --attn_disc concat or mask")
-
-        def discriminator(inputs: int) -> PatchDiscriminator:
-            return PatchDiscriminator(inputs, options.ndf, options.n_layers_D)
-
+        channels, judge = options.channels, (options.ndf, options.n_layers_D)
         self.G_AB, self.G_BA = options.generator(), options.generator()
-        self.D_A, self.D_B = discriminator(self.channels), discriminator(self.channels)
-        if self.attn_disc != "none":
-            inputs = self.channels + 1 if self.attn_disc == "concat" else self.channels
-            self.guided_D_A, self.guided_D_B = discriminator(inputs), discriminator(inputs)
+        self.D_A, self.D_B = (PatchDiscriminator(channels, *judge) for _ in "AB")
+        if self.guided:
+            inputs = channels + 1 if options.attn_disc == "concat" else channels
+            self.guided_D_A, self.guided_D_B = (PatchDiscriminator(inputs, *judge) for _ in "AB")
         self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.pool_A = ReplayBuffer(options.pool_size, (*seed, 0))
         self.pool_B = ReplayBuffer(options.pool_size, (*seed, 1))
         self.min_size = max(self.G_AB.min_size, self.D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
-        self.has_background = self.G_AB.settings.get("background", True)
         self.set_epoch(0)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        judges = ("D_A", "D_B") if self.attn_disc == "none" else ("D_A", "D_B", "guided_D_A", "guided_D_B")
-        return (
-            Turn("G", ("G_AB", "G_BA"), self.generators_losses),
-            Turn("D", judges, self.discriminators_losses),
-        )
+        judges = ("D_A", "D_B", "guided_D_A", "guided_D_B") if self.guided else ("D_A", "D_B")
+        return (Turn("G", ("G_AB", "G_BA"), self.generators_losses), Turn("D", judges, self.discriminators_losses))
 
     def set_epoch(self, epoch: int) -> None:
         self.leading = self.tying = 1.0
-        if self.weights.curriculum:
-            self.leading, self.tying = (0.99, 0.01) if epoch < self.weights.curriculum else (0.5, 0.5)
+        if self.options.curriculum_epochs:
+            self.leading, self.tying = (0.99, 0.01) if epoch < self.options.curriculum_epochs else (0.5, 0.5)
 
     def forward(self, batch: Batch) -> TwoWayFakes:
         real_A, real_B = batch["A"], batch["B"]
         same_A = same_B = None
-        if self.weights.identity:
+        if self.options.lambda_id:
             # Translation and identity in one call: exact, because InstanceNorm treats each picture by itself.
             fake_B, (same_B, *_) = split(self.G_AB(torch.cat([real_A, real_B])))
             fake_A, (same_A, *_) = split(self.G_BA(torch.cat([real_B, real_A])))
         else:
             fake_B, fake_A = self.G_AB(real_A), self.G_BA(real_B)
-        return TwoWayFakes(
-            fake_A,
-            fake_B,
-            recovered_A=self.G_BA(fake_B.image),
-            recovered_B=self.G_AB(fake_A.image),
-            same_A=same_A,
-            same_B=same_B,
-            pooled_A=self.pool_A(self.to_pool(fake_A)),
-            pooled_B=self.pool_B(self.to_pool(fake_B)),
-        )
+        recovered_A, recovered_B = self.G_BA(fake_B.image), self.G_AB(fake_A.image)
+        pooled_A, pooled_B = self.pool_A(self.to_pool(fake_A)), self.pool_B(self.to_pool(fake_B))
+        return TwoWayFakes(fake_A, fake_B, recovered_A, recovered_B, same_A, same_B, pooled_A, pooled_B)
 
     def to_pool(self, fake: Translation) -> Tensor:
         """What the replay buffer stores of a translation: the picture, and its mask for a guided discriminator."""
-        return fake.image if self.attn_disc == "none" else torch.cat([fake.image, mask_of(fake)], dim=1)
+        return torch.cat([fake.image, mask_of(fake)], dim=1) if self.guided else fake.image
 
     def guide(self, images: Tensor, masks: Tensor) -> Tensor:
         """What a guided discriminator sees of (B, channels, H, W) pictures and (B, 1, H, W) masks in [0, 1]."""
-        return torch.cat([masks, images], dim=1) if self.attn_disc == "concat" else masks * images
+        return torch.cat([masks, images], dim=1) if self.options.attn_disc == "concat" else masks * images
 
     def generators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        weights = self.weights
+        weights = self.options
         ways = (
             ("A", "B", batch["A"], fakes.fake_B, fakes.recovered_A, fakes.same_A),
             ("B", "A", batch["B"], fakes.fake_A, fakes.recovered_B, fakes.same_B),
@@ -366,28 +327,28 @@ class TwoWay(System):
         for source, target, real, fake, recovered, same in ways:
             way = f"{source}{target}"
             judge = self.get_submodule(f"D_{target}")
-            losses[f"G_{way}"] = self.leading * weights.gan * least_squares(judge(fake.image), 1.0)
-            if self.attn_disc != "none":
+            losses[f"G_{way}"] = self.leading * weights.lambda_gan * least_squares(judge(fake.image), 1.0)
+            if self.guided:
                 judge = self.get_submodule(f"guided_D_{target}")
-                mask = mask_of(fake) if self.attn_grad == "both" else mask_of(fake).detach()
+                mask = mask_of(fake) if weights.attn_grad == "both" else mask_of(fake).detach()
                 logits = judge(self.guide(fake.image, mask))
-                losses[f"guided_G_{way}"] = self.leading * weights.gan * least_squares(logits, 1.0)
-            if weights.tv:
-                losses[f"tv_{way}"] = self.leading * weights.tv * total_variation(mask_of(fake))
-            losses[f"cycle_{source}"] = self.tying * weights.cyc * F.l1_loss(recovered.image, real)
+                losses[f"guided_G_{way}"] = self.leading * weights.lambda_gan * least_squares(logits, 1.0)
+            if weights.lambda_tv:
+                losses[f"tv_{way}"] = self.leading * weights.lambda_tv * total_variation(mask_of(fake))
+            losses[f"cycle_{source}"] = self.tying * weights.lambda_cyc * F.l1_loss(recovered.image, real)
             if same is not None:
-                losses[f"identity_{source}"] = self.tying * weights.identity * F.l1_loss(same, real)
-            if weights.pixel:
-                losses[f"pixel_{way}"] = self.tying * weights.pixel * F.l1_loss(fake.image, real)
+                losses[f"identity_{source}"] = self.tying * weights.lambda_id * F.l1_loss(same, real)
+            if weights.lambda_pixel:
+                losses[f"pixel_{way}"] = self.tying * weights.lambda_pixel * F.l1_loss(fake.image, real)
         return losses
 
     def discriminators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
         losses = {}
         for side, pooled, translated in (("A", fakes.pooled_A, fakes.fake_B), ("B", fakes.pooled_B, fakes.fake_A)):
-            images, masks = pooled[:, : self.channels], pooled[:, self.channels :]
+            images, masks = pooled[:, : self.options.channels], pooled[:, self.options.channels :]
             losses[f"D_{side}"] = real_against_fake(self.get_submodule(f"D_{side}"), batch[side], images)
-            if self.attn_disc != "none":
-                real_masks = mask_of(translated).detach() if self.attn_real == "own" else masks
+            if self.guided:
+                real_masks = mask_of(translated).detach() if self.options.attn_real == "own" else masks
                 real = self.guide(batch[side], real_masks)
                 judge = self.get_submodule(f"guided_D_{side}")
                 losses[f"guided_D_{side}"] = real_against_fake(judge, real, self.guide(images, masks))
@@ -397,24 +358,14 @@ class TwoWay(System):
         found = super().symptoms(values)
         for way in ("AB", "BA"):
             masks = values.get(f"mask_{way}_mean", [])
-            if masks and self.has_background and masks[-1] > 0.99:
+            if masks and self.G_AB.settings.get("background", True) and masks[-1] > 0.99:
                 found.append(f"the background mask of {way} is above 0.99: the output is nearly the input")
         return found
 
-    @torch.no_grad()
-    def measures(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        """``change_*``: mean |output - input| in [0, 2], near 0 for a copy. ``mask_*``: see ``mask_measures``."""
-        measures = {}
-        for way, real, fake in (("AB", batch["A"], fakes.fake_B), ("BA", batch["B"], fakes.fake_A)):
-            measures[f"change_{way}"] = F.l1_loss(fake.image, real)
-            if fake.attention is not None:
-                for name, value in mask_measures(fake.attention).items():
-                    measures[f"mask_{way}_{name}"] = value
-        return measures
-
-    @torch.no_grad()
-    def sheet(self, batch: Batch) -> dict[str, Tensor]:
-        return two_way_sheet(batch, self.generator("AtoB"), self.generator("BtoA"))
+    def measures_inside(self, way: str, fake: Translation) -> dict[str, Tensor]:
+        """``mask_*``: see ``mask_measures``."""
+        found = {} if fake.attention is None else mask_measures(fake.attention)
+        return {f"mask_{way}_{name}": value for name, value in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,26 +373,20 @@ class TwoWayOptions(NetworkOptions, ABC):
     """Options of all two-way games."""
 
     game = TwoWay
+    # Of the games that do not have these as options.
+    attn_disc, attn_real, attn_grad = "none", "own", "both"
+    lambda_gan, curriculum_epochs = 1.0, 0
+    lambda_id = lambda_pixel = lambda_tv = 0.0
 
     n_residual_blocks: int = N_RESIDUAL_BLOCKS(9)
     n_layers_D: int = N_LAYERS_D(3)
     upsample: str = UPSAMPLE("transposed")
     lambda_cyc: float = LAMBDA_CYC(10.0)
-    pool_size: int = option(
-        50, "generated pictures that each replay buffer stores; 0 turns it off", least=0, most=2**20
-    )
+    pool_size: int = option(50, "generated pictures that each replay buffer stores; 0: none", least=0, most=2**20)
 
     @abstractmethod
     def generator(self) -> Generator:
         """A new generator."""
-
-    @abstractmethod
-    def weights(self) -> Weights:
-        """The weights of the loss terms."""
-
-    def guidance(self) -> tuple[str, str, str]:
-        """``attn_disc``, ``attn_real`` and ``attn_grad``."""
-        return "none", "own", "both"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,9 +397,6 @@ class CycleGANOptions(TwoWayOptions):
 
     def generator(self) -> ResNetGenerator:
         return ResNetGenerator(self.channels, self.ngf, self.n_residual_blocks, self.upsample)
-
-    def weights(self) -> Weights:
-        return Weights(cyc=self.lambda_cyc, identity=self.lambda_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,52 +410,29 @@ class GuidedOptions(TwoWayOptions, ABC):
     )
     attn_real: str = option(
         "own",
-        "the mask it sees beside a real picture: the one that the generator from that side makes of it (own), or that "
-        "of the translation it is compared with, as the paper writes (partner)",
+        "a real picture's mask: what the generator from that side makes of it (own), or that of the translation it is "
+        "compared with, as the paper writes (partner)",
         choices=("own", "partner"),
     )
     attn_grad: str = option(
-        "both",
-        "whether its gradients reach the generator through picture and mask (both), or only through the picture",
-        choices=("both", "picture"),
+        "both", "whether its gradients reach the generator through the mask too (both)", choices=("both", "picture")
     )
-
-    def guidance(self) -> tuple[str, str, str]:
-        return self.attn_disc, self.attn_real, self.attn_grad
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionGANOptions(GuidedOptions):
     """AttentionGAN, scheme II (Tang et al., TNNLS 2021)."""
 
-    n_masks: int = option(
-        10, "attention masks; the last one is the background, unless --no_background", least=2, most=1024
-    )
-    attention_kernel: int = option(
-        1, "last kernel of the attention head: 1 as in the official code, 7 as in the paper", choices=(1, 7)
-    )
-    no_background: bool = option(
-        False, "give every mask a content and keep nothing of the input, for changes of shape (selfie2anime)"
-    )
+    n_masks: int = option(10, "attention masks; the last is the background, unless --no_background", least=2, most=1024)
+    attention_kernel: int = option(1, "last kernel of the attention head: official code 1, paper 7", choices=(1, 7))
+    no_background: bool = option(False, "give every mask a content and keep nothing of the input, for changes of shape")
     lambda_id: float = LAMBDA_ID(0.5)
 
     def generator(self) -> AttentionGenerator:
         if self.no_background and self.attn_disc != "none":
-            raise InputError(
-                f"--attn_disc {self.attn_disc} needs the background mask, which --no_background leaves out"
-            )
-        return AttentionGenerator(
-            self.channels,
-            self.ngf,
-            self.n_residual_blocks,
-            self.n_masks,
-            self.attention_kernel,
-            not self.no_background,
-            self.upsample,
-        )
-
-    def weights(self) -> Weights:
-        return Weights(cyc=self.lambda_cyc, identity=self.lambda_id)
+            raise InputError(f"--attn_disc {self.attn_disc} needs the background mask, expected no --no_background")
+        masks = self.n_masks, self.attention_kernel, not self.no_background
+        return AttentionGenerator(self.channels, self.ngf, self.n_residual_blocks, *masks, self.upsample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -525,20 +444,13 @@ class AttentionGAN1Options(GuidedOptions):
     lambda_pixel: float = option(1.0, "weight of each direction's |output - input|", least=0)
     lambda_tv: float = option(1e-6, "weight of each mask's total variation, a sum over its pixels", least=0)
     curriculum_epochs: int = option(
-        10,
-        "epochs in which the adversarial terms lead (0.99 to 0.01), as in scheme I's official code, then 0.5 to 0.5; "
-        "0: plain weights; as many as --n_epochs: to the end",
-        least=0,
+        10, "epochs in which the adversarial terms lead (0.99 to 0.01), then 0.5 to 0.5; 0: plain weights", least=0
     )
 
     def generator(self) -> SingleMaskGenerator:
         if not self.lambda_gan:
             raise InputError("--lambda_gan 0: only a copy is left to train for, expected a weight above 0")
         return SingleMaskGenerator(self.channels, self.ngf, self.n_residual_blocks, self.upsample)
-
-    def weights(self) -> Weights:
-        gan, cyc, pixel, tv = self.lambda_gan, self.lambda_cyc, self.lambda_pixel, self.lambda_tv
-        return Weights(gan, cyc, pixel=pixel, tv=tv, curriculum=self.curriculum_epochs)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -555,7 +467,7 @@ class UGATITFakes(NamedTuple):
     same_B: Translation
 
 
-class UGATIT(System):
+class UGATIT(BothDirections):
     """U-GAT-IT (Kim et al., ICLR 2020, Sec. 2.2), with the terms of the official PyTorch code.
 
     Two generators with a CAM; for each domain a global and a local discriminator, each with a CAM, whose logits have a
@@ -563,26 +475,20 @@ class UGATIT(System):
     L_D = Σ gan · [ Σ (D(real) - 1)² + D(fake)² ], not halved,
     L_G = Σ [ gan · Σ (D(fake) - 1)² + cyc · |recovered - real|₁ + identity · |same - real|₁ + cam · CAM ],
     with the inner sums over both scales, logit map and CAM logits. CAM is the cross-entropy of the generator's own CAM
-    logits, which classify its input: source domain (translation) or target domain (identity).
-
-    The discriminators' turn is first. No replay buffer. ``after_step`` brings every ρ back to [0, 1].
+    logits, which classify its input: source domain (translation) or target domain (identity). Every ρ stays in [0, 1].
     """
 
     SCALES = ("global", "local")
+    options: UGATITOptions
 
     def __init__(self, options: UGATITOptions, size: tuple[int, int], seed: Sequence[int]):
         super().__init__(options, size, seed)
         channels, ngf, ndf, init = options.channels, options.ngf, options.ndf, options.init
-        fixed_size = None if options.light else size
-
-        def generator() -> UGATITGenerator:
-            return UGATITGenerator(channels, ngf, options.n_residual_blocks, fixed_size, init)
-
+        n_blocks, fixed_size = options.n_residual_blocks, None if options.light else size
         n_global, n_local = depths(min(size))
-        self.G_AB, self.G_BA = generator(), generator()
+        self.G_AB, self.G_BA = (UGATITGenerator(channels, ngf, n_blocks, fixed_size, init) for _ in "AB")
         self.global_D_A, self.global_D_B = (CAMDiscriminator(channels, ndf, n_global, init) for _ in "AB")
         self.local_D_A, self.local_D_B = (CAMDiscriminator(channels, ndf, n_local, init) for _ in "AB")
-        self.options = options
         self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.min_size = max(self.G_AB.min_size, self.global_D_A.min_size, self.local_D_A.min_size)
         self.size_multiple = self.G_AB.size_multiple
@@ -596,10 +502,9 @@ class UGATIT(System):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for network in (self.G_AB, self.G_BA):
-            for norm in network.modules():
-                if isinstance(norm, (AdaLIN, ILN)):
-                    norm.rho.clamp_(0, 1)
+        for norm in (*self.G_AB.modules(), *self.G_BA.modules()):
+            if isinstance(norm, (AdaLIN, ILN)):
+                norm.rho.clamp_(0, 1)
 
     def forward(self, batch: Batch) -> UGATITFakes:
         real_A, real_B = batch["A"], batch["B"]
@@ -640,24 +545,14 @@ class UGATIT(System):
             losses[f"cam_{way}"] = weights.lambda_cam * entropy
         return losses
 
-    @torch.no_grad()
-    def measures(self, batch: Batch, fakes: UGATITFakes) -> dict[str, Tensor]:
-        """``change_*``: mean |output - input| in [0, 2]; ``rho_*``: the mean ρ of every AdaLIN and ILN, in order."""
-        measures = {}
-        for way, real, fake in (("AB", batch["A"], fakes.fake_B), ("BA", batch["B"], fakes.fake_A)):
-            measures[f"change_{way}"] = F.l1_loss(fake.image, real)
-            norms = [m for m in self.get_submodule(f"G_{way}").modules() if isinstance(m, (AdaLIN, ILN))]
-            measures[f"rho_{way}"] = torch.stack([norm.rho.mean() for norm in norms])
-        return measures
+    def measures_inside(self, way: str, fake: Translation) -> dict[str, Tensor]:
+        """``rho_*``: the mean ρ of every AdaLIN and ILN, in order."""
+        norms = [m for m in self.get_submodule(f"G_{way}").modules() if isinstance(m, (AdaLIN, ILN))]
+        return {f"rho_{way}": torch.stack([norm.rho.mean() for norm in norms])}
 
-    @torch.no_grad()
-    def sheet(self, batch: Batch) -> dict[str, Tensor]:
-        def seen(side: str, images: Tensor) -> dict[str, Tensor]:
-            judges = {scale: self.get_submodule(f"{scale}_D_{side}") for scale in self.SCALES}
-            maps = {scale: cast(CAMDiscriminator, judge).heat_map(images) for scale, judge in judges.items()}
-            return {f"{scale} D_{side}": 2 * heat - 1 for scale, heat in maps.items()}
-
-        return two_way_sheet(batch, self.generator("AtoB"), self.generator("BtoA"), seen)
+    def seen(self, side: str, images: Tensor) -> dict[str, Tensor]:
+        judges = {scale: cast(CAMDiscriminator, self.get_submodule(f"{scale}_D_{side}")) for scale in self.SCALES}
+        return {f"{scale} D_{side}": 2 * judge.heat_map(images) - 1 for scale, judge in judges.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -669,9 +564,7 @@ class UGATITOptions(NetworkOptions):
     presets: ClassVar[Mapping[str, Any]] = {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"}
 
     n_residual_blocks: int = N_RESIDUAL_BLOCKS(4)
-    light: bool = option(
-        False, "small generators, whose MLP reads averages over the picture; later they take pictures of any size"
-    )
+    light: bool = option(False, "small generators, whose MLP reads averages; they later take pictures of any size")
     init: str = option(
         "normal",
         "first weights: N(0, 0.02) as the paper says (normal), or torch's own as in the official code (default)",
@@ -695,11 +588,12 @@ class Paired(System):
     L_D = ½ [ GAN(D([x, y]), 1) + GAN(D([x, G(x)]), 0) ],
     L_G = lambda_gan · GAN(D([x, G(x)]), 1) + lambda_L1 · |G(x) - y|₁.
 
-    The discriminator's turn is first. A term of weight 0 is not computed. Without the adversarial one (the paper's
-    "L1") there is no discriminator. Raises InputError where no term is left. No replay buffer.
+    A term of weight 0 is not computed. Without the adversarial one (the paper's "L1") there is no discriminator.
+    Raises InputError where no term is left, or the U-Net does not fit the size.
     """
 
     data = "paired"
+    options: Pix2PixOptions
 
     def __init__(self, options: Pix2PixOptions, size: tuple[int, int], seed: Sequence[int]):
         super().__init__(options, size, seed)
@@ -720,12 +614,11 @@ class Paired(System):
         self.source, self.target = options.direction[0], options.direction[-1]
         self.generators = {options.direction: "G"}
         self.gan_loss = GAN_LOSSES[options.gan_loss]
-        self.lambda_gan, self.lambda_L1 = options.lambda_gan, options.lambda_L1
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         learn = Turn("G", ("G",), self.generator_losses)
-        return (Turn("D", ("D",), self.discriminator_losses), learn) if self.lambda_gan else (learn,)
+        return (Turn("D", ("D",), self.discriminator_losses), learn) if self.options.lambda_gan else (learn,)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.G(batch[self.source]).image
@@ -737,11 +630,11 @@ class Paired(System):
 
     def generator_losses(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
         losses = {}
-        if self.lambda_gan:
+        if self.options.lambda_gan:
             logits = self.D(torch.cat([batch[self.source], fake], dim=1))
-            losses["G"] = self.lambda_gan * self.gan_loss(logits, 1.0)
-        if self.lambda_L1:
-            losses["L1"] = self.lambda_L1 * F.l1_loss(fake, batch[self.target])
+            losses["G"] = self.options.lambda_gan * self.gan_loss(logits, 1.0)
+        if self.options.lambda_L1:
+            losses["L1"] = self.options.lambda_L1 * F.l1_loss(fake, batch[self.target])
         return losses
 
     @torch.no_grad()
@@ -751,13 +644,10 @@ class Paired(System):
 
     @torch.no_grad()
     def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        given, real = batch[self.source], batch[self.target]
         with evaluation_mode(self.G) as generator:
-            fake = generator(batch[self.source]).image
-        return {
-            f"real {self.source}": batch[self.source],
-            f"fake {self.target}": fake,
-            f"real {self.target}": batch[self.target],
-        }
+            fake = generator(given).image
+        return {f"real {self.source}": given, f"fake {self.target}": fake, f"real {self.target}": real}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -767,16 +657,10 @@ class Pix2PixOptions(NetworkOptions):
     game = Paired
 
     unet_depth: int = option(
-        0,
-        "how often the U-Net halves the picture, whose sides are multiples of 2 to its power; "
-        "0: log2 of the smaller side",
-        least=0,
-        most=12,
+        0, "halvings of the U-Net; both sides are multiples of 2 to that; 0: log2 of the smaller one", least=0, most=12
     )
     n_layers_D: int = N_LAYERS_D(3)
-    direction: str = option(
-        "AtoB", "which side is translated into the other; of facades the labels are B", choices=("AtoB", "BtoA")
-    )
+    direction: str = option("AtoB", "which way to translate; of facades the labels are B", choices=("AtoB", "BtoA"))
     gan_loss: str = option(
         "bce", "adversarial loss: cross-entropy as in the paper (bce) or least squares", choices=tuple(GAN_LOSSES)
     )
@@ -792,9 +676,9 @@ class Pix2PixOptions(NetworkOptions):
 class DCGAN(System):
     """DCGAN (Radford et al., ICLR 2016): pictures from noise, one generator against one discriminator.
 
-    L_D = CE(D(real), 1) + CE(D(G(noise)), 0), L_G = CE(D(G(noise)), 1), with CE the binary cross-entropy. The
-    discriminator's turn is first. A batch is {"image": (B, channels, size, size), "noise": (B, nz)}. Real and generated
-    pictures go through the discriminator in separate calls, because BatchNorm depends on the batch.
+    L_D = CE(D(real), 1) + CE(D(G(noise)), 0), L_G = CE(D(G(noise)), 1), with CE the binary cross-entropy. A batch is
+    {"image": (B, channels, size, size), "noise": (B, nz)}. Real and generated pictures go through the discriminator in
+    separate calls, because BatchNorm depends on the batch.
     """
 
     data = "plain"
@@ -803,9 +687,9 @@ class DCGAN(System):
         super().__init__(options, size, seed)
         height, width = size
         if height != width or height not in DCGANGenerator.sizes:
+            fitting = ", ".join(map(str, DCGANGenerator.sizes))
             raise InputError(
-                f"--img_height {height} --img_width {width}: dcgan makes square pictures, expected both to be one of "
-                f"{', '.join(map(str, DCGANGenerator.sizes))}"
+                f"--img_height {height} --img_width {width}: dcgan makes square pictures, expected sides of {fitting}"
             )
         self.G = DCGANGenerator(options.nz, options.ngf, options.channels, height, options.upsample)
         self.D = DCGANDiscriminator(options.channels, options.ndf, height)
@@ -847,14 +731,9 @@ class DCGANOptions(NetworkOptions):
     """DCGAN."""
 
     game = DCGAN
-    presets: ClassVar[Mapping[str, Any]] = {
-        "img_height": 64,
-        "img_width": 64,
-        "resize": "short_side",
-        "n_epochs": 25,  # as pytorch/examples
-        "batch_size": 128,
-        "decay_by": "never",
-    }
+    presets: ClassVar[Mapping[str, Any]] = dict(  # the epochs of pytorch/examples
+        img_height=64, img_width=64, resize="short_side", n_epochs=25, batch_size=128, decay_by="never"
+    )
 
     nz: int = option(100, "length of a noise vector", least=1, most=2**16)
     upsample: str = UPSAMPLE("transposed")

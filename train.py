@@ -64,11 +64,7 @@ class DataOptions:
 class TrainingOptions:
     n_epochs: int = option(200, "epochs in all", least=1, most=10**7)
     decay_epoch: int | None = option(
-        None,
-        "epochs at the full rate, which then falls linearly to zero; equal to --n_epochs it stays constant "
-        "(default: half of --n_epochs)",
-        type=int,
-        least=1,
+        None, "epochs at the full rate, then it falls linearly to zero (default: half of --n_epochs)", type=int, least=1
     )
     decay_by: str = option("epoch", "how often the rate falls after --decay_epoch", choices=("epoch", "step", "never"))
     batch_size: int = option(1, "samples per step and process", least=1, most=2**20)
@@ -79,19 +75,13 @@ class TrainingOptions:
     # torch takes seeds below 2 ** 64, and ranks add to theirs.
     seed: int = option(0, "seed of weights, shuffling, crops, flips and replay buffers", least=0, most=2**62)
     preset: str = option(
-        "full",
-        "small: other defaults, with which two CPU cores train in an evening: 64 x 64 pixels, a quarter of the weights",
-        choices=("full", "small"),
+        "full", "small: for an evening on two CPU cores, 64 x 64 pixels and small networks", choices=("full", "small")
     )
     precision: str = option(
-        "auto",
-        "auto: bf16 where the hardware multiplies it natively, else float32",
-        choices=("auto", "float32", "bf16"),
+        "auto", "auto: bf16 where the hardware multiplies it, else float32", choices=("auto", "float32", "bf16")
     )
     init_from: str | None = option(
-        None,
-        "start from the generators of a run, shipped weights or a folder; RUN/checkpoint.pt: from all networks",
-        type=str,
+        None, "start from the generators of a run, weights or folder; RUN/checkpoint.pt: from all networks", type=str
     )
     eval_interval: int = option(
         0,
@@ -110,17 +100,8 @@ class TrainingOptions:
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
     data_dir: str = option("data", "folder that holds the data sets")
-    cache_gb: float = option(
-        2.0,
-        "training pictures are decoded once and kept in memory if all fit into so many GB per process; 0: never",
-        least=0,
-    )
-    n_cpu: int = option(
-        2,
-        "processes that decode pictures where they are not kept in memory; 0 decodes in the main process",
-        least=0,
-        most=1024,
-    )
+    cache_gb: float = option(2.0, "GB per process for decoded pictures, kept if all fit; 0: none are kept", least=0)
+    n_cpu: int = option(2, "processes that decode what is not kept in memory; 0: the main one", least=0, most=1024)
     device: str = option("auto", "cuda, cuda:1, mps, cpu, or auto")
     compile: bool = option(False, "compile the networks first (torch.compile), for long runs")
     checkpoint_interval: int = option(1, "epochs between checkpoints; 0: only by time and at the end", least=0)
@@ -152,25 +133,19 @@ SMALL |= {"n_residual_blocks": 6, "n_epochs": 15, "decay_epoch": 10}
 FOREIGN = {
     "--epoch": "--resume goes on at the checkpoint's epoch",
     "--epochs": "here --n_epochs",
-    "--niter": "here --n_epochs and --decay_epoch",
-    "--niter_decay": "here --n_epochs and --decay_epoch",
+    **dict.fromkeys(("--niter", "--niter_decay"), "here --n_epochs and --decay_epoch"),
     "--dataset": "here --dataset_name",
     "--dataroot": "here --data_dir (the folder above) and --dataset_name",
-    "--gpu_ids": "here --device cuda:0, or train_dist.py for several",
-    "--gpu": "here --device cuda:0, or train_dist.py for several",
+    **dict.fromkeys(("--gpu_ids", "--gpu"), "here --device cuda:0, or train_dist.py for several"),
     "--cuda": "here --device cuda",
-    "--img_size": "here --img_height and --img_width",
-    "--image_size": "here --img_height and --img_width",
+    **dict.fromkeys(("--img_size", "--image_size", "--crop_size"), "here --img_height and --img_width"),
     "--load_size": "here 1.12 x --img_height and --img_width",
-    "--crop_size": "here --img_height and --img_width",
     "--continue_train": "here --resume",
     "--model": "here --system",
     "--batchSize": "here --batch_size",
-    "--lambda_A": "here --lambda_cyc, for both directions",
-    "--lambda_B": "here --lambda_cyc, for both directions",
+    **dict.fromkeys(("--lambda_A", "--lambda_B"), "here --lambda_cyc, for both directions"),
     "--lambda_identity": "here --lambda_id, which is lambda_A x lambda_identity",
-    "--num_workers": "here --n_cpu",
-    "--num_threads": "here --n_cpu",
+    **dict.fromkeys(("--num_workers", "--num_threads"), "here --n_cpu"),
     "--checkpoints_dir": "runs are in saved_models/NAME (--name)",
 }
 SAVING = "saving, then leaving; Ctrl-C once more leaves at once"
@@ -205,7 +180,7 @@ def all_options(system: str, preset: str = "full") -> dict[str, Option]:
 
 
 def stored_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that make the run what it is, as checkpoints hold them."""
+    """The options that checkpoints hold."""
     names = all_options(options.system).keys() - options_of(RunOptions).keys()
     return {name: getattr(options, name) for name in sorted(names)}
 
@@ -352,33 +327,25 @@ def set_up(
     system = build_system(options).to(device).to(memory_format=utils.pick_layout(device))
     if options.compile:
         torch._dynamo.config.recompile_limit = 16  # U-GAT-IT's discriminators can need more than 8
-        for network in (system.get_submodule(name) for turn in system.turns for name in turn.networks):
-            network.compile(dynamic=False)  # in place, so the names of the weights stay
+        for name in system.trained():
+            system.get_submodule(name).compile(dynamic=False)  # in place, so the names of the weights stay
     if utils.rank():  # each rank draws its own dropout
         torch.manual_seed(options.seed + 1_000_003 * utils.rank())
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        turn.player: torch.optim.Adam(
-            trained_parameters(system, turn.networks),
-            options.lr,
-            (options.b1, options.b2),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        for turn in system.turns
-    }
+    adam = partial(torch.optim.Adam, lr=options.lr, betas=(options.b1, options.b2), weight_decay=options.weight_decay)
+    parameters = {turn.player: trained_parameters(system, turn.networks) for turn in system.turns}
+    optimizers: dict[str, torch.optim.Optimizer] = {k: adam(each, fused=True) for k, each in parameters.items()}
     return system, optimizers, utils.make_autocast(device, options.precision)
 
 
 def build_dataset(options: argparse.Namespace) -> PictureDataset:
     make = KINDS[SYSTEMS[options.system].game.data]
-    given = {
-        **vars(options),
-        "root": Path(options.data_dir) / options.dataset_name,
-        "size": (options.img_height, options.img_width),
-        "how": options.resize,
-        "hold_out": options.eval_interval > 0,
-    }
+    given = {**vars(options), "root": data_folder(options), "size": (options.img_height, options.img_width)}
+    given |= {"how": options.resize, "hold_out": options.eval_interval > 0}
     return make(**{key: given[key] for key in inspect.signature(make).parameters})
+
+
+def data_folder(options: argparse.Namespace) -> Path:
+    return Path(options.data_dir) / options.dataset_name
 
 
 def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
@@ -386,13 +353,9 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def prepare_run(options: argparse.Namespace) -> None:
-    """Draw the built-in set, check the pictures and the run's name: what one process does before any training.
-
-    Raises InputError.
-    """
-    root = Path(options.data_dir) / options.dataset_name
+    """What one process does before any training: draw the built-in set, check pictures and name. Raises InputError."""
     if options.dataset_name == BUILT_IN:
-        draw_built_in(root)
+        draw_built_in(data_folder(options))
     build_dataset(options).check()
     if not (options.resume or options.overwrite):
         refuse_existing_run(options)
@@ -483,9 +446,9 @@ def train(
 ) -> int:
     """Train to the end, or until a signal, and save. ``prepare_run`` comes before.
 
-    ``distribute`` returns the system with its networks wrapped for many processes. ``device_name`` is this process's
-    device where it is not that of the options. ``listening``: StopSignals that the caller has entered already. Returns
-    0, or the number of the signal that ended the run early. Raises InputError.
+    ``distribute`` wraps the networks for many processes. ``device_name`` is this process's device where it is not that
+    of the options. ``listening``: StopSignals that the caller has entered already. Returns 0, or the number of the
+    signal that ended the run early. Raises InputError.
     """
     device = utils.pick_device(device_name or options.device)
     system, optimizers, autocast = set_up(options, device)
@@ -501,7 +464,7 @@ def train(
     loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
     if len(loader) == 0:
         raise InputError(
-            f"{len(dataset)} samples in {options.data_dir}/{options.dataset_name} do not fill one batch of "
+            f"{len(dataset)} samples in {data_folder(options)} do not fill one batch of "
             f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
         )
     samples = next(utils.to_device([dataset.fixed_batch(4)], device, normalise))
@@ -520,8 +483,6 @@ def train(
     )
     restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
     total = options.n_epochs * len(loader)
-    if restored["step"] > total:
-        raise InputError(f"--resume: the checkpoint is at step {restored['step']}, the run has only {total}")
     if not options.resume:
         empty_run_folders(options)
     log = record.Record(

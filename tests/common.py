@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,6 @@ from systems import SYSTEMS
 # ----------------------------------------------------------------------------------------------------------
 
 SMALL = dict(ngf=4, ndf=4, n_residual_blocks=2, n_layers_D=2)
-
-
 SYSTEM_SETTINGS = {
     "attentiongan": {**SMALL, "n_masks": 4},
     "attentiongan1": SMALL,
@@ -35,8 +34,6 @@ SYSTEM_SETTINGS = {
     "pix2pix": dict(ngf=4, ndf=4, n_layers_D=2),
     "dcgan": dict(nz=5, ngf=4, ndf=4),
 }
-
-
 TWO_WAY = ("attentiongan", "attentiongan1", "cyclegan", "ugatit")
 
 
@@ -64,17 +61,7 @@ def guided_input(picture, mask, attn_disc):
 
 
 def textbook_losses(
-    system,
-    batch,
-    *,
-    gan=1.0,
-    cyc=10.0,
-    identity=0.0,
-    pixel=0.0,
-    tv=0.0,
-    attn_disc="none",
-    own=True,
-    through_mask=True,
+    system, batch, *, gan=1.0, cyc=10.0, identity=0.0, pixel=0.0, tv=0.0, attn_disc="none", own=True, through_mask=True
 ):
     """The objective as the papers and the official code have it: every call made singly.
 
@@ -100,12 +87,9 @@ def textbook_losses(
         if tv or attn_disc != "none":
             mask = 1 - G(real).attention[:, -1:]
         if tv:
-            total = sum(
-                abs(m[i + 1, j] - m[i, j]) * (i + 1 < 16) + abs(m[i, j + 1] - m[i, j]) * (j + 1 < 16)
-                for m in (F_pad(m[0]) for m in mask)
-                for i in range(16)
-                for j in range(16)
-            )
+            places = [(m[0], i, j) for m in mask for i in range(16) for j in range(16)]
+            total = sum(abs(m[i + 1, j] - m[i, j]) for m, i, j in places if i < 15)
+            total += sum(abs(m[i, j + 1] - m[i, j]) for m, i, j in places if j < 15)
             generators[f"tv_{source}{target}"] = tv * total / len(mask)
         if attn_disc != "none":
             D = getattr(system, f"guided_D_{target}")
@@ -119,43 +103,30 @@ def textbook_losses(
     return generators, discriminators
 
 
-def F_pad(m):
-    """One row and one column more, so that the loops above may look there."""
-    return torch.nn.functional.pad(m, (0, 1, 0, 1))
-
-
 def gradients(losses, parameters):
     return torch.autograd.grad(sum(losses.values()), parameters, retain_graph=True)
 
 
 ONE = dict(gan=0.5, pixel=1.0, tv=1e-6)  # scheme I's published weights
-
-
+CONCAT = dict(attn_disc="concat")
+PLAIN, MASK = dict(curriculum_epochs=0), dict(**ONE, attn_disc="mask")
 TEXTBOOK = [
     ("attentiongan", {}, dict(identity=0.5)),
     ("attentiongan", dict(lambda_id=0.0), {}),
     ("attentiongan", dict(no_background=True, upsample="nearest"), dict(identity=0.5)),
     ("attentiongan", dict(attn_disc="concat"), dict(identity=0.5, attn_disc="concat")),
     ("attentiongan", dict(attn_disc="mask", attn_real="partner"), dict(identity=0.5, attn_disc="mask", own=False)),
-    (
-        "attentiongan",
-        dict(attn_disc="concat", attn_grad="picture"),
-        dict(identity=0.5, attn_disc="concat", through_mask=False),
-    ),
+    ("attentiongan", CONCAT | dict(attn_grad="picture"), CONCAT | dict(identity=0.5, through_mask=False)),
     ("cyclegan", {}, dict(identity=5.0)),
-    ("attentiongan1", dict(curriculum_epochs=0), dict(**ONE, attn_disc="concat")),
-    ("attentiongan1", dict(curriculum_epochs=0, attn_disc="mask"), dict(**ONE, attn_disc="mask")),
-    (
-        "attentiongan1",
-        dict(curriculum_epochs=0, attn_disc="mask", attn_grad="picture"),
-        dict(**ONE, attn_disc="mask", through_mask=False),
-    ),
-    ("attentiongan1", dict(curriculum_epochs=0, attn_disc="none", lambda_tv=0.01), dict(gan=0.5, pixel=1.0, tv=0.01)),
+    ("attentiongan1", PLAIN, dict(**ONE, attn_disc="concat")),
+    ("attentiongan1", dict(**PLAIN, attn_disc="mask"), MASK),
+    ("attentiongan1", {**PLAIN, "attn_disc": "mask", "attn_grad": "picture"}, dict(**MASK, through_mask=False)),
+    ("attentiongan1", dict(**PLAIN, attn_disc="none", lambda_tv=0.01), dict(gan=0.5, pixel=1.0, tv=0.01)),
     ("attentiongan", dict(lambda_cyc=3.0, lambda_id=7.0), dict(cyc=3.0, identity=7.0)),
     ("cyclegan", dict(lambda_cyc=4.0, lambda_id=0.25), dict(cyc=4.0, identity=0.25)),
     (
         "attentiongan1",
-        dict(curriculum_epochs=0, lambda_gan=2.0, lambda_cyc=3.0, lambda_pixel=5.0),
+        dict(**PLAIN, lambda_gan=2.0, lambda_cyc=3.0, lambda_pixel=5.0),
         dict(ONE, gan=2.0, cyc=3.0, pixel=5.0, attn_disc="concat"),
     ),
 ]
@@ -363,11 +334,7 @@ QUICK_PIX2PIX = (
     "--system pix2pix --dataset_name pairs --img_height 64 --img_width 64 --ngf 2 --ndf 2 --n_layers_D 2 "
     "--log_interval 1 --n_cpu 0 --sample_interval 0"
 )
-
-
 TINY = "--img_height 12 --img_width 12 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 --n_masks 3 --pool_size 3"
-
-
 QUICK = f"--dataset_name small --log_interval 4 --n_cpu 0 --sample_interval 0 {TINY}"  # 6 samples an epoch
 
 
@@ -417,6 +384,13 @@ def same_run(one: str, other: str) -> None:
     for key in ("step", "steps_per_epoch", "networks", "optimizers", "ranks"):
         same(a[key], b[key], key)
     same(log(one), log(other), "log")
+
+
+def wait_for_log(name: str, lines: int, process) -> None:
+    deadline = time.monotonic() + 90
+    while not (Path(f"saved_models/{name}/log.jsonl").exists() and len(log(name)) >= lines):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
 
 
 def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:

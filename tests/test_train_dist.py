@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import (
-    QUICK,
-    QUICK_PIX2PIX,
-    build,
-    checkpoint,
-    log,
-    make_batch,
-    quick,
-    same_run,
-    stop_at,
-)
+from common import QUICK, QUICK_PIX2PIX, build, checkpoint, log, make_batch, quick, same_run, stop_at, wait_for_log
 from conftest import ROOT
 from torch import nn
 
@@ -167,10 +156,7 @@ def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(s
     assert "batch 1 x 2 process(es) = 2" in out and out.count("done:") == 1
 
     stopped = launch(f"{command} --name stopped --n_procs 2 --port_num {free_port()}")
-    deadline = time.monotonic() + 90
-    while not (Path("saved_models/stopped/log.jsonl").exists() and len(log("stopped")) > 4):
-        assert time.monotonic() < deadline and stopped.poll() is None
-        time.sleep(0.01)
+    wait_for_log("stopped", 5, stopped)
     stopped.send_signal(signal.SIGTERM)
     code, out, err = finish(stopped)
     assert code == 128 + signal.SIGTERM, err
@@ -197,10 +183,7 @@ def test_two_ranks_stopped_and_resumed_and_under_torchrun_are_straight_through(s
 @pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc, which only Linux has")
 def test_a_rank_that_dies_ends_all_with_one_error(small_set, launch):
     run = launch(f"--n_epochs 1000 --name r --n_procs 2 --port_num {free_port()}")
-    deadline = time.monotonic() + 90
-    while not (Path("saved_models/r/log.jsonl").exists() and log("r")):
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.01)
+    wait_for_log("r", 1, run)
     ranks = [pid for pid in children(run.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -343,27 +326,23 @@ def test_batch_norm_over_several_processes_needs_cuda(small_set, capsys, monkeyp
     train_dist.check_batch_norm(options, 2)
 
 
-def test_batch_norm_becomes_synchronised_in_place():
-    """On CUDA ``distribute`` counts on it: the bare system, the optimizers and the files know nothing of it."""
+def test_distribute_synchronises_batch_norm_on_cuda_in_place(monkeypatch):
+    """The bare system, the optimizers and the files know nothing of it."""
     system, plain, batch = build("dcgan"), build("dcgan"), make_batch(0)
     parameters = list(system.parameters())
-    for network in (system.G, system.D):
-        assert nn.SyncBatchNorm.convert_sync_batchnorm(network) is network
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dist, "DistributedDataParallel", lambda network, **_: network)
+        patch.setattr(train_dist.dist, "broadcast", lambda *_: None)
+        patch.setattr(nn.Parameter, "device", property(lambda _: torch.device("cuda", 0)), raising=False)
+        twin = train_dist.distribute(system)
+    for network, wrapped in zip(system.children(), twin.children(), strict=True):
+        assert wrapped is network
         kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         assert kinds == {nn.SyncBatchNorm}
     assert all(a is b for a, b in zip(parameters, system.parameters(), strict=True))
     assert system.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(system.state_dict())
     assert torch.equal(system.sheet(batch)["sample 1"], plain.sheet(batch)["sample 1"])
-
-
-def test_distribute_synchronises_batch_norm_on_cuda(monkeypatch):
-    monkeypatch.setattr(train_dist, "DistributedDataParallel", lambda network, **_: network)
-    monkeypatch.setattr(train_dist.dist, "broadcast", lambda *_: None)
-    monkeypatch.setattr(nn.Parameter, "device", property(lambda _: torch.device("cuda", 0)), raising=False)
-    for network in train_dist.distribute(build("dcgan")).children():
-        kinds = {type(m) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        assert kinds == {nn.SyncBatchNorm}
 
 
 def test_ranks_have_buffers_of_their_own(monkeypatch):
