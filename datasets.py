@@ -27,12 +27,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import pil_to_tensor
@@ -132,11 +134,13 @@ def open_image(path: Path) -> Image.Image:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any of Pillow's modes to "L" or "RGB": 16 bits are scaled to 8, transparency is laid on white.
+    """Any of Pillow's modes to "L" or "RGB", in sRGB: 16 bits are scaled to 8, transparency is laid on white.
 
     The range of whole numbers of 32 bits and of fractions is read from the values: 0 to 1, -1 to 1, 0 to 255 or 0 to
     65535, the first that holds them all. Raises ValueError for others.
     """
+    profile, alpha = image.info.get("icc_profile"), None
+    space = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.uint32).clip(0, 65535)  # Pillow's own conversion clips at 255
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
@@ -150,8 +154,31 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(((numbers - low) * (255 / (high - low))).round().astype(np.uint8))
     elif "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if profile and (transform := to_srgb(profile, space)) is not None:
+        image = transform.apply(image.convert(space))
+    if alpha is not None:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+@lru_cache(maxsize=64)
+def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform from an ICC profile of pictures of mode ``space`` ("L", "RGB" or "CMYK") to sRGB, of mode RGB.
+
+    None where a picture stays as it is: the profile is damaged, is for other modes, or is sRGB itself. Profiles that
+    vendors call sRGB differ by a level or two in their rounding.
+    """
+    how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    try:
+        transform = ImageCms.buildTransform(BytesIO(profile), ImageCms.createProfile("sRGB"), space, "RGB", *how)
+    except ImageCms.PyCMSError:
+        return None
+    levels = 17 * np.indices((16,) * len(space), dtype=np.uint8).reshape(len(space), -1).T
+    colours = Image.frombytes(space, (len(levels), 1), levels.tobytes())
+    change = np.asarray(transform.apply(colours), dtype=int) - np.asarray(colours.convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None
 
 
 def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:

@@ -7,6 +7,7 @@ import os
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from common import BLUE, GREEN, RED, make_set, noise, plain, save
 from conftest import ROOT
-from PIL import ExifTags, Image, ImageDraw, ImageOps, features
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageOps, features
 from torch.utils.data import Dataset
 
 import datasets
@@ -101,6 +102,118 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path):
         assert file.mode == "CMYK"
     red, green, blue = pixels(path)[4][4]
     assert red > 245 and green < 10 and blue < 10
+
+
+def make_profile(space, **tags):
+    """An ICC profile of the colour space "RGB ", "GRAY" or "CMYK" with these tags."""
+    start, table = 132 + 12 * len(tags), b""
+    for name, data in tags.items():
+        table += name.encode() + struct.pack(">II", start, len(data))
+        start += len(data)
+    head = struct.pack(">I4xI8s", start, 0x02400000, f"{'prtr' if space == 'CMYK' else 'mntr'}{space}".encode())
+    head += (b"Lab " if space == "CMYK" else b"XYZ ") + bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + b"".join(tags.values())
+
+
+def fixed(*numbers):
+    return struct.pack(f">{len(numbers)}i", *(round(2**16 * n) for n in numbers))
+
+
+def curve(*entries):
+    """The tag of a table of values from 0 to 1, or of a single exponent."""
+    scale = 256 if len(entries) == 1 else 65535
+    return b"curv" + struct.pack(f">4xI{len(entries)}H", len(entries), *(round(scale * e) for e in entries)) + bytes(2)
+
+
+def rgb_profile(matrix, tone):
+    columns = {f"{c}XYZ": b"XYZ " + bytes(4) + fixed(*column) for c, column in zip("rgb", matrix.T, strict=True)}
+    return make_profile("RGB ", **columns, **{f"{c}TRC": tone for c in "rgb"})
+
+
+def cmyk_profile(corners):
+    """Of a printer whose 16 full inks (C, M, Y, K from 0000 to 1111) look like these L, a, b of 8 bits."""
+    ramp = bytes(range(256))
+    head = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    return make_profile("CMYK", A2B0=head + 4 * ramp + bytes(np.uint8(corners).ravel().tolist()) + 3 * ramp)
+
+
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])  # to XYZ
+P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+RAMP = np.linspace(0, 1, 1024)
+SRGB_TONE = np.where(RAMP <= 0.04045, RAMP / 12.92, ((RAMP + 0.055) / 1.055) ** 2.4)
+INKS = [[255 - 16 * i, 128, 128] for i in range(15)] + [[0, 128, 128]]
+INKS[4] = [136, 70, 180]  # magenta ink that looks green
+
+
+def as_srgb(pixels, matrix, gamma):
+    """8-bit sRGB of 8-bit pixels (..., 3), by the formulas of the ICC and of sRGB."""
+    linear = ((pixels / 255) ** gamma @ (np.linalg.inv(SRGB) @ matrix).T).clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("matrix", [P3, ADOBE], ids=["Display P3", "Adobe RGB"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_colours_of_another_profile_become_those_of_sRGB(tmp_path, matrix, ending):
+    raw = np.asarray(noise(0, (8, 8)).resize((64, 64), Image.Resampling.NEAREST))
+    options = {"quality": 100} | (
+        {"subsampling": 0} if ending == "jpg" else {"lossless": True} if ending == "webp" else {}
+    )
+    plainly = save(Image.fromarray(raw), tmp_path / f"plain.{ending}", **options)
+    path = save(Image.fromarray(raw), tmp_path / f"a.{ending}", icc_profile=rgb_profile(matrix, curve(2.2)), **options)
+    before, after = np.asarray(Picture(plainly).open()), np.asarray(Picture(path).open(), dtype=int)
+    expected = as_srgb(before, matrix, 2.2)
+    assert np.abs(after - expected).max() <= 2 and np.abs(before - expected).max() > 20
+    grey = np.asarray(Picture(path).open(1), dtype=int)
+    assert np.abs(grey - np.asarray(Picture(path).open().convert("L"))).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_transparency_stays_where_it_is_whatever_the_profile(tmp_path, mode):
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 255, 0, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = 0
+    path = save(image.convert(mode), tmp_path / "a.png", icc_profile=rgb_profile(P3, curve(2.2)))
+    (clear, opaque), expected = pixels(path)[0], as_srgb(np.array([200, 100, 50]), P3, 2.2)
+    assert clear == [255] * 3 and np.abs(opaque - expected).max() <= 1
+
+
+def test_grey_and_cmyk_are_converted_by_profiles_of_their_own(tmp_path):
+    profile = make_profile("GRAY", wtpt=b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249), kTRC=curve(1.0))
+    level = round(255 * (1.055 * (100 / 255) ** (1 / 2.4) - 0.055))
+    for image in (
+        Image.new("L", (1, 1), 100),
+        Image.new("LA", (1, 1), (100, 255)),
+        Image.fromarray(np.array([[25700]], dtype=np.uint16)),
+    ):
+        path = save(image, tmp_path / "grey.png", icc_profile=profile)
+        assert abs(pixels(path, channels=1)[0][0] - level) <= 1
+    image = Image.new("CMYK", (8, 8), (0, 255, 0, 0))
+    red, green, blue = pixels(save(image, tmp_path / "inks.jpg", icc_profile=cmyk_profile(INKS)))[4][4]
+    assert green > red + 50 and green > blue + 50
+    red, green, blue = pixels(save(image, tmp_path / "inks.jpg"))[4][4]
+    assert red > green + 200 and blue > green + 200
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        rgb_profile(SRGB, curve(*SRGB_TONE)),
+        make_profile("GRAY", kTRC=curve(1.0)),
+        cmyk_profile(INKS),
+        rgb_profile(P3, curve(2.2))[:200],
+        b"no profile",
+    ],
+    ids=["sRGB", "sRGB of another maker", "of grey pictures", "of CMYK", "cut", "broken"],
+)
+def test_a_profile_of_sRGB_or_that_does_not_fit_changes_no_byte(tmp_path, profile):
+    for name in ("a.png", "a.jpg"):
+        one, other = save(noise(0), tmp_path / name), save(noise(0), tmp_path / f"b{name}", icc_profile=profile)
+        with Image.open(other) as file:
+            assert file.info["icc_profile"] == profile
+        assert pixels(one) == pixels(other) and pixels(one, 1) == pixels(other, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
