@@ -1,6 +1,7 @@
 """Pictures on disk and what becomes of them: decoding, folders, samples, loading."""
 
 import gc
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import BLUE, GREEN, RED, make_set, noise, plain, save
+from common import BLUE, GREEN, QUICK, RED, make_set, noise, plain, run, save
 from conftest import ROOT
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageOps, features
 from torch.utils.data import Dataset
 
 import datasets
+import translate
 from datasets import (
     BUILT_IN,
     EXTENSIONS,
@@ -43,6 +45,8 @@ from datasets import (
     true_translations,
     unaugmented,
 )
+from models import Translation
+from prepare import import_pictures
 from utils import InputError
 
 
@@ -350,7 +354,9 @@ def test_what_would_never_end_or_fill_the_memory_is_not_decoded(tmp_path, monkey
 def test_heic_pictures_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(b"no matter what")
-    with pytest.raises(InputError, match=r"a\.heic: cannot be read \(HEIC pictures need pillow-heif: pip install pil"):
+    with pytest.raises(
+        InputError, match=r"a\.heic: cannot be read \(a HEIC picture needs .*: pip install pillow-heif\)"
+    ):
         Picture(tmp_path / "a.heic").read()
 
 
@@ -1136,6 +1142,115 @@ def test_start_resumes_amid_an_epoch_with_the_same_batches(tmp_path):
 def test_last_ragged_batch_is_dropped(tmp_path):
     batches = load(make_set(tmp_path, 7, 4), 0, epochs=[0], batch_size=3)
     assert [len(b["A"]) for b in batches] == [3, 3]
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The whole way
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make_every_format(folder):
+    """One picture of 24 x 16 of each format and mode: what its colour is by its name, or why it cannot be read."""
+    expected = {}
+
+    def add(name, image, colour, **options):
+        save(image, folder / name, **options)
+        expected[name] = np.array(colour)
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    endings = ["jpg", "JPEG", "jpe", "jfif", "mpo", "png", "PNG", "webp", "bmp", "gif", "tif", "tiff", "Bmp"]
+    for i, ending in enumerate([*endings, *(["avif"] if features.check("avif") else [])]):
+        colour = (200 - 2 * i, 100, 50)  # each its own, because files of equal bytes are left out
+        add(f"{i}.{ending}", Image.new("RGB", (24, 16), colour), colour)
+    for ending in ("jpg", "tif"):
+        add(f"turned_{ending}.{ending}", Image.new("RGB", (16, 24), (20, 100, 150)), (20, 100, 150), exif=exif)
+    rgb = Image.new("RGB", (24, 16), (200, 100, 50))
+    add("palette.png", rgb.quantize(4), (200, 100, 50))
+    add("p3.png", rgb, as_srgb(np.array([200, 100, 50]), P3, 2.2), icc_profile=rgb_profile(P3, curve(2.2)))
+    rgb.putalpha(51)
+    add("alpha.png", rgb, (244, 224, 214))
+    add("grey.png", Image.new("LA", (24, 16), (100, 255)), 100)
+    add("bit.png", Image.new("1", (24, 16), 1), 255)
+    add("deep.png", Image.fromarray(np.full((16, 24), 25700, np.uint16)), 100)
+    add("inks.jpg", Image.new("CMYK", (24, 16), (0, 255, 255, 0)), (255, 0, 0))
+    for value, level in ((0.2, 51), (-0.6, 51), (100.0, 100), (25700.0, 100), (100, 100), (25700, 100)):
+        kind = np.float32 if isinstance(value, float) else np.int32
+        add(f"{kind.__name__}_{value}.tif", Image.fromarray(np.full((16, 24), value, kind)), level)
+    save(Image.fromarray(np.full((16, 24), -5, np.float32)), folder / "beyond.tif")
+    expected["beyond.tif"] = "values from -5 to -5, expected 0 to 1"
+    if importlib.util.find_spec("pillow_heif"):
+        datasets.import_optional("pillow_heif", "HEIC").register_heif_opener()
+        add("a.heic", Image.new("RGB", (24, 16), (90, 100, 50)), (90, 100, 50))
+    else:
+        (folder / "a.heic").write_bytes(b"no matter what")
+        expected["a.heic"] = "a HEIC picture needs pillow_heif"
+    (folder / "self.png").symlink_to("self.png")
+    expected["self.png"] = "Too many levels of symbolic links"
+    (folder / "itself").symlink_to("itself")
+    (folder / "loop").symlink_to(".")
+    for name in ("a.pdf", "b.PDF", "clip.mov"):
+        (folder / name).write_text("no picture")
+    return expected
+
+
+def test_every_format_is_read_right_or_named_all_the_way(tmp_path, capsys, monkeypatch):
+    expected = make_every_format(tmp_path / "formats")
+    good = {name for name, colour in expected.items() if not isinstance(colour, str)}
+    make_set(tmp_path / "other", 0, 3)
+
+    def check(paths, name_of):
+        assert {name_of(path) for path in paths} == good and len(paths) == len(good)
+        for path in paths:
+            image = Picture(path).read()
+            assert image.size == (24, 16)
+            assert np.abs(np.asarray(image) - expected[name_of(path)].astype(float)).max() <= 5, path
+
+    def check_named(text):
+        for name in expected.keys() - good:
+            (line,) = (line for line in text.splitlines() if f"formats/{name}" in line)
+            assert expected[name] in line
+
+    import_pictures(tmp_path / "formats", tmp_path / "other" / "trainB", tmp_path / "data" / "small", test_share=0)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/formats: {len(expected)} pictures (passed over: 2 .pdf, 1 .mov, 1 without an ending)" in printed
+    check_named(printed)
+    check(list((tmp_path / "data/small/trainA").iterdir()), lambda path: path.name.partition("_")[2])
+    assert run(f"{QUICK} --name r --max_steps 2") == 0
+    assert f"A: {len(good)} pictures, B: 3 pictures\n" in capsys.readouterr().out
+
+    monkeypatch.setattr(translate, "translate_any_size", lambda generator, images: Translation(images))
+    flags = "--recursive --input formats --output out --device cpu"
+    assert translate.main(["--checkpoint", "r", *flags.split()]) == 1
+    out, err = capsys.readouterr()
+    assert f"{len(good)} of {len(expected)} pictures translated" in out
+    assert len(err.splitlines()) == len(expected) - len(good)
+    check_named(err)
+    names = {Path(name).stem: name for name in good}
+    check(list((tmp_path / "out").iterdir()), lambda path: names[path.stem])
+
+
+def test_a_run_says_what_it_found(tmp_path):
+    for name in ("trainA/a.png", "trainA/deep/b.png", "trainB/c.png", "testA/d.png", "val/e.png"):
+        plain(tmp_path / name, size=(16, 8))
+    for name in ("trainA/a.pdf", "trainA/deep/b.PDF", "trainA/c.mov", "trainA/readme", "trainB/._c.png", "testA/d.csv"):
+        (tmp_path / name).write_text("no picture")
+    found = "A: 2 pictures (passed over: 2 .pdf, 1 .mov, 1 without an ending), B: 1 pictures"
+    assert UnpairedDataset(tmp_path, (8, 8)).describe() == found
+    plain(tmp_path / "trainA" / "f.png")
+    for i in range(3):
+        plain(tmp_path / "trainB" / f"{i}.png")
+    assert "A: 3 pictures (" in UnpairedDataset(tmp_path, (8, 8), hold_out=True).describe()
+    (tmp_path / "val" / "e.txt").write_text("no picture")
+    (tmp_path / "val").rename(tmp_path / "train")
+    expected = "A: 1 pictures (passed over: 1 .txt), B: 1 pictures (passed over: 1 .txt)"
+    assert PairedDataset(tmp_path, (8, 8), task="colorization").describe() == expected
+    for name in ("train", "trainA", "trainB"):
+        shutil.rmtree(tmp_path / name)
+    for name in ("g.png", "more/h.png"):
+        plain(tmp_path / name)
+    (tmp_path / "list.csv").write_text("g")
+    assert PlainDataset(tmp_path, (8, 8)).describe() == "image: 2 pictures (passed over: 1 .csv)"
 
 
 class Pids(Dataset):

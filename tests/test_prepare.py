@@ -343,6 +343,26 @@ def test_slow_server_is_given_up_and_one_just_fast_enough_is_not(web, monkeypatc
     assert len(inside(tmp_path / "data", "apple2orange")) == len(ZIPPED) + 1
 
 
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"])
+def test_a_server_that_sends_its_lines_byte_by_byte_is_given_up(monkeypatch, tmp_path, head):
+    """The head without end, or the length of the first chunk: no single wait is long."""
+    monkeypatch.setattr(Handler, "handle", lambda self: [self.request.sendall(piece) for piece in drip(head)])
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"could not be fetched \(only 0 bytes in 0 s\)"):
+            fetch("apple2orange", tmp_path, f"http://127.0.0.1:{server.server_port}", timeout=0.3)
+        assert time.monotonic() - start < 1.5 and below(tmp_path) == {}
+        server.shutdown()
+
+
+def drip(head):
+    yield head
+    for _ in range(40):
+        time.sleep(0.05)
+        yield b"0"
+
+
 @pytest.mark.parametrize("length", ["Content-Length", ""])
 def test_a_download_of_more_bytes_than_a_data_set_has_is_given_up(web, monkeypatch, tmp_path, length):
     size = publish(web, monkeypatch, ZIPPED).stat().st_size
