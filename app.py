@@ -1,5 +1,4 @@
-"""A page to play with trained generators in the browser: ``python app.py``, after ``pip install -r
-requirements-app.txt``.
+"""A page to play with trained generators in the browser, after ``pip install -r requirements-app.txt``.
 
 It is served to this machine only, unless ``--host`` says otherwise. Uploads and results lie in a temporary folder; they
 are deleted within ten minutes and at the end. The process refuses every connection to another machine.
@@ -19,6 +18,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,22 +198,19 @@ def pack(answers: Sequence[Answer], path: Path) -> None:
 
 
 def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tuple[str, Image.Image]]:
-    """(name, picture) to try a direction with: the inputs on the sheet in docs of shipped weights, test pictures below
-    data, those of the weights' own set first, and of the built-in set. What cannot be read is left out.
+    """(name, picture) to try a direction with: inputs on the sheet in docs of shipped weights, test pictures in data,
+    those of the weights' own set first, and of the built-in set. What cannot be read is left out.
     """
     side, sheet = direction[0], DOCS / f"{Path(where).name}_{direction}.webp"
     roots = sorted(Path("data").glob("*/"), key=lambda root: (root.name != weights.dataset, root.name))
     if where.startswith("pretrained/") and sheet.exists() and weights.dataset not in [root.name for root in roots]:
         with Image.open(sheet) as image:  # see record.draw_sheet: inputs of 128 pixels are the first row
-            for i in range(6):
-                left = image.width - (6 - i) * 130
-                yield f"{weights.dataset} {side} {i + 1}", image.convert("RGB").crop((left, 20, left + 128, 148))
+            for i, left in enumerate(range(image.width - 6 * 130, image.width, 130), 1):
+                yield f"{weights.dataset} {side} {i}", image.convert("RGB").crop((left, 20, left + 128, 148))
     for root in roots:
         for each in find_side(root, "test", side, weights.task)[: 6 if root.name == weights.dataset else 2]:
-            try:
-                yield f"{root.name} {side} {each.path.stem}", each.open()
-            except Exception:  # decoders raise what they like
-                continue
+            with suppress(InputError):
+                yield f"{root.name} {side} {each.path.stem}", each.read()
     for i in range(3):
         yield f"{BUILT_IN} {side} {i}", draw_scene(np.random.default_rng((4, 1, "AB".index(side), i)))[side]
 
@@ -295,14 +292,11 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         shown += [gr.update(value=answer.back, visible=answer.back is not None), answer.masks, answer.contents]
         return [gr.update(visible=True), gr.update(visible=False), *shown]
 
+    bar = gr.Progress()  # gradio looks for it among the defaults
+
     @in_sentences
     def answer_many(
-        where: str,
-        file: str | None,
-        direction: str,
-        size: int,
-        paths: list[str] | None,
-        progress: Any = gr.Progress(),  # noqa: B008 (gradio looks for it here)
+        where: str, file: str | None, direction: str, size: int, paths: list[str] | None, progress: Any = bar
     ) -> list[Any]:
         if not paths or len(paths) > MOST_PICTURES:
             raise InputError(f"Give at least one picture and at most {MOST_PICTURES}.")
@@ -333,9 +327,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                 info = "Best is the size it was trained at. Larger pictures take longer."
                 size = gr.Radio([], label="Size of the longer side, in pixels", info=info, elem_id="size")
                 with gr.Tab("One picture"):
-                    sources = ["upload", "webcam", "clipboard"]
-                    label = "Drop, paste or photograph a picture"
-                    one = gr.Image(label=label, type="filepath", sources=sources, height=300, elem_id="one")
+                    given = dict(type="filepath", sources=["upload", "webcam", "clipboard"], height=300, elem_id="one")
+                    one = gr.Image(label="Drop, paste or photograph a picture", **given)
                     go_one = gr.Button("Translate", variant="primary", elem_id="go_one")
                     label = "Or press one of these, to see it translated"
                     examples = gr.Dataset(components=[one], samples=[], label=label, samples_per_page=18)
@@ -427,12 +420,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             offered = Path(tempfile.mkdtemp(dir=folder))
             page = make_page(gr, device, offered)
-            own: dict[str, Any] = dict(
-                share=False, pwa=False, mcp_server=False, ssr_mode=False, inline=False, quiet=True
-            )
-            own |= dict(enable_monitoring=False, prevent_thread_lock=True, footer_links=[], max_file_size=MOST_BYTES)
+            off = dict.fromkeys(("share", "pwa", "mcp_server", "ssr_mode", "inline", "enable_monitoring"), False)
+            own = dict(quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=MOST_BYTES, css=CSS)
             theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-            page.launch(server_name=options.host, server_port=options.port, theme=theme, css=CSS, **own)
+            page.launch(server_name=options.host, server_port=options.port, theme=theme, **off, **own)
             print(f"Open {page.local_url} in a browser. Ctrl-C ends the page.", flush=True)
             while stop.signal is None:
                 time.sleep(0.2)

@@ -15,7 +15,6 @@ project starts its key with a number of its own: 1 samples, 2 shuffling, 3 repla
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -25,28 +24,27 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
-from utils import InputError, usable_cores
+from utils import InputError, Progress, first_line, import_optional, usable_cores
 
 # Formats that Pillow decodes in this process: it judges a file by its content, and would start Ghostscript for an EPS
 # that is named .png. HEIF is there with pillow-heif.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
-    *(".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
-)
+EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp")
+EXTENSIONS += (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 MOST_PIXELS = 10**8  # of one file: 300 MB as RGB
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS
 MOST_SCANS = 200  # of a progressive JPEG, whose decoding takes as many passes; cameras and editors write about 10
@@ -72,9 +70,8 @@ class Picture(NamedTuple):
     grey: bool = False
 
     def open(self, channels: int = 3) -> Image.Image:
-        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; Pillow raises what it likes for a damaged file.
-
-        A grey version has its luminance in every channel.
+        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; a grey version has its luminance in every channel.
+        Pillow raises what it likes for a damaged file.
         """
         with open_image(self.path) as file:
             image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
@@ -100,7 +97,7 @@ class Picture(NamedTuple):
         try:
             return self.open(channels)
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            raise InputError(f"{self.path}: cannot be read ({str(error) or type(error).__name__})") from error
+            raise InputError(f"{self.path}: cannot be read ({first_line(error)})") from error
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the whole file, upright, from the head of the file only; OSError when it is damaged."""
@@ -114,16 +111,13 @@ class Picture(NamedTuple):
 
 def open_image(path: Path) -> Image.Image:
     """``Image.open`` for files of strangers. Raises OSError, before memory is taken, for what is not a picture file of
-    ``FORMATS``, has more than ``MOST_PIXELS`` or more than ``MOST_SCANS``; and what Pillow raises for damaged files.
+    ``FORMATS``, or has more than ``MOST_PIXELS`` or ``MOST_SCANS``; InputError where HEIC cannot be read here; and what
+    Pillow raises for damaged files.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
     if path.suffix.lower() in (".heic", ".heif"):
-        try:
-            pillow_heif = importlib.import_module("pillow_heif")
-        except ImportError as error:
-            raise OSError("HEIC pictures need pillow-heif: pip install pillow-heif") from error
-        pillow_heif.register_heif_opener()
+        import_optional("pillow_heif", "a HEIC picture", "pip install pillow-heif").register_heif_opener()
     Image.init()
     image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     problem = None
@@ -138,11 +132,13 @@ def open_image(path: Path) -> Image.Image:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any of Pillow's modes to "L" or "RGB": 16 bits are scaled to 8, transparency is laid on white.
+    """Any of Pillow's modes to "L" or "RGB", in sRGB: 16 bits are scaled to 8, transparency is laid on white.
 
     The range of whole numbers of 32 bits and of fractions is read from the values: 0 to 1, -1 to 1, 0 to 255 or 0 to
     65535, the first that holds them all. Raises ValueError for others.
     """
+    profile, alpha = image.info.get("icc_profile"), None
+    space = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.uint32).clip(0, 65535)  # Pillow's own conversion clips at 255
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
@@ -156,19 +152,42 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(((numbers - low) * (255 / (high - low))).round().astype(np.uint8))
     elif "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if profile and (transform := to_srgb(profile, space)) is not None:
+        image = transform.apply(image.convert(space))
+    if alpha is not None:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
 
-def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
-    """All pictures below a folder, linked folders too (or in the folder alone), in the order of their paths.
+@lru_cache(maxsize=64)
+def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform from an ICC profile of pictures of mode ``space`` ("L", "RGB" or "CMYK") to sRGB, of mode RGB.
 
-    Files with other endings, hidden files and ``PASSED_OVER`` are left out. A link whose picture has gone stays in, so
-    that ``check`` names it. Raises OSError for a folder that cannot be read.
+    None where a picture stays as it is: the profile is damaged, is for other modes, or is sRGB itself. Profiles that
+    vendors call sRGB differ by a level or two in their rounding.
+    """
+    how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    try:
+        transform = ImageCms.buildTransform(BytesIO(profile), ImageCms.createProfile("sRGB"), space, "RGB", *how)
+    except ImageCms.PyCMSError:
+        return None
+    levels = 17 * np.indices((16,) * len(space), dtype=np.uint8).reshape(len(space), -1).T
+    colours = Image.frombytes(space, (len(levels), 1), levels.tobytes())
+    change = np.asarray(transform.apply(colours), dtype=int) - np.asarray(colours.convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None
+
+
+def find_files(folder: Path, recursive: bool = True) -> list[Path]:
+    """All files below a folder, linked folders too (or in the folder alone), in the order of their paths.
+
+    Hidden files and ``PASSED_OVER`` are left out. A link whose file has gone stays in, so that ``check`` names it.
+    Raises OSError for a folder that cannot be read.
     """
 
     def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # no folder has no pictures
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # no folder has no files
             raise error
 
     found: list[Path] = []
@@ -176,11 +195,28 @@ def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(at)
         deeper = recursive and real not in seen
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in PASSED_OVER) if deeper else []
+        folders[:] = sorted(n for n in folders if deeper and not n.startswith(".") and n not in PASSED_OVER)
         if real not in seen:
             found += (Path(at, name) for name in files if not name.startswith("."))
         seen.add(real)
-    return [Picture(path) for path in sorted(found) if path.suffix.lower() in EXTENSIONS]
+    return sorted(found)
+
+
+def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
+    """The files of ``find_files`` that have the ending of a picture."""
+    return [Picture(path) for path in find_files(folder, recursive) if path.suffix.lower() in EXTENSIONS]
+
+
+def tell_found(name: str, n: int, files: Sequence[Path]) -> str:
+    """What was found among ``files``: "A: 1067 pictures (passed over: 3 .pdf, 1 .mov)"."""
+    endings = Counter(path.suffix.lower() or "without an ending" for path in files)
+    others = ", ".join(f"{count} {ending}" for ending, count in endings.most_common() if ending not in EXTENSIONS)
+    return f"{name}: {n} pictures" + (f" (passed over: {others})" if others else "")
+
+
+def find_first(root: Path, *names: str) -> list[Picture]:
+    """The pictures of the first of these folders of ``root`` that exists; [] where none does."""
+    return next((find_pictures(root / name) for name in names if (root / name).is_dir()), [])
 
 
 def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[Picture]:
@@ -192,17 +228,10 @@ def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[P
     """
     whole = (split, "val") if split == "test" else (split,)
     if task == "colorization":
-        for name in (*whole, f"{split}B"):
-            if (root / name).is_dir():
-                return [p._replace(grey=side == "A") for p in find_pictures(root / name)]
-        return []
-    folder = root / f"{split}{side}"
-    if folder.is_dir():
-        return find_pictures(folder)
-    for name in whole:
-        if (root / name).is_dir():
-            return [Picture(p.path, HALVES[side]) for p in find_pictures(root / name)]
-    return []
+        return [p._replace(grey=side == "A") for p in find_first(root, *whole, f"{split}B")]
+    if (root / f"{split}{side}").is_dir():
+        return find_pictures(root / f"{split}{side}")
+    return [p._replace(half=HALVES[side]) for p in find_first(root, *whole)]
 
 
 def find_plain(root: Path, split: str) -> list[Picture]:
@@ -211,13 +240,24 @@ def find_plain(root: Path, split: str) -> list[Picture]:
     From the first of these folders that exists: ``<split>``, ``<split>A``, and to train ``root`` itself, without what
     its test folders and ``val`` hold.
     """
-    for name in (split, f"{split}A"):
-        if (root / name).is_dir():
-            return find_pictures(root / name)
-    if split == "test" or not root.is_dir():
-        return []
-    aside = ("test", "testA", "testB", "val")
-    return [p for p in find_pictures(root) if p.path.relative_to(root).parts[0] not in aside]
+    itself, aside = ([""], ("test", "testA", "testB", "val")) if split == "train" else ([], ())
+    found = find_first(root, split, f"{split}A", *itself)
+    return [p for p in found if p.path.relative_to(root).parts[0] not in aside]
+
+
+def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
+    """The error message when a data set, or one side of it, is missing."""
+    folder = root if not root.is_dir() else root / ("train" if task == "colorization" else f"train{side}")
+    found = f"{folder}: no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else f"{folder}: no such folder"
+    if task == "colorization":
+        return f"{found}. Expected colour pictures, two at least, in {root}/train or {root}/trainB."
+    named = f"--dataset_name {root.name}" + ("" if root.parent == Path("data") else f" --data_dir {root.parent}")
+    return (
+        f"{found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional).\n"
+        f"  A public set:         python prepare.py {named}\n"
+        f"  Your own pictures:    python prepare.py --from_A FOLDER --from_B FOLDER {named}\n"
+        "  To try without data:  make demo"
+    )
 
 
 def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
@@ -234,9 +274,15 @@ def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
     return masks
 
 
-def decoders() -> ThreadPoolExecutor:
-    """Threads that decode, one per core that this process may use, at most 8: each may hold a large photograph."""
-    return ThreadPoolExecutor(min(8, usable_cores()))
+def in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture], what: str) -> Iterator[tuple[Picture, Any]]:
+    """Each picture with what ``work`` returns, in order. One thread per core, at most 8: each may hold a photograph."""
+    pool = ThreadPoolExecutor(min(8, usable_cores()))
+    try:
+        yield from zip(
+            pictures, Progress(pool.map(work, pictures), what, len(pictures), leave=False, delay=1), strict=True
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
@@ -246,22 +292,18 @@ def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
         try:
             picture.open()
         except Exception as error:
-            return str(error) or type(error).__name__
+            return first_line(error)
         return None
 
-    with decoders() as pool:
-        reasons = tqdm(pool.map(reason, pictures), "checking pictures", len(pictures), leave=False, delay=1)
-        return {p.path: r for p, r in zip(pictures, reasons, strict=True) if r is not None}
+    return {p.path: why for p, why in in_threads(reason, pictures, "checking pictures") if why is not None}
 
 
 def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
-    """Bicubic resize to (height, width).
-
-    "squash" changes the aspect, as the official code does; "short_side" keeps it and covers the size, so that
-    one side may come out longer.
+    """Bicubic resize to (height, width). "squash" changes the aspect, as the official code does; "short_side" keeps it
+    and covers the size, so that one side may come out longer.
     """
-    height, width = cover((image.height, image.width), size) if how == "short_side" else size
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    size = cover((image.height, image.width), size) if how == "short_side" else size
+    return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
@@ -298,15 +340,13 @@ class PictureDataset(Dataset, ABC):
     and the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
 
     ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random. With ``jitter``
-    pictures are first resized to 1.12 × the size and cropped at random. They are decoded each time, or only once if
-    ``load`` has kept them.
-
-    ``check`` refuses pictures that cannot be a pair side by side, because training on the halves of single photographs
-    would go unnoticed. It looks at width / height: pairs of squares have 2, pairs of 2:3 portraits 1.33, pairs of 9:16
-    portraits 1.125; single squares and portraits have at most 1. It cannot tell a folder of landscapes.
+    pictures are first resized to 1.12 × the size and cropped at random.
     """
 
-    LEAST_ASPECT = 1.1  # width / height of a pair side by side
+    # Width / height of a pair side by side: pairs of squares have 2, of 9:16 portraits 1.125; single squares and
+    # portraits have at most 1. Training on the halves of single photographs would else go unnoticed.
+    LEAST_ASPECT = 1.1
+    NAMED = 10  # unreadable pictures in one error
 
     paired: bool  # whether the pictures of the sides belong together one by one
     jitter = True  # False: resized as by ``unaugmented``, and flipped
@@ -353,8 +393,13 @@ class PictureDataset(Dataset, ABC):
     def check(self) -> None:
         """Decode every picture, the test pictures too; InputError names those that cannot be read, or not be halved."""
         all_sides = self.sides, self.held_out, self.find_sides("test")
-        pictures = {p for sides in all_sides for pictures in sides.values() for p in pictures}
-        refuse_unreadable(unreadable([Picture(path) for path in sorted({p.path for p in pictures})]))
+        pictures = {p for sides in all_sides for side in sides.values() for p in side}
+        reasons = unreadable([Picture(path) for path in sorted({p.path for p in pictures})])
+        if reasons:
+            lines = [f"{len(reasons)} picture(s) cannot be read; mend or remove them:"]
+            lines += [f"  {path}: {reason}" for path, reason in reasons.items()][: self.NAMED]
+            lines += [f"  … and {len(reasons) - self.NAMED} more"] * (len(reasons) > self.NAMED)
+            raise InputError("\n".join(lines))
         for path in sorted({p.path for p in pictures if p.half}):
             height, width = Picture(path).size()
             if width < self.LEAST_ASPECT * height:
@@ -363,6 +408,16 @@ class PictureDataset(Dataset, ABC):
                     f"{self.LEAST_ASPECT} times as wide as high. Single photographs are for --task colorization; "
                     "narrower pairs go to trainA and trainB, under equal names"
                 )
+
+    def describe(self) -> str:
+        """One line: how many pictures each side has, and how many other files, by ending, lie in their folders."""
+        told = []
+        for side, pictures in self.sides.items():
+            paths = [p.path.relative_to(self.root) for p in (*pictures, *self.held_out[side])]
+            tops = sorted({path.parts[:-1][:1] for path in paths})  # () for those that lie in the root itself
+            files = [f for top in tops for f in find_files(self.root.joinpath(*top), recursive=bool(top))]
+            told.append(tell_found(side, len(paths), files))
+        return ", ".join(told)
 
     def names(self) -> list[dict[str, list[str]]]:
         """The names of all pictures by side, first those that are trained on, then those that are held out."""
@@ -376,23 +431,19 @@ class PictureDataset(Dataset, ABC):
         return hashlib.sha256(json.dumps(self.names()).encode()).hexdigest()
 
     def load(self, limit: float) -> bool:
-        """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes.
-
-        Returns whether they are kept; samples are the same either way.
+        """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes: then
+        False. Samples are the same either way.
         """
         pictures = list(dict.fromkeys(picture for side in self.sides.values() for picture in side))
         least = self.channels * self.scaled[0] * self.scaled[1]  # of each; "short_side" may make it longer
         if least * len(pictures) > limit:
             return False
-        kept, total = {}, 0
-        with decoders() as pool:
-            decoded = tqdm(pool.map(self.decode, pictures), "reading pictures", len(pictures), leave=False, delay=1)
-            for picture, image in zip(pictures, decoded, strict=True):
-                kept[picture] = image
-                total += image.nbytes
-                if total > limit:
-                    pool.shutdown(cancel_futures=True)
-                    return False
+        kept = {}
+        for picture, image in in_threads(self.decode, pictures, "reading pictures"):
+            kept[picture] = image
+            limit -= image.nbytes
+            if limit < 0:
+                return False
         self.kept = kept
         return True
 
@@ -441,8 +492,7 @@ class UnpairedDataset(PictureDataset):
         return max(map(len, self.sides.values()))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key
-        rng = self.rng(epoch, index)
+        rng, index = self.rng(*key), key[1]
         A, B = self.sides["A"], self.sides["B"]
         pair = {"A": A[index % len(A)], "B": B[rng.integers(len(B))]}
         return {side: self.augment(self.read(picture), rng) for side, picture in pair.items()}
@@ -489,8 +539,7 @@ def match_pairs(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict
         return Path(*picture.path.relative_to(root).parts[1:]).with_suffix("")
 
     A, B = (Counter(map(name, pictures)) for pictures in sides.values())
-    lone = (A - B) + (B - A)
-    if lone:
+    if lone := (A - B) + (B - A):
         raise InputError(
             f"{root}: expected pairs, side by side in the pictures of {split}, or with equal names in {split}A and "
             f"{split}B; found {sum(lone.values())} without a partner, such as {min(lone)}"
@@ -530,7 +579,11 @@ class PlainDataset(PictureDataset):
     def find_sides(self, split: str) -> dict[str, list[Picture]]:
         pictures = find_plain(self.root, split)
         if split == "train" and not pictures:
-            raise InputError(missing_plain(self.root))
+            root, endings = self.root, ", ".join(EXTENSIONS)
+            found = f"no pictures ({endings}) to train on in it" if root.is_dir() else "no such folder"
+            raise InputError(
+                f"{root}: {found}. Expected pictures in {root}/train, in {root}/trainA, or in {root} itself"
+            )
         return {"image": pictures}
 
     def __len__(self) -> int:
@@ -559,8 +612,7 @@ def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
     return draw_noise((10, seed), n, nz)
 
 
-# The kinds of samples that a system may learn from (``System.data``). PlainDataset also takes ``nz``, an option of the
-# systems that use it.
+# The kinds of samples that a system may learn from (``System.data``). Only PlainDataset takes ``nz``.
 KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
 
 
@@ -674,9 +726,8 @@ def fixed_batch(
 class EpochSampler(Sampler):
     """Yields (epoch, index), shuffled by (seed, epoch), every rank its own share.
 
-    Set ``epoch``, and ``start`` (samples of this rank to leave out, for resuming amid an epoch), before
-    iterating. Rank r of n takes every n-th index, so n ranks at batch b see in each step what one process
-    sees at batch n·b.
+    Set ``epoch``, and ``start`` (samples of this rank to leave out, for resuming amid an epoch), before iterating. Rank
+    r of n takes every n-th index, so n ranks at batch b see in each step what one process sees at batch n·b.
     """
 
     def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -693,9 +744,8 @@ class EpochSampler(Sampler):
 
 
 def outlive_signals(_worker: int) -> None:
-    """Let a loader process end only when its parent says so: Ctrl-C, systemd and batch systems signal whole groups.
-
-    macOS cannot tell who sent a SIGTERM; there it ends the process.
+    """Let a loader process end only when its parent says so: Ctrl-C, systemd and batch systems signal whole groups. On
+    macOS, which cannot tell who sent a SIGTERM, that ends it too.
     """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
@@ -727,43 +777,6 @@ def make_loader(
         generator=torch.Generator(),
         persistent_workers=n_cpu > 0,
     )
-
-
-# ----------------------------------------------------------------------------------------------------------
-#  Errors that say what to do
-# ----------------------------------------------------------------------------------------------------------
-
-
-def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
-    """The error message when a data set, or one side of it, is missing."""
-    colour = task == "colorization"
-    folder = root if not root.is_dir() else root / ("train" if colour else f"train{side}")
-    found = f"no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else "no such folder"
-    if colour:
-        return f"{folder}: {found}. Expected colour pictures, two at least, in {root}/train or {root}/trainB."
-    elsewhere = "" if root.parent == Path("data") else f" --data_dir {root.parent}"
-    return "\n".join(
-        [
-            f"{folder}: {found}. Expected pictures in {root}/trainA and {root}/trainB (testA and testB optional).",
-            f"  A public set:         python prepare.py --dataset_name {root.name}{elsewhere}",
-            "  Your own pictures:    python prepare.py --from_A FOLDER --from_B FOLDER "
-            f"--dataset_name {root.name}{elsewhere}",
-            "  To try without data:  make demo",
-        ]
-    )
-
-
-def missing_plain(root: Path) -> str:
-    """The error message when a data set without domains is missing."""
-    found = "no such folder" if not root.is_dir() else f"no pictures ({', '.join(EXTENSIONS)}) to train on in it"
-    return f"{root}: {found}. Expected pictures in {root}/train, in {root}/trainA, or in {root} itself"
-
-
-def refuse_unreadable(reasons: dict[Path, str], most: int = 10) -> None:
-    if reasons:
-        lines = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:most]]
-        more = [f"  … and {len(reasons) - most} more"] if len(reasons) > most else []
-        raise InputError("\n".join([f"{len(reasons)} picture(s) cannot be read; mend or remove them:", *lines, *more]))
 
 
 if __name__ == "__main__":

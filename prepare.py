@@ -14,22 +14,23 @@ import stat
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from datasets import BUILT_IN, EXTENSIONS, find_pictures, unreadable
-from utils import InputError, Parser, at_least, check_name, first_line, run_script
+from datasets import BUILT_IN, EXTENSIONS, find_files, find_pictures, tell_found, unreadable
+from utils import InputError, Parser, Progress, at_least, check_name, first_line, run_script
 
 # ----------------------------------------------------------------------------------------------------------
 #  The built-in set
@@ -74,8 +75,7 @@ def draw_scene(rng: np.random.Generator, size: int = 128) -> dict[str, Image.Ima
 def draw_built_in(root: Path, n_train: int = 500, n_test: int = 50) -> None:
     """Write the built-in set to ``root``, the same files each time; nothing is done where it stands already.
 
-    Beside ``testA`` stand ``testA_mask`` (255 on the objects) and ``testA_truth`` (the true translation),
-    likewise for B.
+    Beside ``testA`` stand ``testA_mask`` (255 on the objects) and ``testA_truth`` (the translation), likewise for B.
     """
     if root.exists():
         return
@@ -128,51 +128,28 @@ MIRROR = "http://efrosgans.eecs.berkeley.edu"
 # The largest of these sets (monet2photo, iphone2dslr_flower) have about 300 MiB and 8,000 files.
 MOST_DOWNLOAD, MOST_UNPACKED, MOST_FILES = 2**30, 2**32, 20_000
 LEAST_SPEED = 1000  # bytes per second
-# Checksums: TensorFlow Datasets, url_checksums/cycle_gan.txt. Counts: the papers and reports of complete copies.
-PUBLIC_SETS = {
-    "apple2orange": PublicSet(
-        "cyclegan/datasets/apple2orange.zip",
-        "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
-        {"trainA": 995, "trainB": 1019, "testA": 266, "testB": 248},
-    ),
-    "horse2zebra": PublicSet(
-        "cyclegan/datasets/horse2zebra.zip",
-        "a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1",
-        {"trainA": 1067, "trainB": 1334, "testA": 120, "testB": 140},
-    ),
-    "monet2photo": PublicSet(
-        "cyclegan/datasets/monet2photo.zip",
-        "88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04",
-        {"trainA": 1072, "trainB": 6287, "testA": 121, "testB": 751},
-    ),
-    "summer2winter_yosemite": PublicSet(
-        "cyclegan/datasets/summer2winter_yosemite.zip",
-        "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
-        {"trainA": 1231, "trainB": 962, "testA": 309, "testB": 238},
-    ),
-    "cezanne2photo": PublicSet(
-        "cyclegan/datasets/cezanne2photo.zip",
-        "3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff",
-        {},
-    ),
-    "ukiyoe2photo": PublicSet(
-        "cyclegan/datasets/ukiyoe2photo.zip",
-        "02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08",
-        {},
-    ),
-    "vangogh2photo": PublicSet(
-        "cyclegan/datasets/vangogh2photo.zip",
-        "362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff",
-        {},
-    ),
-    "iphone2dslr_flower": PublicSet(
-        "cyclegan/datasets/iphone2dslr_flower.zip",
-        "8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113",
-        {},
-    ),
-    "facades": PublicSet("pix2pix/datasets/facades.tar.gz", None, {"train": 400, "val": 100, "test": 106}),
-    "maps": PublicSet("pix2pix/datasets/maps.tar.gz", None, {"train": 1096, "val": 1098}),
+# From TensorFlow Datasets, url_checksums/cycle_gan.txt.
+SHA256 = {
+    "apple2orange": "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
+    "horse2zebra": "a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1",
+    "monet2photo": "88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04",
+    "summer2winter_yosemite": "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
+    "cezanne2photo": "3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff",
+    "ukiyoe2photo": "02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08",
+    "vangogh2photo": "362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff",
+    "iphone2dslr_flower": "8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113",
 }
+# From the papers and reports of complete copies.
+COUNTS = {
+    "apple2orange": {"trainA": 995, "trainB": 1019, "testA": 266, "testB": 248},
+    "horse2zebra": {"trainA": 1067, "trainB": 1334, "testA": 120, "testB": 140},
+    "monet2photo": {"trainA": 1072, "trainB": 6287, "testA": 121, "testB": 751},
+    "summer2winter_yosemite": {"trainA": 1231, "trainB": 962, "testA": 309, "testB": 238},
+    "facades": {"train": 400, "val": 100, "test": 106},
+    "maps": {"train": 1096, "val": 1098},
+}
+PUBLIC_SETS = {n: PublicSet(f"cyclegan/datasets/{n}.zip", SHA256[n], COUNTS.get(n, {})) for n in SHA256}
+PUBLIC_SETS |= {n: PublicSet(f"pix2pix/datasets/{n}.tar.gz", None, COUNTS[n]) for n in ("facades", "maps")}
 # Sets that a browser has to fetch: the page, and the counts that the papers report.
 BY_HAND = {
     "selfie2anime": (
@@ -197,8 +174,9 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
         report_counts(target, counts)
         return
     if name not in PUBLIC_SETS:
-        known = ", ".join((*PUBLIC_SETS, *BY_HAND))
-        raise InputError(f"--dataset_name {name}: not a public set, expected one of {known}")
+        raise InputError(
+            f"--dataset_name {name}: not a public set, expected one of {', '.join((*PUBLIC_SETS, *BY_HAND))}"
+        )
     archive, sha256, counts = PUBLIC_SETS[name]
     url = f"{mirror.rstrip('/')}/{archive}"
     if target.exists():
@@ -218,9 +196,7 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
             with open(file, "rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != sha256:
-                raise InputError(
-                    f"{url}: the archive is not the expected one or is cut short (sha256 {found}, expected {sha256})"
-                )
+                raise InputError(f"{url}: another archive, or cut short (sha256 {found}, expected {sha256})")
         unpack(file, partial / "unpacked")
         folder = partial / "unpacked" / name
         if not folder.is_dir():
@@ -235,25 +211,37 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
 
 
 def download(url: str, path: Path, timeout: float) -> None:
-    """Fetch a file. Raises OSError where the server says nothing for ``timeout`` seconds, sends less than
-    ``LEAST_SPEED`` over that time, sends more than ``MOST_DOWNLOAD``, or stops before the end that it has announced.
+    """Fetch a file. Raises OSError where the server sends less than ``LEAST_SPEED`` over ``timeout`` seconds, more than
+    ``MOST_DOWNLOAD``, or less than it has announced; and what urllib raises.
     """
-    with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
-        announced = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=announced or None, unit="B", unit_scale=True, disable=None) as bar:
-            since, received = time.monotonic(), 0
-            while chunk := response.read1(2**20):
-                file.write(chunk)
-                bar.update(len(chunk))
-                received += len(chunk)
-                if file.tell() > MOST_DOWNLOAD:
-                    raise OSError(f"more than {MOST_DOWNLOAD >> 20} MiB, expected a data set")
-                if (passed := time.monotonic() - since) > timeout:
-                    if received < LEAST_SPEED * passed:
-                        raise OSError(f"only {received} bytes in {passed:.0f} s")
-                    since, received = time.monotonic(), 0
+    done: Future[None] = Future()
+    with open(path, "wb") as file:
+        # In a thread, because a server that sends the lines around the content byte by byte holds the reader for ever.
+        threading.Thread(target=receive, args=(url, file, timeout, done), daemon=True).start()
+        size = 0
+        while not wait([done], timeout).done:
+            before, size = size, file.tell()
+            if size - before < LEAST_SPEED * timeout:
+                raise OSError(f"only {size - before} bytes in {timeout:.0f} s")
+        done.result()
+
+
+def receive(url: str, file: BinaryIO, timeout: float, done: Future[None]) -> None:
+    """The thread of ``download``. It ends when the file has been closed."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            announced = int(response.headers.get("Content-Length") or 0)
+            with Progress(total=announced or None, unit="B", unit_scale=True) as bar:
+                while chunk := response.read1(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    if file.tell() > MOST_DOWNLOAD:
+                        raise OSError(f"more than {MOST_DOWNLOAD >> 20} MiB, expected a data set")
         if file.tell() < announced:
             raise OSError(f"{file.tell()} of {announced} bytes received")
+        done.set_result(None)
+    except BaseException as error:
+        done.set_exception(error)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -305,7 +293,7 @@ def report_counts(folder: Path, counts: dict[str, int], shown: Path | None = Non
     """Print how many pictures each sub-folder holds. Raises InputError where ``counts`` are others."""
     wrong = []
     for name in sorted(counts or (p.name for p in folder.iterdir() if p.is_dir())):
-        found = len(find_pictures(folder / name)) if (folder / name).is_dir() else 0
+        found = len(find_pictures(folder / name))
         print(f"  {(shown or folder) / name}: {found} pictures")
         if found != counts.get(name, found):
             wrong.append(f"{(shown or folder) / name}: {found} pictures, expected {counts[name]}")
@@ -323,8 +311,8 @@ def import_pictures(
 ) -> None:
     """Make a data set of two folders of pictures: links (or copies), a seeded test share split off.
 
-    Unreadable files are left out, as are all but the first of files with equal bytes, on either side (which could
-    otherwise stand in train and test at once); both are reported by name. At least one picture a side stays in train.
+    Unreadable files are left out by name, as are all but the first of files with equal bytes, on either side (they
+    could stand in train and test at once). At least one picture a side stays in train.
     """
     if target.exists():
         raise InputError(f"{target} stands already; choose another --dataset_name or remove it")
@@ -333,9 +321,11 @@ def import_pictures(
     sides: dict[str, list[Path]] = {"A": [], "B": []}
     first: dict[bytes, Path] = {}
     for side, source in (("A", from_A), ("B", from_B)):
-        pictures = find_pictures(source) if source.is_dir() else []
+        pictures = find_pictures(source)
+        if source.is_dir():
+            print(tell_found(str(source), len(pictures), find_files(source)))
         if not pictures:
-            found = "no such folder" if not source.is_dir() else "no pictures in it"
+            found = "no pictures in it" if source.is_dir() else "no such folder"
             raise InputError(f"--from_{side} {source}: {found}, expected a folder of {', '.join(EXTENSIONS)}")
         bad = unreadable(pictures)
         for path, reason in bad.items():
@@ -369,18 +359,10 @@ def import_pictures(
 def make_parser() -> Parser:
     parser = Parser("Fetch a public data set, draw the built-in one, or make one of your own pictures.")
     add = parser.add_argument
-    add(
-        "--dataset_name",
-        required=True,
-        help=f"{BUILT_IN} (drawn), {', '.join(PUBLIC_SETS)} (fetched), {', '.join(BY_HAND)} (says where to fetch it), "
-        "or a new name with --from_A and --from_B",
-    )
+    sets = f"{BUILT_IN} (drawn), {', '.join(PUBLIC_SETS)} (fetched), {', '.join(BY_HAND)} (says where to fetch it)"
+    add("--dataset_name", required=True, help=f"{sets}, or a new name with --from_A and --from_B")
     add("--data_dir", type=Path, default=Path("data"), help="folder that holds the data sets")
-    add(
-        "--from_A",
-        type=Path,
-        help="folder of your pictures of domain A, unpaired; pairs are laid out by hand (docs/data.md)",
-    )
+    add("--from_A", type=Path, help="folder of your pictures of domain A, unpaired; for pairs see docs/data.md")
     add("--from_B", type=Path, help="folder of your pictures of domain B")
     add("--test_share", type=float, default=0.1, help="share of your pictures that goes to testA and testB")
     add("--seed", type=at_least(0), default=0, help="seed of that split")

@@ -505,6 +505,7 @@ def train(
         f"{utils.world_size()} process(es) = {effective}, {device.type}, "
         f"{'bf16' if autocast.keywords['enabled'] else 'float32'}"
     )
+    print0(dataset.describe())
 
     players = distribute(system)
     # Sheets and validation have other batch sizes and modes, for which compiled networks would compile again.

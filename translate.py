@@ -87,7 +87,8 @@ def find_inputs(source: Path, output: Path, recursive: bool) -> list[Picture]:
     if source.resolve().is_relative_to(inside):
         raise InputError(f"--output {output}: holds the --input, expected a folder of its own")
     pictures = find_pictures(source, recursive)
-    met = [p.path for p in pictures if p.path.resolve().is_relative_to(inside)]
+    # A link to itself has no resolve(); it is named later.
+    met = [p.path for p in pictures if Path(os.path.realpath(p.path)).is_relative_to(inside)]
     if met:
         raise InputError(
             f"--output {output}: lies in --input {source} and holds pictures ({met[0]}), which --recursive would "
