@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import utils
-from datasets import RESIZE, TASKS
+from datasets import RESIZE, TASKS, PictureDataset
 from models import (
     NOISE,
     AttentionGenerator,
@@ -286,8 +286,7 @@ def is_finished(state: Mapping[str, Any]) -> bool:
 class RunState:
     """What a run's checkpoint holds: networks, optimizers, position, and of each rank its pools and random states.
 
-    Takes the run's folder, its ``options`` (plain values), the names of those that generator files leave out, the
-    digest of its ``pictures``, and their names.
+    Takes the run's folder, its ``options`` (plain values), and the names of those that generator files leave out.
     """
 
     def __init__(
@@ -298,13 +297,13 @@ class RunState:
         system: Any,
         optimizers: Mapping[str, torch.optim.Optimizer],
         steps_per_epoch: int,
-        pictures: str,
-        picture_names: Sequence[str],
+        dataset: PictureDataset,
         device: torch.device,
     ):
         self.folder, self.options, self.leave_out = folder, dict(options), set(leave_out)
         self.system, self.optimizers, self.device = system, optimizers, device
-        self.steps_per_epoch, self.pictures, self.picture_names = steps_per_epoch, pictures, list(picture_names)
+        self.steps_per_epoch, self.halves, self.pictures = steps_per_epoch, dataset.halves, dataset.digest()
+        self.picture_names = [name for sides in dataset.names() for names in sides.values() for name in names]
         self.networks = [name for name, child in system.named_children() if any(True for _ in child.parameters())]
         self.files = CheckpointFiles(folder)
         self.saved_at = time.monotonic()
@@ -314,7 +313,7 @@ class RunState:
         """Write the generators' files to the run's folder, or to ``place`` in it."""
         options = {key: value for key, value in self.options.items() if key not in self.leave_out}
         for direction in self.system.generators:
-            about = {"direction": direction, "options": options, "step": step}
+            about = {"direction": direction, "options": options, "step": step, "halves": self.halves}
             save_generator(self.system.generator(direction), about, self.folder / place)
 
     def save(self, step: int, record: Mapping[str, Any]) -> None:
@@ -551,6 +550,8 @@ def check_about(path: str | Path, about: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: step: {describe(about['step'])}, expected a number of steps")
     if type(about.get("best_size", 8)) is not int or not 8 <= about.get("best_size", 8) <= 2**14:
         raise ValueError(f"{path}: best_size: {describe(about['best_size'])}, expected a number of pixels")
+    if type(about.get("halves", False)) is not bool:
+        raise ValueError(f"{path}: halves: {describe(about['halves'])}, expected True or False")
     options = about.get("options", {})
     if not isinstance(options, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in options.items()):
         raise ValueError(f"{path}: options: expected numbers, strings and booleans by their names")

@@ -26,6 +26,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -94,10 +95,8 @@ class Picture(NamedTuple):
 
     def read(self, channels: int = 3) -> Image.Image:
         """``open``; InputError names a file that cannot be decoded."""
-        try:
+        with name_unreadable(self.path):
             return self.open(channels)
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            raise InputError(f"{self.path}: cannot be read ({first_line(error)})") from error
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the whole file, upright, from the head of the file only; OSError when it is damaged."""
@@ -107,6 +106,15 @@ class Picture(NamedTuple):
                 return file.height, file.width
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return file.size if turned else file.size[::-1]
+
+
+@contextmanager
+def name_unreadable(path: Path) -> Iterator[None]:
+    """Raise InputError with the name of a file that cannot be decoded."""
+    try:
+        yield
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def open_image(path: Path) -> Image.Image:
@@ -275,11 +283,21 @@ def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
 
 
 def in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture], what: str) -> Iterator[tuple[Picture, Any]]:
-    """Each picture with what ``work`` returns, in order. One thread per core, at most 8: each may hold a photograph."""
+    """Each picture in order, with what ``work`` returns or the reason (str) why it cannot be read.
+
+    One thread per core, at most 8: each may hold a photograph.
+    """
+
+    def attempt(picture: Picture) -> Any:
+        try:
+            return work(picture)
+        except Exception as error:  # decoders raise what they like
+            return first_line(error)
+
     pool = ThreadPoolExecutor(min(8, usable_cores()))
     try:
         yield from zip(
-            pictures, Progress(pool.map(work, pictures), what, len(pictures), leave=False, delay=1), strict=True
+            pictures, Progress(pool.map(attempt, pictures), what, len(pictures), leave=False, delay=1), strict=True
         )
     finally:
         pool.shutdown(cancel_futures=True)
@@ -288,14 +306,10 @@ def in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture], what
 def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
     """Decode every picture once; the files that cannot be decoded, each with the reason."""
 
-    def reason(picture: Picture) -> str | None:
-        try:
-            picture.open()
-        except Exception as error:
-            return first_line(error)
-        return None
+    def decode(picture: Picture) -> None:
+        picture.open()
 
-    return {p.path: why for p, why in in_threads(reason, pictures, "checking pictures") if why is not None}
+    return {p.path: why for p, why in in_threads(decode, pictures, "checking pictures") if why is not None}
 
 
 def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
@@ -364,6 +378,7 @@ class PictureDataset(Dataset, ABC):
         self.root, self.size, self.channels, self.how, self.seed, self.task = root, size, channels, how, seed, task
         self.scaled = (int(SCALE * size[0]), int(SCALE * size[1])) if self.jitter else size
         self.kept: dict[Picture, Tensor] = {}
+        self.room: float | None = None  # the limit of the last ``load``
         self.sides = self.find_sides("train")
         self.held_out: dict[str, list[Picture]] = {side: [] for side in self.sides}
         for d, (side, pictures) in enumerate(self.sides.items()):
@@ -390,15 +405,20 @@ class PictureDataset(Dataset, ABC):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """The sample of (epoch, index)."""
 
-    def check(self) -> None:
-        """Decode every picture, the test pictures too; InputError names those that cannot be read, or not be halved."""
+    def check(self, limit: float = 0.0) -> None:
+        """Decode every picture, the test pictures too, and ``load`` those to train on, each of them only once.
+
+        InputError names pictures that cannot be read, or not be halved.
+        """
         all_sides = self.sides, self.held_out, self.find_sides("test")
         pictures = {p for sides in all_sides for side in sides.values() for p in side}
-        reasons = unreadable([Picture(path) for path in sorted({p.path for p in pictures})])
-        if reasons:
-            lines = [f"{len(reasons)} picture(s) cannot be read; mend or remove them:"]
-            lines += [f"  {path}: {reason}" for path, reason in reasons.items()][: self.NAMED]
-            lines += [f"  … and {len(reasons) - self.NAMED} more"] * (len(reasons) > self.NAMED)
+        problems = self.load_all(limit)
+        known = {p.path for p in self.kept} | problems.keys()
+        problems |= unreadable([Picture(path) for path in sorted({p.path for p in pictures} - known)])
+        if problems:
+            lines = [f"{len(problems)} picture(s) cannot be read; mend or remove them:"]
+            lines += [f"  {path}: {problems[path]}" for path in sorted(problems)][: self.NAMED]
+            lines += [f"  … and {len(problems) - self.NAMED} more"] * (len(problems) > self.NAMED)
             raise InputError("\n".join(lines))
         for path in sorted({p.path for p in pictures if p.half}):
             height, width = Picture(path).size()
@@ -426,32 +446,50 @@ class PictureDataset(Dataset, ABC):
             for sides in (self.sides, self.held_out)
         ]
 
+    @property
+    def halves(self) -> bool:
+        """Whether its pictures are halves of files that hold A and B side by side."""
+        return any(pictures[0].half is not None for pictures in self.sides.values())
+
     def digest(self) -> str:
         """SHA-256 of the ``names``. It changes when the pictures change."""
         return hashlib.sha256(json.dumps(self.names()).encode()).hexdigest()
 
     def load(self, limit: float) -> bool:
         """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes: then
-        False. Samples are the same either way.
+        False. Samples are the same either way. After ``check`` with this ``limit`` nothing is left to do. Raises
+        InputError for a picture that cannot be read.
         """
+        if self.room != limit:
+            for path, reason in self.load_all(limit).items():
+                raise InputError(f"{path}: cannot be read ({reason})")
+        return bool(self.kept)
+
+    def load_all(self, limit: float) -> dict[Path, str]:
+        """``load``, without an error: returns the pictures that cannot be read, each with the reason."""
         pictures = list(dict.fromkeys(picture for side in self.sides.values() for picture in side))
         least = self.channels * self.scaled[0] * self.scaled[1]  # of each; "short_side" may make it longer
+        self.kept, self.room, problems = {}, limit, {}
         if least * len(pictures) > limit:
-            return False
-        kept = {}
+            return {}
         for picture, image in in_threads(self.decode, pictures, "reading pictures"):
-            kept[picture] = image
+            if isinstance(image, str):
+                problems[picture.path] = image
+                continue
+            self.kept[picture] = image
             limit -= image.nbytes
             if limit < 0:
-                return False
-        self.kept = kept
-        return True
+                self.kept = {}
+                break
+        return problems
 
     def decode(self, picture: Picture) -> Tensor:
-        """uint8 (channels, height, width), to be cropped with ``jitter``: then "short_side" leaves one side longer."""
-        if self.jitter:
-            return to_tensor(resize(picture.read(self.channels), self.scaled, self.how))
-        return unaugmented(picture, self.size, self.channels, self.how)
+        """uint8 (channels, height, width), to be cropped with ``jitter``: then "short_side" leaves one side longer.
+
+        Raises what ``Picture.open`` raises.
+        """
+        image = resize(picture.open(self.channels), self.scaled, self.how)
+        return to_tensor(image if self.jitter else ImageOps.fit(image, self.size[::-1]))
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """The random numbers of one sample."""
@@ -459,7 +497,10 @@ class PictureDataset(Dataset, ABC):
 
     def read(self, picture: Picture) -> Tensor:
         """The picture that ``load`` has kept, or else ``decode`` it."""
-        return self.kept[picture] if picture in self.kept else self.decode(picture)
+        if picture in self.kept:
+            return self.kept[picture]
+        with name_unreadable(picture.path):
+            return self.decode(picture)
 
     def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         height, width = self.size
@@ -509,9 +550,9 @@ class PairedDataset(PictureDataset):
     def find_sides(self, split: str) -> dict[str, list[Picture]]:
         return match_pairs(self.root, split, {s: find_side(self.root, split, s, self.task) for s in "AB"})
 
-    def check(self) -> None:
+    def check(self, limit: float = 0.0) -> None:
         """As of all data; InputError too where the aspect is kept and a picture has not its partner's."""
-        super().check()
+        super().check(limit)
         for A, B in zip(*self.sides.values(), strict=True) if self.how == "short_side" else ():
             if A.path != B.path and cover(A.size(), self.scaled) != cover(B.size(), self.scaled):
                 raise InputError(

@@ -4,8 +4,8 @@
     python evaluate.py --dataset_name horse2zebra --checkpoint horse2zebra_attentiongan
     python evaluate.py --dataset_name horse2zebra --checkpoint runA runB --extractor efficientnet-lite0 --dedup
 
-Every test picture is read at the size and in the way the generator was trained with, without crop or flip. It is
-translated in float32 and rounded to 8 bits (PNG), and these pictures are measured. docs/evaluation.md explains the
+Every test picture is read at the size (or ``--size``) and in the way the generator was trained with, without crop or
+flip. It is translated in float32 and rounded to 8 bits (PNG), and these pictures are measured. docs/evaluation.md explains the
 figures. The table has a row for each checkpoint and direction. Above them are a row for real training pictures in
 place of translations (the floor) and a row for the untranslated input.
 
@@ -42,7 +42,7 @@ import utils
 from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import TASKS, Picture, find_side, normalise, quantise
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
-from models import Generator
+from models import Generator, fixed_size_message
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
 from utils import InputError
@@ -359,6 +359,21 @@ def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
     return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
 
 
+def at_size(entry: Entry, longest: int) -> Entry:
+    """An entry whose pictures are read with ``longest`` pixels on their longer side, in the shape of training.
+
+    Raises InputError where its generator does not take such pictures.
+    """
+    generator, size = entry.generator, entry.reading.size
+    height, width = (round(side * longest / max(size)) for side in size)
+    if generator.settings.get("size") not in (None, (height, width)):
+        raise InputError(f"--size {longest}: {fixed_size_message(generator.settings['size'])}")
+    if height % generator.size_multiple or width % generator.size_multiple or min(height, width) < generator.min_size:
+        multiple = f"multiples of {generator.size_multiple}, at least {generator.min_size}"
+        raise InputError(f"--size {longest}: {height} x {width} pixels, expected {multiple}")
+    return entry._replace(reading=entry.reading._replace(size=(height, width)))
+
+
 def find_oracle(last: Sequence[Entry], device: torch.device, exam: Exam) -> list[Entry]:
     """Of the generators that ``--keep_evaluated`` kept beside a checkpoint's last, those that are best on the test set.
 
@@ -522,6 +537,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.oracle:
         for group in groups:
             entries += find_oracle([entry for entry in group if entry.weights == LAST], device, exam)
+    if options.size is not None:
+        entries = [at_size(entry, options.size) for entry in entries]
     check_entries(entries, exam, options)
 
     rows: list[Row] = []
@@ -627,6 +644,8 @@ def make_parser() -> utils.Parser:
     add("--floor_draws", type=utils.at_least(0), default=5, help="draws of real training pictures to score; 0: none")
     add("--mask_dir", type=Path, help="masks (object above grey 127); folders and files have the test pictures' names")
     add("--dedup", action="store_true", help="leave out test pictures that are also in train, byte for byte")
+    size = "read the pictures with so many pixels on their longer side (default: as in training)"
+    add("--size", type=utils.at_least(8), metavar="N", help=size)
     add("--oracle", action="store_true", help="also the kept generators that are best on the test pictures")
     add("--spread", action="store_true", help="also the median and worst of the checkpoints (seeds of one setting)")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto")

@@ -644,6 +644,8 @@ def ship(options: argparse.Namespace) -> int:
         sheets[direction] = grid(numbered)  # a column for each picture
     DOCS.mkdir(exist_ok=True)
     for direction, (generator, about) in opened.items():
+        if options.best_size is not None:
+            about["best_size"] = options.best_size
         path = save_generator(generator.half(), about, SAVED_MODELS / "pretrained" / name)
         save_sheet(sheets[direction], DOCS / f"{name}_{direction}.webp")
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
@@ -672,6 +674,8 @@ def make_parser() -> utils.Parser:
     add = command(ship, "Write a run's generators in half precision to saved_models/pretrained, and their sheets.")
     add("run", metavar="RUN", help="a run of train.py")
     add("name", metavar="NAME", help="its name among the shipped weights")
+    best = "the longer side in pixels at which they do best, by evaluate.py --size: translate.py takes it by default"
+    add("--best_size", type=utils.at_least(8), metavar="N", help=best)
     return parser
 
 

@@ -352,13 +352,18 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
     return [p for name in networks for p in system.get_submodule(name).parameters()]
 
 
-def prepare_run(options: argparse.Namespace) -> None:
-    """What one process does before any training: draw the built-in set, check pictures and name. Raises InputError."""
+def prepare_run(options: argparse.Namespace, limit: float = 0.0) -> PictureDataset:
+    """What one process does before any training: draw the built-in set, check name and pictures.
+
+    Returns the data set, with its pictures in memory where they take at most ``limit`` bytes. Raises InputError.
+    """
     if options.dataset_name == BUILT_IN:
         draw_built_in(data_folder(options))
-    build_dataset(options).check()
     if not (options.resume or options.overwrite):
         refuse_existing_run(options)
+    dataset = build_dataset(options)
+    dataset.check(limit)
+    return dataset
 
 
 def refuse_existing_run(options: argparse.Namespace) -> None:
@@ -443,19 +448,20 @@ def train(
     distribute: Callable[[System], System] = lambda system: system,
     device_name: str | None = None,
     listening: utils.StopSignals | None = None,
+    dataset: PictureDataset | None = None,
 ) -> int:
     """Train to the end, or until a signal, and save. ``prepare_run`` comes before.
 
     ``distribute`` wraps the networks for many processes. ``device_name`` is this process's device where it is not that
-    of the options. ``listening``: StopSignals that the caller has entered already. Returns 0, or the number of the
-    signal that ended the run early. Raises InputError.
+    of the options. ``listening``: StopSignals that the caller has entered already. ``dataset``: what ``prepare_run``
+    returns. Returns 0, or the number of the signal that ended the run early. Raises InputError.
     """
     device = utils.pick_device(device_name or options.device)
     system, optimizers, autocast = set_up(options, device)
     if options.init_from and not options.resume:
         checkpoints.init_from(system, options.init_from)
 
-    dataset = build_dataset(options)
+    dataset = dataset or build_dataset(options)
     validation = None
     if options.eval_interval and utils.rank() == 0:
         validation = Validation(options.extractor, options.inception, dataset, device)
@@ -477,8 +483,7 @@ def train(
         system=system,
         optimizers=optimizers,
         steps_per_epoch=len(loader),
-        pictures=dataset.digest(),
-        picture_names=[name for sides in dataset.names() for names in sides.values() for name in names],
+        dataset=dataset,
         device=device,
     )
     restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
@@ -604,9 +609,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"train.py is one process, found WORLD_SIZE {os.environ['WORLD_SIZE']}: expected train_dist.py"
             )
-        prepare_run(options)
+        dataset = prepare_run(options, options.cache_gb * 1e9)
         with explain_out_of_memory(options), utils.lock_folder(SAVED_MODELS / options.name):
-            return utils.exit_status(train(options))
+            return utils.exit_status(train(options, dataset=dataset))
 
     return utils.run_script("train.py", work)
 

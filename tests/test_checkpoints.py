@@ -367,8 +367,8 @@ def test_checkpoints_within_an_epoch_are_minutes_apart(small_set, monkeypatch):
     system, optimizers, _ = train.set_up(options, torch.device("cpu"))
     now = 1000.0
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
-    own = train.stored_options(options)
-    state = checkpoints.RunState(Path("r"), own, train.MACHINE, system, optimizers, 6, "", [], torch.device("cpu"))
+    own, dataset = train.stored_options(options), train.build_dataset(options)
+    state = checkpoints.RunState(Path("r"), own, train.MACHINE, system, optimizers, 6, dataset, torch.device("cpu"))
     now += 59
     assert not state.is_due(1)
     now += 2

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -530,9 +531,13 @@ def test_check_names_every_damaged_picture_at_once_and_shortens_a_long_list(tmp_
     dataset.check()
 
     def refusal():
-        with pytest.raises(InputError) as error:
-            UnpairedDataset(tmp_path, (16, 16)).check()
-        return str(error.value)
+        messages = set()
+        for limit in (0, 1e9):  # whether they are kept in memory or not
+            with pytest.raises(InputError) as error:
+                UnpairedDataset(tmp_path, (16, 16)).check(limit)
+            messages.add(str(error.value))
+        (message,) = messages
+        return message
 
     cut = save(noise(0, (64, 64)), tmp_path / "trainA" / "cut.jpg")
     cut.write_bytes(cut.read_bytes()[:-2000])
@@ -548,6 +553,23 @@ def test_check_names_every_damaged_picture_at_once_and_shortens_a_long_list(tmp_
     message = refusal()
     assert message.startswith("17 picture(s)") and message.endswith("and 7 more")
     assert len(message.splitlines()) == 12 and "bad08" in message and "bad09" not in message  # after empty.webp
+
+
+@pytest.mark.parametrize("limit, kept, decoded", [(1e9, True, 10), (1000, False, 10)])
+def test_a_start_decodes_every_picture_once(tmp_path, monkeypatch, limit, kept, decoded):
+    dataset = UnpairedDataset(make_set(tmp_path, 4, 4, size=(64, 64), tests=1), (16, 16))
+    counts, opened = Counter(), Picture.open
+
+    def count(picture, *arguments):
+        counts[picture.path] += 1
+        return opened(picture, *arguments)
+
+    monkeypatch.setattr(Picture, "open", count)
+    dataset.check(limit)
+    assert dataset.load(limit) == kept
+    assert len(counts) == decoded and set(counts.values()) == {1}
+    dataset[0, 0]
+    assert max(counts.values()) == (1 if kept else 2)
 
 
 def test_fixed_batch_takes_the_first_test_or_training_pictures_whole_as_many_of_each_side(tmp_path):

@@ -822,6 +822,19 @@ def test_test_pictures_of_one_side_measure_one_direction(small_set, capsys, dire
     assert f"error: data/small/{lacking}: no test pictures there\n" in capsys.readouterr().err
 
 
+def test_pictures_are_read_at_the_size_that_was_asked_for(small_set, capsys):
+    store(size=(16, 32), AtoB=tiny(0))
+    assert run("net --size 64") == 0
+    assert protocol()["size"] == [32, 64]
+    inputs = side("testA", size=(32, 64))
+    assert figures()["change"] == pytest.approx(distance(by_hand(tiny(0), inputs)[0], inputs), rel=1e-5)
+    assert run("net --size 66") == 2
+    assert "--size 66: 33 x 66 pixels, expected multiples of 4, at least 8" in capsys.readouterr().err
+    store("full", AtoB=tiny(0, UGATITGenerator, size=(32, 32)))
+    assert run("full --size 64") == 2
+    assert "--size 64: the full U-GAT-IT takes only pictures of its training size, 32 x 32" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Rows
 # ----------------------------------------------------------------------------------------------------------
