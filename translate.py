@@ -29,11 +29,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 import utils
 from checkpoints import best_size, open_generator
-from datasets import HALVES, TASKS, Picture, as_input, find_pictures, normalise, quantise, resize, takes_grey, to_tensor
+from datasets import (
+    HALVES,
+    TASKS,
+    Picture,
+    as_input,
+    find_pictures,
+    normalise,
+    quantise,
+    resize,
+    takes_grey,
+    to_picture,
+    to_tensor,
+)
 from models import Generator, translate_any_size
 from record import draw_sheet
 from utils import InputError
@@ -302,13 +313,13 @@ def write(task: Task, decoded: Decoded, painted: Painted, with_masks: bool, show
     what is ``shown`` on the sheet.
     """
     same = task.size == task.output_size
-    output = to_pil_image(painted.image if same else enlarge(painted, decoded))
-    pictures = {"input": to_pil_image(decoded.full), "translation": output}
+    output = to_picture(painted.image if same else enlarge(painted, decoded))
+    pictures = {"input": to_picture(decoded.full), "translation": output}
     if painted.foreground is not None:
-        pictures["attention"] = fit(to_pil_image(painted.foreground), task.output_size)
+        pictures["attention"] = fit(to_picture(painted.foreground), task.output_size)
     thumbnails = {name: ImageOps.pad(image, THUMBNAIL, color="white") for name, image in pictures.items() if shown}
     if decoded.alpha is not None:
-        output.putalpha(to_pil_image(decoded.alpha))
+        output.putalpha(to_picture(decoded.alpha))
     task.target.parent.mkdir(parents=True, exist_ok=True)
     save(output, task.target)
     if not with_masks:
@@ -322,9 +333,9 @@ def write(task: Task, decoded: Decoded, painted: Painted, with_masks: bool, show
         save(pictures["attention"], folder / "attention.png")
         save(overlay(pictures["input"], pictures["attention"]), folder / "overlay.png")
     for i, mask in enumerate(painted.masks, 1):
-        save(to_pil_image(mask[None]), folder / f"mask_{i:02d}.png")
+        save(to_picture(mask[None]), folder / f"mask_{i:02d}.png")
     for i, content in enumerate(painted.contents, 1):
-        save(to_pil_image(content), folder / f"content_{i:02d}.png")
+        save(to_picture(content), folder / f"content_{i:02d}.png")
     return thumbnails
 
 

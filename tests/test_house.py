@@ -39,7 +39,7 @@ LADDER = {
     "systems": "utils models",
     "datasets": "utils",
     "prepare": "utils datasets",
-    "record": "utils",
+    "record": "utils datasets",
     "checkpoints": "utils models datasets",
     "metrics": "utils models datasets",
     "evaluate": BELOW_TRAIN,
