@@ -6,6 +6,7 @@ A run lives in ``saved_models/<name>/``:
     checkpoint_previous.pt    the one before it, in case the newest is damaged
     checkpoint_fresh.pt       a complete newer one, where a save was killed before its end
     AtoB.pt, BtoA.pt          the generators, each with what is needed to use it (generator.pt draws from noise)
+    discriminators.pt         only of shipped weights: the other networks, to go on training
     best/, kept/<step>/       the same files: best by validation, and of every evaluation
 
 Only this module knows these names and what the files hold. Weights that ship with the project have the layout of a run
@@ -45,7 +46,7 @@ SAVED_MODELS = Path("saved_models")  # runs, below the working directory
 PRETRAINED = Path(__file__).resolve().parent / SAVED_MODELS / "pretrained"
 BEST, KEPT = "best", "kept"
 DIRECTIONS = ("AtoB", "BtoA")
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, DISCRIMINATORS = "checkpoint.pt", "discriminators.pt"
 # The names that a generator's file may have in a folder: ours, and the official one.
 FILES = {"AtoB": ("AtoB.pt", "latest_net_G_A.pth"), "BtoA": ("BtoA.pt", "latest_net_G_B.pth"), NOISE: (f"{NOISE}.pt",)}
 KINDS = (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UNetGenerator, UGATITGenerator, DCGANGenerator)
@@ -149,6 +150,24 @@ def save_generator(generator: Generator, about: Mapping[str, Any], folder: Path)
     path = folder / FILES[about["direction"]][0]
     save_atomic({**pack_generator(generator), **about}, path)
     return path
+
+
+def save_discriminators(run: str, folder: Path) -> Path | None:
+    """Write the networks of a run that are no generators, in half precision, for ``init_from``. Returns the path.
+
+    None where ``run`` has no checkpoint.
+    """
+    files = CheckpointFiles(SAVED_MODELS / run)
+    if not files.exist():
+        return None
+    networks = files.load(resume=False)["networks"]
+    halves = {
+        name: {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        for name, weights in networks.items()
+        if not name.startswith("G")
+    }
+    save_atomic({"networks": halves}, folder / DISCRIMINATORS)
+    return folder / DISCRIMINATORS
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -418,14 +437,28 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 
 def init_from(system: Any, where: str) -> None:
-    """Give a new run the weights at ``where``: all networks of a checkpoint, or the generators of anything else.
+    """Give a new run the weights at ``where``: all networks of a checkpoint; or the generators of a run, shipped
+    weights, a folder or a file, and of the first two the discriminators where they fit.
 
-    Raises InputError where they do not fit.
+    Raises InputError where the others do not fit.
     """
     if Path(where).name == CHECKPOINT:
-        init_networks(system, where)
-    else:
-        init_generators(system, where)
+        path = next((place for place in candidate_paths(where) if place.is_file()), None)
+        if path is None:
+            raise InputError(f"--init_from {where}: no such checkpoint")
+        init_networks(system, path, system.trained())
+        return
+    init_generators(system, where)
+    folder, names = find_generator(where, None).parent, sorted({*system.trained()} - {*system.generators.values()})
+    beside = (folder / DISCRIMINATORS, folder / CHECKPOINT)
+    path = None if is_file(where) else next((place for place in beside if place.exists()), None)
+    if path is None:
+        print0(f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means")
+        return
+    try:
+        init_networks(system, path, names)
+    except InputError as error:
+        print0(f"{', '.join(names)} start anew: {error}")
 
 
 def init_generators(system: Any, where: str) -> None:
@@ -464,17 +497,17 @@ def fitting_flags(generator: Generator) -> str:
     return " ".join(f"--{name} {value}".strip() for name, value in flags.items())
 
 
-def init_networks(system: Any, where: str) -> None:
-    path = next((place for place in candidate_paths(where) if place.is_file()), None)
-    if path is None:
-        raise InputError(f"--init_from {where}: no such checkpoint")
-    found = CheckpointFiles(path.parent).load(resume=False)["networks"]
-    names = system.trained()
-    check_networks(f"--init_from {where}", found, system, names)
+def init_networks(system: Any, path: Path, names: Sequence[str]) -> None:
+    """Give these networks the weights of a checkpoint, or of the discriminators that ship. Raises InputError."""
+    whole = path.name == CHECKPOINT
+    found = (CheckpointFiles(path.parent).load(resume=False) if whole else read_weights(path)).get("networks")
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: networks: expected weights by names of networks, found {describe(found)}")
+    check_networks(f"--init_from {path}", found, system, names)
     for name in names:
         system.get_submodule(name).load_state_dict(found[name])
     print0(f"{', '.join(names)} start from {path}")
-    if left := sorted(found.keys() - set(names)):
+    if left := sorted(found.keys() - {*system.trained()}):
         print0(f"{', '.join(left)} of that checkpoint are not used: this system has none")
 
 

@@ -358,13 +358,17 @@ def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
     return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
 
 
+def scale(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A size (height, width) with ``longest`` as its longer side."""
+    return round(size[0] * longest / max(size)), round(size[1] * longest / max(size))
+
+
 def at_size(entry: Entry, longest: int) -> Entry:
     """An entry whose pictures are read with ``longest`` pixels on their longer side, in the shape of training.
 
     Raises InputError where its generator does not take such pictures.
     """
-    generator, size = entry.generator, entry.reading.size
-    height, width = (round(side * longest / max(size)) for side in size)
+    generator, (height, width) = entry.generator, scale(entry.reading.size, longest)
     if generator.settings.get("size") not in (None, (height, width)):
         raise InputError(f"--size {longest}: {fixed_size_message(generator.settings['size'])}")
     if height % generator.size_multiple or width % generator.size_multiple or min(height, width) < generator.min_size:

@@ -33,12 +33,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import checkpoints
 import datasets
 import evaluate
 import record
 import train
 import utils
-from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators, save_generator
+from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators
 from datasets import BUILT_IN, Picture, find_plain, find_side, fixed_noise, normalise, quantise
 from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
@@ -332,7 +333,8 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
 
 def find_reading(about: Mapping[str, Any]) -> Reading:
     """How a run sees pictures outside training."""
-    return evaluate.find_reading(about["options"], about["options"]["channels"])
+    reading = evaluate.find_reading(about["options"], about["options"]["channels"])
+    return reading._replace(size=evaluate.scale(reading.size, about.get("best_size", max(reading.size))))
 
 
 def find_tests(
@@ -627,28 +629,29 @@ def result_rows(known: Mapping[str, About]) -> list[Row]:
 
 
 def ship(options: argparse.Namespace) -> int:
-    """Write a run's generators in half precision to ``saved_models/pretrained/NAME``, and what they make of the first
+    """Write a run's networks in half precision to ``saved_models/pretrained/NAME``, and what they make of the first
     test pictures to ``docs/NAME_<direction>.webp``. Returns the exit status. Raises InputError.
     """
     run, name = options.run, options.name
     utils.check_name("NAME", name)
-    opened, sheets = open_generators(run), {}
+    opened, roots = open_generators(run), {}
     for direction, (_, about) in opened.items():
         if "dataset_name" not in about.get("options", {}):
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
-        root = options.data_dir / about["options"]["dataset_name"]
-        if not find_tests(root, direction, find_reading(about))[0]:
-            raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
-        parts = translate(run, direction, root, 6, "input", "output", "attention", "truth")
-        numbered = {name: {f"{i}": picture for i, picture in enumerate(part, 1)} for name, part in parts.items()}
-        sheets[direction] = grid(numbered)  # a column for each picture
-    DOCS.mkdir(exist_ok=True)
-    for direction, (generator, about) in opened.items():
         if options.best_size is not None:
             about["best_size"] = options.best_size
-        path = save_generator(generator.half(), about, SAVED_MODELS / "pretrained" / name)
-        save_sheet(sheets[direction], DOCS / f"{name}_{direction}.webp")
+        roots[direction] = root = options.data_dir / about["options"]["dataset_name"]
+        if not find_tests(root, direction, find_reading(about))[0]:
+            raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
+    DOCS.mkdir(exist_ok=True)
+    for generator, about in opened.values():
+        path = checkpoints.save_generator(generator.half(), about, SAVED_MODELS / "pretrained" / name)
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    checkpoints.save_discriminators(run, SAVED_MODELS / "pretrained" / name)
+    for direction, root in roots.items():
+        parts = translate(f"pretrained/{name}", direction, root, 6, "input", "output", "attention", "truth")
+        numbered = {part: {f"{i}": picture for i, picture in enumerate(all_, 1)} for part, all_ in parts.items()}
+        save_sheet(grid(numbered), DOCS / f"{name}_{direction}.webp")  # a column for each picture
     return 0
 
 

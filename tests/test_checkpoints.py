@@ -418,9 +418,18 @@ def test_resuming_gives_moments_the_layout_of_their_parameters(small_set):
 def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name first") == 0
     assert run(f"{QUICK} --n_epochs 1 --lr 0 --name second --seed 5 --init_from first") == 0
-    for network in ("G_AB", "G_BA"):
+    for network in ("G_AB", "G_BA", "D_A", "D_B"):
         same(checkpoint("first")["networks"][network], checkpoint("second")["networks"][network])
-    assert "G_AB starts from first" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "G_AB starts from first" in out and "D_A, D_B start from saved_models/first/checkpoint.pt" in out
+    assert run(f"{QUICK} --n_epochs 1 --ndf 8 --name wider --init_from first") == 0
+    why = "--init_from saved_models/first/checkpoint.pt: D_A: layers.0.weight has shape (4, 3, 4, 4), expected (8, 3,"
+    assert f"D_A, D_B start anew: {why}" in capsys.readouterr().out
+    shutil.copytree("saved_models/first", "bare")
+    for path in Path("bare").glob("checkpoint*.pt"):
+        path.unlink()
+    assert run(f"{QUICK} --n_epochs 1 --name fresh --init_from bare") == 0
+    assert "D_A, D_B start anew: docs/training.md" in capsys.readouterr().out
     assert run(f"{QUICK} --n_epochs 1 --name third --n_masks 4 --init_from first") == 2
     message = (
         r"first holds another AttentionGenerator for AtoB .*; these flags fit: --system attentiongan .*--n_masks 3 "
@@ -452,7 +461,7 @@ def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
         ("--n_residual_blocks 1", r"G_AB: .*encoder\.10"),
     ):
         assert run(f"{QUICK} {start} {flags} --name third") == 2
-        assert re.search(rf"--init_from first/checkpoint.pt: {message}", capsys.readouterr().err)
+        assert re.search(rf"--init_from saved_models/first/checkpoint.pt: {message}", capsys.readouterr().err)
     assert run(f"{QUICK} --n_epochs 1 --attn_disc mask --name guided") == 0
     assert run(f"{QUICK} --n_epochs 1 --init_from guided/checkpoint.pt --name unguided") == 0
     assert "guided_D_A, guided_D_B of that checkpoint are not used: this system has none" in capsys.readouterr().out

@@ -466,13 +466,14 @@ def test_what_is_painted_and_the_input_make_the_output(generator):
 def test_shipped_weights_are_half_as_large_and_translate_alike(three_runs, drawn, capsys):
     assert train.main([*RUNS[0].flags.split(), "--name", "two"]) == 0
     drawn.clear()
-    assert experiments.main(["ship", "two", "small"]) == 0
+    assert experiments.main(["ship", "two", "small", "--best_size", "32"]) == 0
     for direction, (columns, options) in zip(("AtoB", "BtoA"), drawn, strict=True):
         with Image.open(f"docs/small_{direction}.webp") as sheet:
             assert sheet.format == "WEBP" and list(columns) == ["1", "2", "3"]
         for inputs, outputs, attention in columns.values():
+            assert inputs.shape == (3, 32, 32)  # the best size, not that of training
             with torch.no_grad():
-                found = open_generator("two", direction)[0].eval()(inputs[None])
+                found = open_generator("small", direction)[0].eval()(inputs[None])
             assert options["rows"] == ["input", "output", "attention"]
             torch.testing.assert_close(outputs, found.image[0])
             torch.testing.assert_close(attention, 2 * found.foreground[0].expand(3, -1, -1) - 1)
@@ -482,9 +483,17 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(three_runs, drawn
         weights = torch.load(f"saved_models/pretrained/small/{direction}.pt", weights_only=True)["weights"]
         assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float16}
         (full, about), (half, said) = open_generator("two", direction), open_generator("small", direction)
-        assert said == about and "data_dir" not in about["options"] and next(half.parameters()).dtype == torch.float32
+        assert (
+            said == {**about, "best_size": 32}
+            and "data_dir" not in about["options"]
+            and next(half.parameters()).dtype == torch.float32
+        )
         with torch.no_grad():
             assert (half(picture).image - full(picture).image).abs().max() < 2 / 255
+    discriminators = torch.load("saved_models/pretrained/small/discriminators.pt", weights_only=True)["networks"]
+    assert discriminators.keys() == {"D_A", "D_B"} and discriminators["D_A"]["layers.0.weight"].dtype == torch.float16
+    assert train.main([*RUNS[0].flags.split(), "--name", "on", "--init_from", "small", "--max_steps", "1"]) == 0
+    assert "D_A, D_B start from saved_models/pretrained/small/discriminators.pt" in capsys.readouterr().out
     assert experiments.main(["ship", "two", "other", "--data_dir", "elsewhere"]) == 2
     assert "elsewhere/solid2striped: found no testA" in capsys.readouterr().err
     Path("bare").mkdir()
