@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 LINE_SECONDS = 60  # between two lines of progress in a file
-LINE = "{desc}{n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+LINE = "{l_bar} {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LOCK_SECONDS = 10  # how long to wait for a folder that another process has locked
 
 
