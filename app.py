@@ -314,7 +314,7 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                     gr.Markdown("### Before and after\nMove the line.")
                     slider = gr.ImageSlider(show_label=False, elem_id="answer", **plain)
                     told = gr.Markdown(elem_id="told")
-                    attention = gr.Image(show_label=False, elem_id="attention", **plain)
+                    attention = gr.Image(show_label=False, height=300, elem_id="attention", **plain)
                     gr.Markdown("### And back\nThe result, translated back: it should be your picture again.")
                     back = gr.Image(show_label=False, height=300, elem_id="back", **plain)
                     with gr.Accordion("Look inside: all masks and contents", open=False, elem_id="inside") as inside:

@@ -255,6 +255,10 @@ class Record:
             sheets = thin(sorted(p.name for p in self.folder.glob("[0-9]*.png")), self.SHEETS_SHOWN)
             kinds = dict.fromkeys(name.partition(" ")[0] for name in self.columns)
             changed = {k: v for k, v in self.settings.items() if v != self.defaults.get(k, v)}
+            words = "".join(f"<dt>{kind}<dd>{WORDS[kind]}" for kind in kinds if kind in WORDS)
+            page = self.folder / "index.html"
+            if not kinds and page.exists():  # resumed, and no sheet drawn since
+                words = page.read_text(encoding="utf-8").partition("<dl>")[2].partition("</dl>")[0]
             values = {
                 "name": html.escape(self.name),
                 "state": self._progress(final),
@@ -263,7 +267,7 @@ class Record:
                 "last": max(0, len(sheets) - 1),
                 "hidden": "" if sheets else "hidden",
                 "none": "" if sheets else "The first sheet is still to come.",
-                "words": "".join(f"<dt>{kind}<dd>{WORDS[kind]}" for kind in kinds if kind in WORDS),
+                "words": words,
                 "curves": '<figure><img src="curves.png" class="curves" alt="loss curves"></figure>'
                 if (self.folder / "curves.png").exists()
                 else "<p>The curves come with the first lines of the log.",
@@ -271,7 +275,7 @@ class Record:
                 "changed": tabulate(changed) if changed else "<p>All are the defaults.",
                 "settings": tabulate(self.settings),
             }
-            with replacing(self.folder / "index.html") as path:
+            with replacing(page) as path:
                 path.write_text(string.Template(PAGE).substitute(values), encoding="utf-8")
 
     def _progress(self, final: bool) -> str:

@@ -101,6 +101,14 @@ def test_curves_and_slider_stay_bounded_also_in_a_resumed_run(monkeypatch):
     assert drawn[1] == drawn[0]
 
 
+def test_a_resumed_run_still_says_what_its_sheets_show():
+    run = make_record()
+    run.sheet({name: torch.zeros(1, 3, 8, 8) for name in ("real A", "fake B", "real B", "fake A")})
+    make_record(start=1).page(final=True)
+    (words,) = re.findall("<dl>(.*)</dl>", Path("images/r/index.html").read_text())
+    assert words == "<dt>real<dd>the input<dt>fake<dd>its translation"
+
+
 def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
     monkeypatch.setattr(Record, "PAGE_SECONDS", 0)
     record = make_record(interval=2)
