@@ -6,19 +6,16 @@ are deleted within ten minutes and at the end. The process refuses every connect
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 import re
 import socket
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,22 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 import checkpoints
 import utils
 from checkpoints import DIRECTIONS
-from datasets import BUILT_IN, RESIZE, TASKS, as_input, find_side, normalise, quantise, resize, to_tensor
-from models import Generator, translate_any_size
+from datasets import BUILT_IN, TASKS, as_input, find_side, to_picture, to_tensor
+from models import Generator
 from prepare import draw_scene
+from translate import Decoded, Painted, decode, enlarge, fit, overlay, plan, translate_batch
 from utils import InputError
 
 DOCS = Path(__file__).resolve().parent / "docs"
 FIRST = "pretrained/horse2zebra_attentiongan"  # what the page starts with, if it is there
 UPLOAD = "upload"  # stands for the visitor's own file among the names of weights
-SIZES = (64, 128, 256, 512)  # of the longer side; the trained one is added
-MOST_PIXELS = 2**20  # of a picture in the generator: about 1 GB for the default networks
+SIZES = (64, 128, 256, 512, 1024)  # of the longer side in the generator; 1024 squared: 1 GB for the default networks
+LARGEST = 2048  # longer side of what the page shows and gives back
 MOST_PICTURES, MOST_WAITING, MOST_BYTES = 32, 32, "200mb"  # at once, in the queue, of one upload
 KEPT_SECONDS = 540  # looked at once a minute
 
@@ -50,9 +46,9 @@ class Weights(NamedTuple):
     """Generators by direction, in evaluation mode on their device, and what their files say of them."""
 
     generators: dict[str, Generator]
+    about: Mapping[str, Any]  # of the first one
     task: str
     dataset: str
-    trained: int  # the longer side of the pictures in training; official files do not say: 256
     only_size: tuple[int, int] | None  # the only (height, width) that they take
 
 
@@ -71,12 +67,12 @@ def list_weights() -> list[tuple[str, str]]:
 def open_weights(where: str, device: torch.device, changed: int) -> Weights:
     """Open the generators at ``where``; ``changed`` is their file's time, for a run that goes on. Raises InputError."""
     opened = checkpoints.open_generators(where)
-    generators = {direction: generator.to(device).eval() for direction, (generator, _) in opened.items()}
+    layout = utils.pick_layout(device)
+    generators = {name: each.to(device).to(memory_format=layout).eval() for name, (each, _) in opened.items()}
     generator, about = next(iter(opened.values()))
     options = about.get("options", {})
-    trained = max(options.get("img_height", 256), options.get("img_width", 256))
     task, dataset = options.get("task", TASKS[0]), options.get("dataset_name", "")
-    return Weights(generators, task, dataset, trained, generator.settings.get("size"))
+    return Weights(generators, about, task, dataset, generator.settings.get("size"))
 
 
 def name_directions(weights: Weights) -> list[tuple[str, str]]:
@@ -86,12 +82,13 @@ def name_directions(weights: Weights) -> list[tuple[str, str]]:
     return [(f"{a} → {b}" if direction == "AtoB" else f"{b} → {a}", direction) for direction in weights.generators]
 
 
-def name_sizes(weights: Weights) -> list[tuple[str, int]]:
-    """(label, longer side in pixels); 0 stands for the picture's own size."""
+def name_sizes(weights: Weights) -> tuple[list[tuple[str, int]], int]:
+    """(label, longer side in pixels) of each size at which the generator may see a picture, and the best of them."""
+    best = max(weights.only_size or (min(checkpoints.best_size(weights.about), SIZES[-1]),))
     if weights.only_size is not None:
-        return [(f"{weights.trained} (the only one that these weights take)", weights.trained)]
-    sizes = sorted({*SIZES, weights.trained})
-    return [*((f"{n} (trained)" if n == weights.trained else f"{n}", n) for n in sizes), ("its own", 0)]
+        return [(f"{best} (the only one that these weights take)", best)], best
+    why = "best" if "best_size" in weights.about else "trained"
+    return [(f"{n} ({why})" if n == best else f"{n}", n) for n in sorted({*SIZES, best})], best
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -100,7 +97,10 @@ def name_sizes(weights: Weights) -> list[tuple[str, int]]:
 
 
 class Answer(NamedTuple):
-    """What became of one picture, all of one size; None or [] is what the weights do not have."""
+    """What became of one picture, of its size; masks and contents in the size in which the generator saw it.
+
+    None or [] is what the weights do not have.
+    """
 
     name: str
     remark: str
@@ -112,14 +112,6 @@ class Answer(NamedTuple):
     contents: list[tuple[Image.Image, str]]
 
 
-def fit_size(size: tuple[int, int], longest: int, only_size: tuple[int, int] | None) -> tuple[int, int]:
-    """The (height, width) at which a picture of ``size`` is translated: never more than ``MOST_PIXELS`` in all."""
-    if only_size is not None:
-        return only_size
-    scale = min(longest / max(size) if longest else 1.0, (MOST_PIXELS / (size[0] * size[1])) ** 0.5)
-    return max(1, int(scale * size[0] + 1e-6)), max(1, int(scale * size[1] + 1e-6))
-
-
 @torch.inference_mode()
 def translate(weights: Weights, direction: str, path: Path, longest: int, device: torch.device) -> Answer:
     """Translate one picture, and back where the other generator is there. Raises InputError, one or two sentences."""
@@ -128,62 +120,36 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
     if not path.exists():
         raise InputError(f"{path.name} has been deleted in the meantime. Give it again.")
     generator = weights.generators[direction]
-    other = weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])
-    try:
-        before = as_input(path, weights.task, direction).open(generator.settings["channels"])
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path.name} is huge. Give one of at most {Image.MAX_IMAGE_PIXELS:,} pixels.") from error
-    except Exception as error:  # decoders raise what they like
-        reason = utils.first_line(error).replace(str(path), path.name)
-        raise InputError(f"{path.name} cannot be read as a picture: {reason}.") from error
-    found, size = (before.height, before.width), fit_size((before.height, before.width), longest, weights.only_size)
-    remark = f"{path.name}: {found[1]} × {found[0]} pixels"
-    if size != found:
-        before = resize(before, size, RESIZE[0])
-        remark += f", {'enlarged' if max(size) > max(found) else 'shrunk'} to {size[1]} × {size[0]}"
-        remark += "" if longest else f", because this page translates at most {MOST_PIXELS:,} pixels"
-    try:
-        there = translate_any_size(generator, normalise(to_tensor(before)[None].to(device)))
-        back = None if other is None else translate_any_size(other, there.image).image
-    except (MemoryError, RuntimeError) as error:
-        if not utils.is_out_of_memory(error):
-            raise
-        raise InputError(f"{path.name} does not fit into the memory at this size. Choose a smaller one.") from error
-    masks, contents = (() if part is None else part[0] for part in (there.attention, there.content))
+    failed: dict[Path, str] = {}
+    picture = as_input(path, weights.task, direction)
+    tasks = plan([picture], [path], longest, LARGEST, weights.only_size, failed)
+    decoded = decode(tasks[0], generator.settings["channels"], False) if tasks else failed[path]
+    if isinstance(decoded, str):
+        reason = decoded.splitlines()[0].replace(str(path), path.name).rstrip(".")
+        raise InputError(f"{path.name} cannot be read as a picture: {reason}.")
+
+    def paint(generator: Generator, decoded: Decoded) -> tuple[Painted, Image.Image]:
+        (painted,) = translate_batch(generator, decoded.small[None], device, nullcontext, True)
+        if isinstance(painted, str):
+            raise InputError(f"{path.name} does not fit into the memory at this size. Choose a smaller one.")
+        return painted, to_picture(enlarge(painted, decoded))
+
+    painted, after = paint(generator, decoded)
+    back, other = None, weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])
+    if other is not None:
+        back = paint(other, Decoded(to_tensor(fit(after, tasks[0].size)), to_tensor(after), None))[1]
+    (height, width), size = tasks[0].size, after.size
+    seen = "" if (width, height) == size else f"; the network saw it at {width} × {height}"
     return Answer(
         path.name,
-        f"{remark}.",
-        before,
-        to_picture(there.image[0]),
-        None if there.foreground is None else to_picture(2 * there.foreground[0] - 1),
-        None if back is None else to_picture(back[0]),
-        [(to_picture(2 * mask[None] - 1), f"{i}: {mask.mean():.0%}") for i, mask in enumerate(masks, 1)],
-        [(to_picture(content), f"{i}") for i, content in enumerate(contents, 1)],
+        f"{path.name}: {size[0]} × {size[1]} pixels{seen}.",
+        to_picture(decoded.full),
+        after,
+        None if painted.foreground is None else fit(to_picture(painted.foreground), size[::-1]),
+        back,
+        [(to_picture(mask), f"{i}: {mask.float().mean() / 255:.0%}") for i, mask in enumerate(painted.masks, 1)],
+        [(to_picture(content), f"{i}") for i, content in enumerate(painted.contents, 1)],
     )
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    return to_pil_image(quantise(pixels).cpu())
-
-
-def encode(image: Image.Image, kind: str) -> bytes:
-    data = io.BytesIO()
-    image.save(data, kind)
-    return data.getvalue()
-
-
-def overlay(answer: Answer) -> str:
-    """HTML: the input in grey, and over it the attention in orange, which fades with the style's variable --shown."""
-    if answer.foreground is None:
-        return "These weights do not tell where they paint."
-    orange = Image.new("RGB", answer.before.size, (255, 96, 0))
-    orange.putalpha(answer.foreground)
-    tags = ""
-    for image, alt in ((answer.before.convert("L"), "the input"), (orange, "the attention")):
-        code = base64.b64encode(encode(image, "WEBP")).decode()
-        tags += f'<img src="data:image/webp;base64,{code}" alt="{alt}">'
-    what = "is painted anew; the rest of your picture is kept" if answer.masks else "is where the network looks most"
-    return f'Orange {what}.<div class="stack">{tags}</div>'
 
 
 def pack(answers: Sequence[Answer], path: Path) -> None:
@@ -194,7 +160,8 @@ def pack(answers: Sequence[Answer], path: Path) -> None:
             for end, image in (("", answer.after), ("_attention", answer.foreground)):
                 if image is not None:
                     name = stem if stems.count(stem) == 1 else f"{i:02d}_{stem}"
-                    archive.writestr(f"{name}{end}.png", encode(image, "PNG"))
+                    with archive.open(f"{name}{end}.png", "w") as file:
+                        image.save(file, "PNG")
 
 
 def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tuple[str, Image.Image]]:
@@ -226,17 +193,13 @@ does all the work: your pictures are sent nowhere else, and are deleted within t
 INSIDE = """The network paints several pictures, the contents. The mask of the same number says where each one is used,
 white for fully, black for not at all. A mask without a content keeps your picture. The result is the sum of all."""
 CSS = """
-.stack { position: relative; max-width: 500px; margin: 8px auto }
-.stack img { display: block; width: 100%; margin: 0 }
-.stack img + img { position: absolute; inset: 0; opacity: var(--shown, 0.7) }
 .html-container { padding: 0 !important }
-#back img { height: 100%; width: 100%; object-fit: contain }
+#back img, #attention img { height: 100%; width: 100%; object-fit: contain }
 #weights input { padding-right: 24px; text-overflow: ellipsis }
 .tiles .grid-wrap { min-height: 0 }
 .tiles .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
 """
-FADE = "(share) => document.documentElement.style.setProperty('--shown', share / 100)"
 
 
 def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
@@ -269,8 +232,9 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         weights = opened(where, file)
         direction = direction if direction in weights.generators else next(iter(weights.generators))
         directions = gr.update(choices=name_directions(weights), value=direction)
-        sizes = gr.update(choices=name_sizes(weights), value=weights.trained)
-        return [gr.update(visible=where == UPLOAD), directions, sizes, offer(where, file, direction)]
+        sizes, best = name_sizes(weights)
+        shown = [gr.update(visible=where == UPLOAD), directions, gr.update(choices=sizes, value=best)]
+        return [*shown, offer(where, file, direction)]
 
     @in_sentences
     def offer(where: str, file: str | None, direction: str) -> Any:
@@ -287,10 +251,15 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         if path is None:
             raise InputError("Give a picture first: drop, paste or photograph one, or press an example.")
         answer = translate(opened(where, file), direction, Path(path), size, device)
-        shown = [html.escape(answer.remark), (answer.before, answer.after), overlay(answer)]
-        shown += [gr.update(visible=answer.foreground is not None), gr.update(visible=bool(answer.masks))]
-        shown += [gr.update(value=answer.back, visible=answer.back is not None), answer.masks, answer.contents]
-        return [gr.update(visible=True), gr.update(visible=False), *shown]
+        painted = None if answer.foreground is None else overlay(answer.before, answer.foreground)
+        told = "These weights do not tell."
+        if painted is not None:
+            what = "painted anew; the rest of your picture is kept" if answer.masks else "where the network looks most"
+            told = f"Orange is {what}."
+        shown = [gr.update(value=image, visible=image is not None) for image in (painted, answer.back)]
+        shown += [gr.update(visible=bool(answer.masks)), answer.masks, answer.contents]
+        said = html.escape(answer.remark), (answer.before, answer.after), f"### Where it paints\n{told}"
+        return [gr.update(visible=True), gr.update(visible=False), *said, *shown]
 
     bar = gr.Progress()  # gradio looks for it among the defaults
 
@@ -324,8 +293,10 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                 weights = gr.Dropdown(label="What it has learned (weights)", elem_id="weights")
                 file = gr.File(label="Weights: AtoB.pt of a run, or an official file", visible=False, elem_id="file")
                 direction = gr.Radio([], label="Direction", elem_id="direction")
-                info = "Best is the size it was trained at. Larger pictures take longer."
-                size = gr.Radio([], label="Size of the longer side, in pixels", info=info, elem_id="size")
+                info = "Larger pictures are shrunk to it for the network; the result has the size of your picture "
+                info += f"(at most {LARGEST})."
+                label = "Size at which the network sees it: the longer side, in pixels"
+                size = gr.Radio([], label=label, info=info, elem_id="size")
                 with gr.Tab("One picture"):
                     given = dict(type="filepath", sources=["upload", "webcam", "clipboard"], height=300, elem_id="one")
                     one = gr.Image(label="Drop, paste or photograph a picture", **given)
@@ -341,9 +312,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                 with gr.Column(visible=False) as single:
                     gr.Markdown("### Before and after\nMove the line.")
                     slider = gr.ImageSlider(show_label=False, elem_id="answer", **plain)
-                    gr.Markdown("### Where it paints")
-                    attention = gr.HTML()
-                    fade = gr.Slider(0, 100, 70, step=1, label="How strongly the orange shows, in %", elem_id="fade")
+                    told = gr.Markdown(elem_id="told")
+                    attention = gr.Image(show_label=False, height=300, elem_id="attention", **plain)
                     gr.Markdown("### And back\nThe result, translated back: it should be your picture again.")
                     back = gr.Image(show_label=False, height=300, elem_id="back", **plain)
                     with gr.Accordion("Look inside: all masks and contents", open=False, elem_id="inside") as inside:
@@ -364,10 +334,9 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         page.load(refresh, weights, weights, **quiet)
         gr.on([weights.change, file.upload], choose, asked, [file, direction, size, examples], **quiet)
         direction.input(offer, asked, examples, **quiet)
-        fade.change(None, fade, None, js=FADE, **quiet)
         # One at a time: a translation takes all cores.
         loud = dict(api_visibility="private", scroll_to_output=True, concurrency_id="translate")
-        outputs = [single, several, remark, slider, attention, fade, inside, back, masks, contents]
+        outputs = [single, several, remark, slider, told, attention, back, inside, masks, contents]
         go_one.click(answer_one, [*asked, size, one], outputs, **loud)
         pressed = examples.click(lambda sample: sample[0], examples, one, **quiet)
         pressed.then(answer_one, [*asked, size, one], outputs, **loud)
@@ -417,7 +386,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
             gr = utils.import_optional("gradio", "app.py", "pip install -r requirements-app.txt")
             stay_here(options.host)
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             offered = Path(tempfile.mkdtemp(dir=folder))
             page = make_page(gr, device, offered)
             off = dict.fromkeys(("share", "pwa", "mcp_server", "ssr_mode", "inline", "enable_monitoring"), False)

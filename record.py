@@ -253,23 +253,29 @@ class Record:
     def _write_page(self, final: bool = False) -> None:
         with self.never_fatal("page"):
             sheets = thin(sorted(p.name for p in self.folder.glob("[0-9]*.png")), self.SHEETS_SHOWN)
-            words = {name: WORDS[name.partition(" ")[0]] for name in self.columns if name.partition(" ")[0] in WORDS}
+            kinds = dict.fromkeys(name.partition(" ")[0] for name in self.columns)
             changed = {k: v for k, v in self.settings.items() if v != self.defaults.get(k, v)}
+            words = "".join(f"<dt>{kind}<dd>{WORDS[kind]}" for kind in kinds if kind in WORDS)
+            page = self.folder / "index.html"
+            if not kinds and page.exists():  # resumed, and no sheet drawn since
+                words = page.read_text(encoding="utf-8").partition("<dl>")[2].partition("</dl>")[0]
             values = {
                 "name": html.escape(self.name),
                 "state": self._progress(final),
                 "running": "false" if final else "true",
                 "sheets": json.dumps(sheets),
                 "last": max(0, len(sheets) - 1),
-                "words": "".join(f"<dt>{html.escape(k)}<dd>{html.escape(v)}" for k, v in words.items()),
-                "curves": '<img src="curves.png" class="curves" alt="loss curves">'
+                "hidden": "" if sheets else "hidden",
+                "none": "" if sheets else "The first sheet is still to come.",
+                "words": words,
+                "curves": '<figure><img src="curves.png" class="curves" alt="loss curves"></figure>'
                 if (self.folder / "curves.png").exists()
                 else "<p>The curves come with the first lines of the log.",
                 "links": links(self.folder),
-                "changed": rows(changed) or "<tr><td>all are the defaults",
-                "settings": rows(self.settings),
+                "changed": tabulate(changed) if changed else "<p>All are the defaults.",
+                "settings": tabulate(self.settings),
             }
-            with replacing(self.folder / "index.html") as path:
+            with replacing(page) as path:
                 path.write_text(string.Template(PAGE).substitute(values), encoding="utf-8")
 
     def _progress(self, final: bool) -> str:
@@ -329,41 +335,43 @@ PAGE = """\
 <link rel="icon" href="data:,">
 <style>
   :root { color-scheme: light dark }
-  body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 1200px; padding: 0 1em }
-  img { max-width: 100%; height: auto }
-  #sheet { image-rendering: pixelated; background: white }
-  input { width: 100% }
-  table { border-collapse: collapse }
-  td { border-bottom: 1px solid #8884; padding: 0 1.5em 0 0; font-family: monospace; overflow-wrap: anywhere }
-  dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1em }
+  body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto 4em; max-width: 1200px; padding: 0 1em }
+  h1, h2 { line-height: 1.2; margin: 0; overflow-wrap: anywhere }
+  h2 { font-size: 1.25em; margin: 2em 0 0.6em }
+  small, dt, th { font-size: 0.9em; font-weight: normal; opacity: 0.75 }
+  figure { margin: 0; overflow-x: auto } /* on a phone pictures scroll, the page does not */
+  img { display: block; max-width: max(100%, 750px) }
+  #sheet { background: white; image-rendering: pixelated }
+  #slider { box-sizing: border-box; margin: 0 0 0.8em; width: 100% }
+  dl { display: grid; gap: 0 1.5em; grid-template-columns: max-content 1fr }
   dd { margin: 0 }
-  dt { font-family: monospace }
-  @media (prefers-color-scheme: dark) { .curves { filter: invert(0.9) hue-rotate(180deg) } }
+  table { border-collapse: collapse; margin-bottom: 1em }
+  th, td { border-bottom: 1px solid #8884; padding: 0.15em 1.5em 0.15em 0; text-align: left; vertical-align: baseline }
+  td { overflow-wrap: anywhere; padding-right: 0 }
+  @media (prefers-color-scheme: dark) { .curves { filter: invert(0.93) hue-rotate(180deg) } }
 </style>
 <h1>$name</h1>
 <p id="state">$state</p>
 <h2>Pictures <small id="label"></small></h2>
-<input type="range" id="slider" min="0" max="$last" value="$last" aria-label="step">
-<p id="none">No sheet yet.</p>
-<img id="sheet" alt="pictures of the run" hidden>
+<div $hidden>
+<input type="range" id="slider" max="$last" value="$last" aria-label="which sheet of pictures">
+<figure><img id="sheet" alt="pictures of the run"></figure>
 <dl>$words</dl>
+</div>
+<p>$none</p>
 <div id="links"><!-- begin links -->$links<!-- end links --></div>
 <h2>Curves</h2>
 $curves
 <h2>Settings that differ from the defaults</h2>
-<table>$changed</table>
-<details><summary>All settings</summary><table>$settings</table></details>
+$changed
+<details><summary>All settings</summary>$settings</details>
 <script>
-  const sheets = $sheets, running = $running, slider = document.getElementById("slider");
+  const sheets = $sheets, slider = document.getElementById("slider"), all = document.querySelector("details");
   function show() {
-    if (!sheets.length) return;
-    const sheet = document.getElementById("sheet");
-    sheet.src = sheets[slider.value];
-    sheet.hidden = false;
-    document.getElementById("none").hidden = true;
-    document.getElementById("label").textContent = "after step " + parseInt(sheets[slider.value]);
+    document.getElementById("sheet").src = sheets[slider.value];
+    document.getElementById("label").textContent = "after step " + parseInt(sheets[slider.value]).toLocaleString("en");
   }
-  // While the run goes on the page loads itself again; a sheet that was chosen stays.
+  // While the run goes on the page loads itself again; a sheet that was chosen stays, and so do open settings.
   const chosen = sheets.indexOf(sessionStorage.getItem(location.pathname));
   if (chosen >= 0) slider.value = chosen;
   slider.oninput = () => {
@@ -371,15 +379,16 @@ $curves
     else sessionStorage.setItem(location.pathname, sheets[slider.value]);
     show();
   };
-  show();
-  if (running) setTimeout(() => location.reload(), 30000);
+  if (sheets.length) show();
+  if ($running) setInterval(() => all.open || location.reload(), 30000);
 </script>
 </html>
 """
 
 
-def rows(settings: Mapping[str, Any]) -> str:
-    return "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in settings.items())
+def tabulate(settings: Mapping[str, Any]) -> str:
+    rows = (f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in settings.items())
+    return f"<table>{''.join(rows)}</table>"
 
 
 def links(folder: Path) -> str:
@@ -461,7 +470,8 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
         axes.set_title(family)
         for name, entries in curves:
             values = [nan if entry.get(name) is None else entry[name] for entry in entries]
-            lines = axes.plot([entry["step"] for entry in entries], values, linewidth=0.8)
+            marker = "." if len(entries) < 30 else ""  # a single value makes no line
+            lines = axes.plot([entry["step"] for entry in entries], values, marker=marker, linewidth=0.8)
             labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
             for line, label in zip(lines, labels, strict=True):
                 line.set_label(label)

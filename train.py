@@ -554,7 +554,8 @@ def train(
     if log.step == total:
         print0(f"done: see {log.folder}/index.html; weights in {folder}")
         return 0
-    print0(f"stopped after step {log.step} of {total}, saved; the same command with --resume goes on")
+    how = "--resume without --max_steps" if enough else "the same command with --resume"
+    print0(f"stopped after step {log.step} of {total}, saved; {how} goes on")
     return 0 if enough else stop.signal or signal.SIGTERM
 
 

@@ -283,10 +283,12 @@ def translate_batch(
 
 
 def enlarge(painted: Painted, decoded: Decoded) -> Tensor:
-    """The output, uint8 (channels, H, W), of a picture that the generator saw in another size.
+    """The output, uint8 (channels, H, W), in the full size of a picture.
 
-    What the generator painted is enlarged, and what it kept comes from the input in full size.
+    Where the generator saw another size, what it painted is enlarged, and what it kept comes from the input.
     """
+    if decoded.small.shape == decoded.full.shape:
+        return painted.image
     kept = torch.zeros_like(painted.image[:1]) if painted.background is None else painted.background
     added = normalise(painted.image) - kept / 255 * normalise(decoded.small)
     both = torch.cat([added, kept / 255])[None]
@@ -312,8 +314,7 @@ def write(task: Task, decoded: Decoded, painted: Painted, with_masks: bool, show
     and every mask and content in the size in which the generator saw the picture. Returns the thumbnails by column of
     what is ``shown`` on the sheet.
     """
-    same = task.size == task.output_size
-    output = to_picture(painted.image if same else enlarge(painted, decoded))
+    output = to_picture(enlarge(painted, decoded))
     pictures = {"input": to_picture(decoded.full), "translation": output}
     if painted.foreground is not None:
         pictures["attention"] = fit(to_picture(painted.foreground), task.output_size)

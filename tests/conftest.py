@@ -1,11 +1,14 @@
 """Shared by all tests: the repository on the path, few threads, small data."""
 
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlparse
 
 # The networks of the tests are too small for a second thread, and two busy test processes would spin in wait of it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -58,6 +61,44 @@ def start():
     for process in started:
         with process:
             process.kill()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    lacking = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+    if lacking := lacking + ["chromium"] * (CHROMIUM is None):
+        pytest.skip(f"{', '.join(lacking)} not found: make test-browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browse(chromium):
+    """Opens pages; at the end none of them has met an error or asked another machine for anything."""
+    met, asked, pages = [], set(), []
+
+    def start(address, width=1280, height=900, **others):
+        page = chromium.new_page(viewport={"width": width, "height": height}, **others)
+        pages.append(page)
+        page.set_default_timeout(30000)
+        page.on("console", lambda message: met.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: met.append(str(error)))
+        page.on("request", lambda request: asked.add(request.url))
+        page.goto(address)
+        return page
+
+    yield start
+    for page in pages:
+        page.close()
+    assert met == []
+    assert {urlparse(url).hostname for url in asked} <= {"127.0.0.1", None}  # None: data, blob, file
 
 
 @pytest.fixture

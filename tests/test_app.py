@@ -1,9 +1,7 @@
 """app.py: what it makes of pictures, and the page in a headless Chromium (marker "browser")."""
 
-import importlib.util
 import io
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +10,6 @@ import time
 import zipfile
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urlparse
 from urllib.request import urlopen
 
 import numpy as np
@@ -24,6 +21,7 @@ from PIL import Image
 
 import app
 import checkpoints
+import translate
 from datasets import normalise, quantise, resize, to_tensor
 from models import AttentionGenerator, DCGANGenerator, ResNetGenerator, UGATITGenerator, translate_any_size
 from prepare import draw_scene
@@ -68,61 +66,51 @@ def test_without_gradio_or_with_a_port_that_is_taken_there_is_one_line(monkeypat
             assert words != "requirements-app.txt" or "app.py needs gradio" in line
 
 
-@pytest.mark.parametrize(
-    "size, longest, only_size, expected",
-    [
-        ((100, 50), 64, None, (64, 32)),
-        ((10, 5), 64, None, (64, 32)),  # enlarged
-        ((100, 50), 0, None, (100, 50)),  # its own
-        ((2048, 2048), 0, None, (1024, 1024)),
-        ((4096, 1024), 4096, None, (2048, 512)),
-        ((5000, 1), 64, None, (64, 1)),
-        ((100, 50), 64, (32, 32), (32, 32)),
-    ],
-)
-def test_sizes_stay_below_a_bound(size, longest, only_size, expected):
-    assert app.fit_size(size, longest, only_size) == expected
-    assert expected[0] * expected[1] <= app.MOST_PIXELS
-
-
-def test_an_answer_is_what_the_generators_make_of_the_picture(monkeypatch):
+def test_an_answer_has_the_size_of_the_picture_and_is_what_the_generators_make(monkeypatch):
     weights = opened(save_run())
     picture = noise(1, (64, 40))  # width, height
     answer = app.translate(weights, "BtoA", save(picture, Path("a.png")), 32, CPU)
-    before = resize(picture, (20, 32), "squash")
     with torch.inference_mode():
-        there = translate_any_size(weights.generators["BtoA"], normalise(to_tensor(before))[None])
-        back = translate_any_size(weights.generators["AtoB"], there.image).image
-    assert (pixels(answer.before) == pixels(before)).all()
-    for image, expected in ((answer.after, there.image), (answer.back, back)):
-        assert (to_tensor(image) == quantise(expected[0])).all()
-    assert (to_tensor(answer.foreground) == quantise(1 - 2 * there.attention[0, -1:])).all()
+        small = normalise(to_tensor(resize(picture, (20, 32), "squash")))[None]
+        there = translate_any_size(weights.generators["BtoA"], small)
+    assert (pixels(answer.before) == pixels(picture)).all() and answer.after.size == answer.back.size == (64, 40)
+    assert abs(pixels(answer.foreground).mean() / 255 - there.foreground.mean()) < 0.01
     assert len(answer.masks) == 10 and len(answer.contents) == 9
     assert (to_tensor(answer.masks[3][0]) == quantise(2 * there.attention[0, 3:4] - 1)).all()
     assert (to_tensor(answer.contents[3][0]) == quantise(there.content[0, 3])).all()
     assert sum(float(label.split(": ")[1].rstrip("%")) for _, label in answer.masks) == pytest.approx(100, abs=5)
-    assert answer.remark == "a.png: 64 × 40 pixels, shrunk to 32 × 20."
-    own = app.translate(weights, "BtoA", Path("a.png"), 0, CPU)
-    assert own.after.size == (64, 40) and own.remark == "a.png: 64 × 40 pixels."
-    assert "enlarged to 80 × 50" in app.translate(weights, "AtoB", Path("a.png"), 80, CPU).remark
-    assert app.overlay(answer).count("<img") == 2 and "painted anew" in app.overlay(answer)
-    monkeypatch.setattr(app, "MOST_PIXELS", 1000)
-    shrunk = app.translate(weights, "BtoA", Path("a.png"), 0, CPU)
-    assert shrunk.after.width * shrunk.after.height <= 1000
-    assert shrunk.remark.endswith(" because this page translates at most 1,000 pixels.")
+    assert answer.remark == "a.png: 64 × 40 pixels; the network saw it at 32 × 20."
+    own = app.translate(weights, "BtoA", Path("a.png"), 80, CPU)  # nothing is enlarged
+    with torch.inference_mode():
+        there = translate_any_size(weights.generators["BtoA"], normalise(to_tensor(picture))[None])
+        shown = normalise(quantise(there.image))
+        back = translate_any_size(weights.generators["AtoB"], shown).image
+    assert (to_tensor(own.after) == quantise(there.image[0])).all() and own.remark == "a.png: 64 × 40 pixels."
+    assert (to_tensor(own.back) == quantise(back[0])).all()
+    monkeypatch.setattr(app, "LARGEST", 48)
+    assert app.translate(weights, "BtoA", Path("a.png"), 32, CPU).after.size == (48, 30)
+
+
+def test_the_page_and_translate_make_the_same(monkeypatch):
+    save_run()
+    picture = save(noise(1, (64, 40)), Path("a.png"))
+    command = "--checkpoint brown2striped --direction BtoA --input a.png --output out --precision float32 --masks"
+    assert translate.main([*command.split(), "--size", "32"]) == 0
+    answer = app.translate(opened("saved_models/brown2striped"), "BtoA", picture, 32, CPU)
+    for image, name in ((answer.after, "a.png"), (answer.foreground, "a_masks/attention.png")):
+        assert (pixels(image) == pixels(Image.open(f"out/{name}"))).all()
 
 
 def test_weights_without_masks_or_the_way_back_or_of_one_size_have_an_answer():
     save_run("one", ResNetGenerator, ["AtoB"])
     answer = app.translate(opened("saved_models/one"), "AtoB", save(noise(1), Path("a.png")), 32, CPU)
     assert (answer.foreground, answer.back, answer.masks, answer.contents) == (None, None, [], [])
-    assert app.overlay(answer) == "These weights do not tell where they paint."
     generator = UGATITGenerator(ngf=4, n_residual_blocks=1, size=(32, 32))
     checkpoints.save_generator(generator, {"direction": "AtoB"}, Path("full"))
     weights = opened("full")
     answer = app.translate(weights, "AtoB", Path("a.png"), 256, CPU)
-    assert answer.after.size == answer.foreground.size == (32, 32) and "the network looks" in app.overlay(answer)
-    assert len(app.name_sizes(weights)) == 1
+    assert answer.after.size == answer.foreground.size == answer.before.size and not answer.masks
+    assert app.name_sizes(weights) == ([("32 (the only one that these weights take)", 32)], 32)
 
 
 def test_a_picture_to_colour_is_shown_in_grey():
@@ -140,7 +128,7 @@ def test_what_cannot_be_translated_gets_a_sentence(monkeypatch):
     huge = save(Image.new("1", (20000, 6000)), Path("huge.png"))
     for path, words in (
         (broken, "broken.png cannot be read"),
-        (huge, "huge.png is huge. Give one of at most 100,000,000 pixels"),
+        (huge, "huge.png cannot be read as a picture: .*100"),
         (Path("gone.png"), "again"),
     ):
         with pytest.raises(InputError, match=words) as raised:
@@ -153,7 +141,7 @@ def test_what_cannot_be_translated_gets_a_sentence(monkeypatch):
     def full(*_):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(app, "translate_any_size", full)
+    monkeypatch.setattr(translate, "translate_any_size", full)
     with pytest.raises(InputError, match="Choose a smaller one"):
         app.translate(weights, "AtoB", good, 32, CPU)
 
@@ -161,8 +149,12 @@ def test_what_cannot_be_translated_gets_a_sentence(monkeypatch):
 def test_names_and_sizes_are_in_plain_words():
     weights = opened(save_run("summer2winter_part"))
     assert app.name_directions(weights) == [("summer → winter", "AtoB"), ("winter → summer", "BtoA")]
-    labels = [label for label, _ in app.name_sizes(weights)]
-    assert labels == ["32 (trained)", "64", "128", "256", "512", "its own"]
+    sizes = [(f"{n}", n) for n in (64, 128, 256, 512, 1024)]
+    assert app.name_sizes(weights) == ([("32 (trained)", 32), *sizes], 32)
+    best = weights._replace(about={**weights.about, "best_size": 256})
+    assert app.name_sizes(best) == ([*sizes[:2], ("256 (best)", 256), *sizes[3:]], 256)
+    large = weights._replace(about={"best_size": 2048})
+    assert app.name_sizes(large)[1] == 1024  # the page has a bound
     assert app.name_directions(opened(save_run("facades")))[1] == ("B → A", "BtoA")
 
 
@@ -248,16 +240,6 @@ for way in ways:
 #  The page
 # ----------------------------------------------------------------------------------------------------------
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-LACKING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
-LACKING += [] if CHROMIUM else ["chromium"]
-
-
-def with_browser(test):
-    lacking = pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} not found: make test-browser")
-    return pytest.mark.browser(lacking(test))
-
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -290,41 +272,19 @@ def site(tmp_path_factory):
     assert list((folder / "temporary").iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(site, chromium):
-    """Opens the page; at the end no visit has met an error or asked another machine for anything."""
-    met, asked, visits = [], set(), []
+def visit(site, browse):
+    """Opens the page with weights chosen."""
 
-    def start(width=1280, height=900, weights="brown2striped (a run)", **others):
-        page = chromium.new_page(viewport={"width": width, "height": height}, **others)
-        visits.append(page)
-        page.set_default_timeout(30000)
-        page.on("console", lambda message: met.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: met.append(str(error)))
-        page.on("request", lambda request: asked.add(request.url))
-        page.goto(site[1])
+    def start(*arguments, **others):
+        page = browse(site[1], *arguments, **others)
         page.wait_for_selector("#size label")
-        if weights:
-            page.click("#weights input")
-            page.get_by_role("option", name=weights).click()
-            page.get_by_text("32 (trained)").wait_for()
+        page.click("#weights input")
+        page.get_by_role("option", name="brown2striped (a run)").click()
+        page.get_by_text("32 (trained)").wait_for()
         return page
 
-    yield start
-    for page in visits:
-        page.close()
-    assert met == []
-    assert {urlparse(url).hostname for url in asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
+    return start
 
 
 def give(page, path, where="#one", shown="#one img"):
@@ -352,13 +312,13 @@ def near(image, other):
     return image.size == other.size and abs(pixels(image) - pixels(other)).max() <= 1
 
 
-@with_browser
+@pytest.mark.browser
 def test_one_picture_on_a_desktop(site, visit, tmp_path):
     path = save(noise(3, (80, 60)), tmp_path / "mine.png")
     answer, page = expected(site, path), visit()
     give(page, path)
     page.click("#go_one")
-    answered(page, "mine.png: 80 × 60 pixels, shrunk to 32 × 24.")
+    answered(page, "mine.png: 80 × 60 pixels; the network saw it at 32 × 24.")
     assert near(fetch(page, "#answer img"), answer.before) and near(fetch(page, "#answer img", 1), answer.after)
     assert near(fetch(page, "#back img"), answer.back)
     # The line between before and after follows the mouse.
@@ -370,13 +330,8 @@ def test_one_picture_on_a_desktop(site, visit, tmp_path):
     page.mouse.move(line["x"] + 101, line["y"] + 50, steps=4)
     page.mouse.up()
     assert "50%" not in after.get_attribute("style")
-    # The attention lies over the input, and fades.
-    shown = "getComputedStyle(document.querySelector('.stack img + img')).opacity"
-    below, above = (page.locator(".stack img").nth(i).bounding_box() for i in (0, 1))
-    assert below == above and page.evaluate(shown) == "0.7"
-    page.fill("#fade input[type=number]", "20")
-    page.press("#fade input[type=number]", "Enter")
-    page.wait_for_function(f"{shown} == '0.2'")
+    assert near(fetch(page, "#attention img"), translate.overlay(answer.before, answer.foreground))
+    assert "Orange is painted anew" in page.inner_text("#told")
     # All masks and contents.
     page.click("#inside button")
     page.wait_for_selector("#inside .tiles img >> nth=18")
@@ -392,13 +347,13 @@ def test_one_picture_on_a_desktop(site, visit, tmp_path):
         time.sleep(0.1)
 
 
-@with_browser
+@pytest.mark.browser
 def test_an_example_on_a_phone_at_night(site, visit):
     page = visit(390, 844, color_scheme="dark", has_touch=True)
     page.click(".gallery-item >> nth=0")
-    answered(page, "solid2striped A 0.png: 128 × 128 pixels, shrunk to 32 × 32.")
+    answered(page, "solid2striped A 0.png: 128 × 128 pixels; the network saw it at 32 × 32.")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
-    for selector in ("#weights", "#one", "#go_one", "#answer", ".stack", "#fade", "#back"):
+    for selector in ("#weights", "#one", "#go_one", "#answer", "#attention", "#back"):
         box = page.locator(selector).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -406,7 +361,7 @@ def test_an_example_on_a_phone_at_night(site, visit):
     assert "system-ui" in page.evaluate("getComputedStyle(document.querySelector('#go_one')).fontFamily")
 
 
-@with_browser
+@pytest.mark.browser
 def test_several_pictures_come_back_as_a_zip(site, visit, tmp_path):
     paths = [save(noise(i), tmp_path / f"{i}.png") for i in range(3)]
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -425,7 +380,7 @@ def test_several_pictures_come_back_as_a_zip(site, visit, tmp_path):
     assert near(image, expected(site, paths[2]).after)
 
 
-@with_browser
+@pytest.mark.browser
 def test_what_cannot_be_done_is_said_in_a_sentence(site, visit, tmp_path):
     page = visit()
 
@@ -458,7 +413,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(site, visit, tmp_path):
     assert not page.locator("#back").is_visible()  # a single file has no way back
 
 
-@with_browser
+@pytest.mark.browser
 def test_eight_visitors_at_once_get_their_own_answers(site, visit, tmp_path):
     paths = [save(noise(20 + i), tmp_path / f"visitor{i}.png") for i in range(8)]
     pages = [visit() for _ in paths]
@@ -473,7 +428,7 @@ def test_eight_visitors_at_once_get_their_own_answers(site, visit, tmp_path):
         assert sum(near(answer, other) for other in answers) == 1
 
 
-@with_browser
+@pytest.mark.browser
 @pytest.mark.parametrize("address", ["/etc/hostname", "log", "http://192.0.2.1/a.png", "https://example.org/a.png"])
 def test_files_of_this_machine_and_addresses_elsewhere_are_refused(site, address):
     address = str(site[0] / address) if address == "log" else address

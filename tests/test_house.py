@@ -45,7 +45,7 @@ LADDER = {
     "evaluate": BELOW_TRAIN,
     "translate": BELOW_TRAIN,
     "generate": BELOW_TRAIN,
-    "app": BELOW_TRAIN,
+    "app": f"{BELOW_TRAIN} translate",
     "train": BELOW_TRAIN,
     "train_dist": f"{BELOW_TRAIN} train",
     "benchmark": f"{BELOW_TRAIN} train",

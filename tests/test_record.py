@@ -101,6 +101,14 @@ def test_curves_and_slider_stay_bounded_also_in_a_resumed_run(monkeypatch):
     assert drawn[1] == drawn[0]
 
 
+def test_a_resumed_run_still_says_what_its_sheets_show():
+    run = make_record()
+    run.sheet({name: torch.zeros(1, 3, 8, 8) for name in ("real A", "fake B", "real B", "fake A")})
+    make_record(start=1).page(final=True)
+    (words,) = re.findall("<dl>(.*)</dl>", Path("images/r/index.html").read_text())
+    assert words == "<dt>real<dd>the input<dt>fake<dd>its translation"
+
+
 def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
     monkeypatch.setattr(Record, "PAGE_SECONDS", 0)
     record = make_record(interval=2)
@@ -196,3 +204,64 @@ def test_the_page_links_to_what_is_written_beside_it_later(tmp_path):
 )
 def test_durations_are_in_words(seconds, words):
     assert record.duration(seconds) == words
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
+def test_the_page_in_a_browser_from_the_first_step_to_the_last(browse, monkeypatch, width, scheme):
+    monkeypatch.setattr(Record, "PAGE_SECONDS", 0)
+    name, odd = 'a "b" <i>c</i> é\'s #1 50% $$', "'\" </table><b>$state &amp; é" + 50 * "x"
+    settings = {"data_dir": odd, "lambda_cyc": 10.0}
+    run = Record(name, Path("log.jsonl"), settings, 60, 2, 0, {"data_dir": "data", "lambda_cyc": 10.0})
+    page = browse(f"{run.folder.resolve().as_uri()}/index.html", width, color_scheme=scheme)
+    page.clock.install()
+
+    def look(state, label, images):
+        """Wait for what the page shall show, and see that all of it fits and is there."""
+        page.get_by_text(f"step {state}").wait_for()
+        assert (page.inner_text("h1"), page.title()) == (name, name)
+        assert page.inner_text("#label") == label and page.is_visible("#slider") == bool(label)
+        page.wait_for_function("[...document.images].every((each) => each.complete)")
+        shown = [each for each in page.locator("img").all() if each.is_visible()]
+        assert [each.evaluate("(each) => each.src.split('/').pop()") for each in shown] == images
+        assert all(each.evaluate("(each) => each.naturalWidth") > 0 for each in shown)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("table >> nth=0").inner_text().split() == ["data_dir", *odd.split()]
+
+    def go_on(steps, minutes=0.6):
+        """Train, draw a sheet, and let time pass on the page."""
+        add(run, steps)
+        run.sheet({"real A": torch.zeros(2, 3, 64, 64), **dict.fromkeys("bcdefgh", torch.ones(2, 3, 64, 64))})
+        page.clock.run_for(60000 * minutes)
+
+    look("0 of 60", "", [])
+    go_on(20)
+    look("20 of 60", "after step 20", ["00000020.png", "curves.png"])
+    assert page.locator("dl").inner_text().split("\n") == ["real", "the input"]
+    go_on(10)
+    look("30 of 60", "after step 30", ["00000030.png", "curves.png"])
+    page.fill("#slider", "0")  # which stays while the run goes on
+    look("30 of 60", "after step 20", ["00000020.png", "curves.png"])
+    go_on(10)
+    look("40 of 60", "after step 20", ["00000020.png", "curves.png"])
+    page.click("summary")  # the settings are being read
+    go_on(10)
+    look("40 of 60", "after step 20", ["00000020.png", "curves.png"])
+    page.click("summary")
+    page.fill("#slider", "2")  # the last one gives way to newer ones
+    go_on(10)
+    run.page(final=True)
+    (run.folder / "translated_AtoB #1").mkdir()
+    (run.folder / "translated_AtoB #1" / "a.png").touch()
+    draw_sheet({"real": torch.zeros(1, 3, 64, 64)}).save(run.folder / "evaluation_'é' 50%.png")
+    record.update_links(run.folder)
+    page.clock.run_for(36000)
+    look("60 of 60: done", "after step 60", ["00000060.png", "curves.png"])
+    bright = sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).color"))))
+    assert (bright > 700) == (page.locator(".curves").evaluate("(e) => getComputedStyle(e).filter") != "none")
+    assert (bright > 700) == (scheme == "dark")
+    for link, there in (("evaluation_'é' 50%.png", "img"), ("translated_AtoB #1", "text=a.png")):
+        page.get_by_role("link", name=link).click()
+        page.wait_for_selector(there)
+        page.go_back()
+    run.close()
