@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -132,6 +133,7 @@ def script(name, command, anew=False, launcher="", limit=None):
 
 def be_a_child(work, told, limit):
     os.setsid()
+    warnings.resetwarnings()  # to the tests they are errors
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     file = open(told, "w", buffering=1)  # noqa: SIM115
