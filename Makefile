@@ -55,7 +55,7 @@ test-browser: .venv/installed-app .venv/installed-dev
 learns: .venv/installed-dev
 	$(BIN)/pytest -q -s -m learns
 
-# Every key of real files of weights changed in turn.
+# Kills, signals, full disks, damaged files and a long run: up to an hour, docs/training.md says what is tried.
 torture: .venv/installed-dev
 	$(BIN)/pytest -q -s -m torture
 

@@ -107,6 +107,10 @@ def join(
     spawner = multiprocessing.parent_process()  # known even if it has gone already
     parent = os.getppid() if spawner is None else spawner.pid
     store, rank, world_size = next(iter(dist.rendezvous(init_method, rank, world_size, timeout=MEETING)))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps the store over restarts, and in it the addresses of ranks that have gone. Only on one machine
+        # do all ranks know the same number of restarts.
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
