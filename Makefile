@@ -34,6 +34,7 @@ compare: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmark.py --out docs/speed
 	$(BIN)/python benchmark.py --inference --out docs/speed
+	$(BIN)/python benchmark.py --translate --batch_sizes 8 --out docs/speed
 	$(BIN)/python benchmark.py --systems ugatit --sizes 256 --rounds 3 --own --out docs/speed
 	$(BIN)/python benchmark.py --systems ugatit --light --sizes 256 --rounds 3 --own --out docs/speed
 	$(BIN)/python benchmark.py --memory --systems attentiongan attentiongan1 cyclegan pix2pix --batch_sizes 1 4 --out docs/speed

@@ -5,6 +5,7 @@
     python benchmark.py --memory --systems attentiongan cyclegan --sizes 128 256
     python benchmark.py --systems ugatit --light              # other flags are those of train.py
     python benchmark.py --inference --batch_sizes 1 16
+    python benchmark.py --translate --batch_sizes 8
     python benchmark.py --loader --dataset_name horse2zebra
 
 Every variant has a process of its own, and so a peak of memory of its own. The processes keep living and take turns
@@ -34,8 +35,10 @@ from datetime import date
 from itertools import islice, product
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,14 +47,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import record
 import train
+import translate
 import utils
-from datasets import BUILT_IN, EpochSampler, make_loader, normalise
-from prepare import draw_built_in
+from datasets import BUILT_IN, EpochSampler, Picture, make_loader, normalise
+from prepare import draw_built_in, draw_scene
 from systems import SYSTEMS, System, TwoWay
+from translate import Task, make_batches
 from utils import InputError
 
 MATMUL = 4096  # side of the matrices whose product tells the machine's own rate
 MIB = 2**20
+TRANSLATED = 24  # pictures in a turn of ``--translate``
 PREFETCHED = 2  # batches that each process of a DataLoader has ready
 
 # ----------------------------------------------------------------------------------------------------------
@@ -154,11 +160,11 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
         return lambda: train.training_step(system, optimizers, autocast, batch)
     generator = system.generator(next(iter(system.generators)))
 
-    def translate() -> Tensor:
+    def generate() -> Tensor:
         with torch.no_grad(), autocast():
             return generator(batch["A"]).image
 
-    return translate
+    return generate
 
 
 def count_flop(kind: str, options: argparse.Namespace) -> int:
@@ -395,6 +401,28 @@ def endless_batches(
         yield from loader
 
 
+def measure_translation(options: argparse.Namespace, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Pictures per second of translate.py, from files to files, by precision."""
+    system = train.build_system(options)
+    generator = system.generator(next(iter(system.generators))).eval()
+    size = options.img_height, options.img_width
+    precisions = ["float32", *(["bf16"] if utils.has_bf16(device) else [])]
+    found: dict[str, list[float]] = {precision: [] for precision in precisions}
+    with TemporaryDirectory() as folder:
+        tasks = []
+        for i in range(TRANSLATED):
+            picture, target = Picture(Path(folder, f"{i}.png")), Path(folder, "out", f"{i}.png")
+            draw_scene(np.random.default_rng((4, i)))["A"].resize(size[::-1]).save(picture.path)
+            tasks.append(Task(picture, size, size, target))
+        batches = make_batches(tasks, options.batch_size)
+        for turn, precision in product(range(rounds + 1), precisions):
+            start, autocast = time.perf_counter(), utils.make_autocast(device, precision)
+            translate.translate(generator, batches, device, autocast, failed={})
+            if turn:  # the first warms up
+                found[precision].append(TRANSLATED / (time.perf_counter() - start))
+    return [{"": precision, "pictures/s": rates} for precision, rates in found.items()]
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  Tables
 # ----------------------------------------------------------------------------------------------------------
@@ -469,6 +497,7 @@ def make_parser() -> utils.Parser:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--inference", action="store_true", help="measure only a generator")
+    what.add_argument("--translate", action="store_true", help="measure translate.py, from files to files")
     what.add_argument("--loader", action="store_true", help="measure only decoding and augmenting")
     what.add_argument("--memory", action="store_true", help="find what fits: the peak memory of train.py's own step")
     add, number = parser.add_argument, utils.at_least(1)
@@ -488,13 +517,14 @@ def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
     """Raise InputError for flags that would be ignored."""
     instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
     instead["--batch_size"] = "--batch_sizes"
-    if not (own.memory or own.loader or own.own):
+    if not (own.memory or own.loader or own.own or own.translate):
         instead |= dict.fromkeys(("--precision", "--compile"), "--own with it")
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
             raise InputError(f"{flag} would be ignored here, expected {instead[flag]}")
-    if own.own and own.loader:
-        raise InputError("--own would be ignored by --loader, expected one of the two")
+    if own.own and (own.loader or own.translate):
+        other = "--loader" if own.loader else "--translate"
+        raise InputError(f"--own would be ignored by {other}, expected one of the two")
 
 
 def plan(
@@ -541,7 +571,9 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> N
         return
     for (system, size, n), (options, variants) in plans.items():
         name = f"{' '.join([system, *others])}, {size} × {size}, batch {n}"
-        if own.loader:
+        if own.translate:
+            show(f"Translation of files, {name}", measure_translation(options, device, own.rounds))
+        elif own.loader:
             show(f"Loader, {name}", measure_loader(options, device, own.rounds))
         else:
             what = ("Inference" if own.inference else "Training step") + (" of train.py" if own.own else "")

@@ -1,6 +1,7 @@
 import itertools
 import json
 import multiprocessing
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import torch
 from common import CPU, build, make_batch
 
 import benchmark
+import translate
+import utils
 from benchmark import Variant, Worker
 from datasets import normalise
 from prepare import draw_built_in
@@ -212,6 +215,26 @@ def test_our_step_keeps_little_more_than_half_of_the_textbooks_for_the_backward_
         for variant in (ours, Variant("textbook", "textbook", fused=False))
     ]
     assert 0 < kept[0] < min(0.6 * kept[1], most)
+
+
+def test_files_are_translated_in_turns_by_precision(capsys, monkeypatch):
+    turns, translated = [], translate.translate
+
+    def spy(generator, batches, device, autocast, failed):
+        turns.append("bf16" if autocast.keywords["enabled"] else "float32")
+        translated(generator, batches, device, autocast, failed)
+        assert not failed and sum(map(len, batches)) == benchmark.TRANSLATED
+        assert all(task.target.is_file() and len(batch) <= 8 for batch in batches for task in batch)
+
+    monkeypatch.setattr(translate, "translate", spy)
+    monkeypatch.setattr(utils, "has_bf16", lambda device: True)
+    command = f"--translate --sizes 16 --batch_sizes 8 --rounds 2 --device cpu {TINY}"
+    assert benchmark.main(command.split()) == 0
+    assert turns == 3 * ["float32", "bf16"]
+    out = capsys.readouterr().out
+    assert "Translation of files, attentiongan" in out and re.search(r"\| bf16 \| [\d.]+ \([\d.]+–[\d.]+\) \|", out)
+    assert benchmark.main([*command.split(), "--own"]) == 2
+    assert "--own would be ignored by --translate" in capsys.readouterr().err
 
 
 def test_loaders_take_turns(capsys, monkeypatch, small_built_in):

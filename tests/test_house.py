@@ -48,7 +48,7 @@ LADDER = {
     "app": f"{BELOW_TRAIN} translate",
     "train": BELOW_TRAIN,
     "train_dist": f"{BELOW_TRAIN} train",
-    "benchmark": f"{BELOW_TRAIN} train",
+    "benchmark": f"{BELOW_TRAIN} train translate",
     "experiments": f"{BELOW_TRAIN} train evaluate",
 }
 
