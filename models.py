@@ -105,7 +105,10 @@ class FlatSafeInstanceNorm2d(InstanceNorm2d):
     """InstanceNorm2d for networks whose padding keeps flat pictures flat; see ``varies``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * varies(x.detach().var(dim=(2, 3), keepdim=True, correction=0)).to(x.dtype)
+        x = super().forward(x)
+        # The norm's mean square is variance / (variance + ε); on the CPU the variance itself takes 30 times as long.
+        share = x.detach().square().mean(dim=(2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return x * varies(share, eps=1.0).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -175,16 +178,19 @@ def layer_instance_norm(x: Tensor, rho: Tensor, gamma: Tensor, beta: Tensor, eps
     LN over each picture; the variances are unbiased, as in the official PyTorch code.
     """
     x = at_least_float32(x)
-    var_in, mean_in = torch.var_mean(x, dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-    # LN's statistics follow from IN's, which saves a pass over the picture.
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    mean_in = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    centred = x - mean_in
+    # torch.var_mean takes 30 times as long on the CPU.
+    var_in = centred.square().sum(dim=(2, 3), keepdim=True) / (pixels - 1)
+    # LN's statistics follow from IN's, which saves a pass over the picture.
     mean_ln = mean_in.mean(dim=1, keepdim=True)  # (B, 1, 1, 1)
     squares = (pixels - 1) * var_in + pixels * (mean_in - mean_ln).square()
     var_ln = squares.sum(dim=1, keepdim=True) / (channels * pixels - 1)
     scale_in = rho * torch.rsqrt(var_in + eps) * varies(var_in, eps)
     scale_ln = (1 - rho) * torch.rsqrt(var_ln + eps) * varies(var_ln, eps)
     # One factor and one summand for each channel, so that the picture is read once.
-    return x * (gamma * (scale_in + scale_ln)) + (beta - gamma * (scale_in * mean_in + scale_ln * mean_ln))
+    return torch.addcmul(beta + gamma * scale_ln * (mean_in - mean_ln), centred, gamma * (scale_in + scale_ln))
 
 
 class AdaLIN(nn.Module):
@@ -237,7 +243,7 @@ class AdaLINBlock(nn.Module):
         self.norm2 = AdaLIN(dim)
 
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x), gamma, beta))), gamma, beta)
+        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x), gamma, beta), inplace=True)), gamma, beta)
 
 
 class CAM(nn.Module):
@@ -290,13 +296,15 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            matrix = weight.flatten(1)
+            # The columns in their order in memory: flattened in another one, the weight would be copied.
+            matrix = weight.permute(weight.dim_order()).flatten(1)
             with torch.no_grad():
                 v = F.normalize(matrix.T @ self.u, dim=0)
-                u = F.normalize(matrix @ v, dim=0)
+            product = matrix @ v
+            sigma = product.norm()  # uᵀ W v with u = W v / |W v|, and also in the gradient, u vᵀ
             if torch.is_grad_enabled():
-                self.u.copy_(u)
-            return weight * (u @ matrix @ v).reciprocal()  # its backward takes fewer passes than a division's
+                self.u.copy_(product.detach() / sigma.detach())
+            return weight * sigma.reciprocal()  # its backward takes fewer passes than a division's
 
 
 class NoiseDropout(nn.Module):
