@@ -743,6 +743,28 @@ class ReplayBuffer(nn.Module):
         self.seed = tuple(seed)
         self.seen = 0
         self.stored: Tensor | None = None  # (size, channels, H, W), filled up to min(seen, size)
+        self.choices = torch.empty(0)  # (B,) what happens to each picture of the next batch, see ``choose``
+        self.chosen = False
+
+    def choose(self, n: int, device: torch.device) -> None:
+        """Decide about the next ``n`` pictures, ahead of the call; else the call does it first.
+
+        A picture's choice is -1: it passes through; a slot: it is swapped for what is stored there; ``size`` + a slot:
+        it is stored there and handed back. The choices are numbers on the device, the operations are always the same:
+        so a captured step (see ``train.CapturedStep``) reads new ones at each replay.
+        """
+        if self.size == 0:
+            return
+        if len(self.choices) != n or self.choices.device != device:
+            self.choices = torch.empty(n, dtype=torch.long, device=device)
+        for i in range(n):
+            choice = self.size + self.seen
+            if self.seen >= self.size:
+                rng = np.random.default_rng((3, *self.seed, self.seen))  # 3: see datasets.py, "Randomness"
+                choice = int(rng.integers(self.size)) if rng.random() < 0.5 else -1
+            self.choices[i].fill_(choice)  # goes to the device as an argument; copying would wait
+            self.seen += 1
+        self.chosen = True
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -753,17 +775,15 @@ class ReplayBuffer(nn.Module):
         if self.stored is None:
             self.stored = images.new_zeros(self.size, *images.shape[1:])
         self.stored = self.stored.to(images)
+        if not self.chosen:
+            self.choose(len(images), images.device)
+        self.chosen = False
         handed = images.clone()
-        for i, image in enumerate(images):
-            if self.seen < self.size:
-                self.stored[self.seen] = image
-            else:
-                rng = np.random.default_rng((3, *self.seed, self.seen))  # 3: see datasets.py, "Randomness"
-                if rng.random() < 0.5:
-                    slot = int(rng.integers(self.size))
-                    handed[i] = self.stored[slot]
-                    self.stored[slot] = image
-            self.seen += 1
+        for new, out, choice in zip(images.split(1), handed.split(1), self.choices.split(1), strict=True):
+            slot = choice % self.size
+            old = self.stored.index_select(0, slot)
+            out.copy_(torch.where((choice >= 0) & (choice < self.size), old, new))
+            self.stored.index_copy_(0, slot, torch.where(choice >= 0, new, old))
         return handed
 
     def get_extra_state(self) -> dict[str, Any]:
