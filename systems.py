@@ -64,6 +64,7 @@ class System(nn.Module, ABC):
     generators: dict[str, str]  # direction ("AtoB", "BtoA" or ``NOISE``) to the name of its generator
     min_size: int  # least height and width of a training picture, in pixels
     size_multiple: int  # height and width of a training picture are multiples of this
+    factors: tuple[float, ...] = ()  # of loss terms, where they change during training (see ``set_epoch``)
 
     def __init__(self, options: Any, size: tuple[int, int], seed: Sequence[int]):
         """``options``: its ``NetworkOptions``. ``size`` and ``seed``: see ``NetworkOptions.build``."""
@@ -102,6 +103,12 @@ class System(nn.Module, ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each step, epochs counted from 0, for systems whose loss weights change during training."""
+
+    def choose(self, batch: Batch) -> None:
+        """Let the replay buffers decide about the pictures of the next step ahead of it."""
+        for pool in self.children():
+            if isinstance(pool, ReplayBuffer):
+                pool.choose(len(batch["A"]), batch["A"].device)
 
     def after_step(self) -> None:
         """Called after all turns of a step, for systems that keep parameters within bounds."""
@@ -292,9 +299,9 @@ class TwoWay(BothDirections):
         return (Turn("G", ("G_AB", "G_BA"), self.generators_losses), Turn("D", judges, self.discriminators_losses))
 
     def set_epoch(self, epoch: int) -> None:
-        self.leading = self.tying = 1.0
+        self.factors = (1.0, 1.0)  # of the terms that lead, and of those that tie the output to the input
         if self.options.curriculum_epochs:
-            self.leading, self.tying = (0.99, 0.01) if epoch < self.options.curriculum_epochs else (0.5, 0.5)
+            self.factors = (0.99, 0.01) if epoch < self.options.curriculum_epochs else (0.5, 0.5)
 
     def forward(self, batch: Batch) -> TwoWayFakes:
         real_A, real_B = batch["A"], batch["B"]
@@ -318,7 +325,7 @@ class TwoWay(BothDirections):
         return torch.cat([masks, images], dim=1) if self.options.attn_disc == "concat" else masks * images
 
     def generators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
-        weights = self.options
+        weights, (leading, tying) = self.options, self.factors
         ways = (
             ("A", "B", batch["A"], fakes.fake_B, fakes.recovered_A, fakes.same_A),
             ("B", "A", batch["B"], fakes.fake_A, fakes.recovered_B, fakes.same_B),
@@ -327,19 +334,19 @@ class TwoWay(BothDirections):
         for source, target, real, fake, recovered, same in ways:
             way = f"{source}{target}"
             judge = self.get_submodule(f"D_{target}")
-            losses[f"G_{way}"] = self.leading * weights.lambda_gan * least_squares(judge(fake.image), 1.0)
+            losses[f"G_{way}"] = leading * weights.lambda_gan * least_squares(judge(fake.image), 1.0)
             if self.guided:
                 judge = self.get_submodule(f"guided_D_{target}")
                 mask = mask_of(fake) if weights.attn_grad == "both" else mask_of(fake).detach()
                 logits = judge(self.guide(fake.image, mask))
-                losses[f"guided_G_{way}"] = self.leading * weights.lambda_gan * least_squares(logits, 1.0)
+                losses[f"guided_G_{way}"] = leading * weights.lambda_gan * least_squares(logits, 1.0)
             if weights.lambda_tv:
-                losses[f"tv_{way}"] = self.leading * weights.lambda_tv * total_variation(mask_of(fake))
-            losses[f"cycle_{source}"] = self.tying * weights.lambda_cyc * F.l1_loss(recovered.image, real)
+                losses[f"tv_{way}"] = leading * weights.lambda_tv * total_variation(mask_of(fake))
+            losses[f"cycle_{source}"] = tying * weights.lambda_cyc * F.l1_loss(recovered.image, real)
             if same is not None:
-                losses[f"identity_{source}"] = self.tying * weights.lambda_id * F.l1_loss(same, real)
+                losses[f"identity_{source}"] = tying * weights.lambda_id * F.l1_loss(same, real)
             if weights.lambda_pixel:
-                losses[f"pixel_{way}"] = self.tying * weights.lambda_pixel * F.l1_loss(fake.image, real)
+                losses[f"pixel_{way}"] = tying * weights.lambda_pixel * F.l1_loss(fake.image, real)
         return losses
 
     def discriminators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:

@@ -104,6 +104,7 @@ class MachineOptions:
     n_cpu: int = option(2, "processes that decode what is not kept in memory; 0: the main one", least=0, most=1024)
     device: str = option("auto", "cuda, cuda:1, mps, cpu, or auto")
     compile: bool = option(False, "compile the networks first (torch.compile), for long runs")
+    cuda_graph: bool = option(False, "capture a step as a CUDA graph and replay it, on one GPU; never tried on one yet")
     checkpoint_interval: int = option(1, "epochs between checkpoints; 0: only by time and at the end", least=0)
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints within an epoch; 0: none", least=0)
     inception: str | None = option(None, "file with the extractor's weights, instead of fetching them", type=str)
@@ -321,7 +322,15 @@ def build_system(options: argparse.Namespace) -> System:
 def set_up(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[System, dict[str, torch.optim.Optimizer], partial[torch.autocast]]:
-    """What ``training_step`` takes: the system on its device, each player's optimizer, a maker of autocast contexts."""
+    """What ``training_step`` takes: the system on its device, each player's optimizer, a maker of autocast contexts.
+
+    Raises InputError for ``cuda_graph`` where a step cannot be captured.
+    """
+    if options.cuda_graph:
+        if device.type != "cuda" or options.compile or utils.world_size() > 1:
+            found = f"--device {device}, {utils.world_size()} process(es){', --compile' if options.compile else ''}"
+            raise InputError(f"--cuda_graph: expected one process on CUDA without --compile, found {found}")
+        torch.cuda.set_device(device)  # on which streams are then made
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
     system = build_system(options).to(device).to(memory_format=utils.pick_layout(device))
@@ -429,6 +438,58 @@ def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:
     optimizer.step()
 
 
+class CapturedStep:
+    """``training_step`` as a CUDA graph: the device repeats a step's kernels, without the host launching each of them.
+
+    The first steps run as usual; they are the warm-up that capturing needs. What a replay reads lies in tensors that
+    stay where they are: the batch, the learning rates, the choices of the replay buffers. Loss factors are constants of
+    the graph, and a step with others is captured anew.
+    """
+
+    WARM_UP = 3  # steps
+
+    def __init__(self, system: System, optimizers: dict[str, torch.optim.Optimizer], autocast: Callable[[], Any]):
+        self.system = system
+        self.batch: dict[str, Tensor] = {}
+        self.step = partial(training_step, system, optimizers, autocast, self.batch)
+        self.groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+        self.rates = [torch.zeros((), device=group["params"][0].device) for group in self.groups]
+        self.stream = torch.cuda.Stream()
+        self.steps = 0
+        self.factors: tuple[float, ...] | None = None
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Take a step, of a batch of the same shapes. Returns what to log."""
+        for key, value in batch.items():
+            self.batch.setdefault(key, value.clone()).copy_(value)
+        self.steps += 1
+        if self.steps <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                shown = self.step()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return shown
+        for rate, group in zip(self.rates, self.groups, strict=True):
+            rate.fill_(group["lr"])
+        self.system.choose(self.batch)
+        if self.factors != self.system.factors:
+            self.capture()
+        self.graph.replay()
+        return {name: value.detach().clone() for name, value in self.shown.items()}  # the next replay changes them
+
+    def capture(self) -> None:
+        """Record a step, which is not run. Afterwards the optimizers are as they were, and so are checkpoints."""
+        kept = [(group["lr"], group["capturable"]) for group in self.groups]
+        for rate, group in zip(self.rates, self.groups, strict=True):
+            group.update(lr=rate, capturable=True)
+        self.factors, self.graph = self.system.factors, torch.cuda.CUDAGraph()
+        # Meanwhile the loader's thread may ask for pinned memory, which only this mode allows.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.shown = self.step()
+        for (lr, capturable), group in zip(kept, self.groups, strict=True):
+            group.update(lr=lr, capturable=capturable)
+
+
 def learning_rate(options: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
     """The rate of a step, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
 
@@ -515,6 +576,7 @@ def train(
     players = distribute(system)
     # Sheets and validation have other batch sizes and modes, for which compiled networks would compile again.
     eager = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
+    captured = CapturedStep(players, optimizers, autocast) if options.cuda_graph else None
     start = time.perf_counter()
     with nullcontext(listening) if listening else utils.StopSignals(SAVING) as stop, closing(log):
         for epoch in range(first, options.n_epochs):
@@ -525,7 +587,8 @@ def train(
                     group["lr"] = lr
                 players.set_epoch(epoch)
                 images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is no picture
-                log.add(training_step(players, optimizers, autocast, batch), images, epoch, lr)
+                shown = captured(batch) if captured else training_step(players, optimizers, autocast, batch)
+                log.add(shown, images, epoch, lr)
                 if options.compile and log.step == restored["step"] + 1:
                     print0(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
                 if utils.rank() == 0 and sheet_is_due(log.step, options.sample_interval, total):

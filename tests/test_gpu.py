@@ -11,7 +11,8 @@ from common import TEXTBOOK, build, gradients, make_batch, textbook_losses
 import train
 from benchmark import Variant, Worker
 from prepare import draw_built_in
-from train import parse_options, set_up, trained_parameters, training_step
+from systems import SYSTEMS
+from train import CapturedStep, all_options, parse_options, set_up, trained_parameters, training_step
 from utils import pick_device
 
 DEVICE = "cuda"
@@ -91,6 +92,27 @@ def test_a_step_never_waits_for_the_device(name, extra):
             training_step(system, optimizers, autocast, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_replayed_steps_are_the_plain_ones(name):
+    """To the rounding of some steps; the bits on the CPU: test_systems.py."""
+    flags = f"--system {name} --precision float32" + (" --pool_size 2" if "pool_size" in all_options(name) else "")
+    found = []
+    for extra in ("", " --cuda_graph"):
+        system, optimizers, autocast, batch = prepare(flags + extra)
+        captured = CapturedStep(system, optimizers, autocast)
+        steps = []
+        for i in range(CapturedStep.WARM_UP + 2):
+            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+                group["lr"] = 1e-5 / (i + 1)
+            turned = {key: value.roll(i, dims=-1) for key, value in batch.items()}
+            shown = captured(turned) if extra else training_step(system, optimizers, autocast, turned)
+            steps.append({key: value.mean().item() for key, value in shown.items()})
+        assert all(type(g["lr"]) is float for o in optimizers.values() for g in o.state_dict()["param_groups"])
+        found.append(steps)
+    for plain, replayed in zip(*found, strict=True):
+        assert replayed == pytest.approx(plain, rel=0.02, abs=0.002)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own

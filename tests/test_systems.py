@@ -1,7 +1,8 @@
 """The textbook step stands here as the oracle: six generator calls, plain discriminator calls, plain loops."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from common import (
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import train
-from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout
+from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout, ReplayBuffer
 from systems import SYSTEMS, Turn, least_squares, mask_measures
-from train import all_options, trained_parameters, training_step, update
+from train import CapturedStep, all_options, trained_parameters, training_step, update
 
 
 def assert_same_turn(turn, found, expected, ours, book):
@@ -579,3 +581,96 @@ def test_a_step_moves_nothing_to_the_device(name, monkeypatch):
         with NoMoves():
             for _ in range(2):
                 training_step(system, dict.fromkeys(turn.player for turn in system.turns), nullcontext, batch)
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on the CPU: it records the operations within, with their tensors, and repeats them on these."""
+
+    def __init__(self):
+        super().__init__()
+        self.recorded = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        # Aliases without a history, so that autograd does not watch the replay.
+        self.recorded.append((function, *tree_map_only(torch.Tensor, torch.Tensor.detach, (arguments, keywords, made))))
+        return made
+
+    @torch.no_grad()
+    def replay(self):
+        for function, arguments, keywords, made in self.recorded:
+            again = function(*arguments, **(keywords or {}))
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # else a view, or in place
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_captured_step_replays_the_plain_one(name, monkeypatch):
+    """To the bit, with buffers that swap, rates that fall and factors that change: the host decides nothing in it."""
+    settings = SYSTEM_SETTINGS[name] | ({"pool_size": 3} if "pool_size" in all_options(name) else {})
+    if name == "attentiongan1":
+        settings |= {"curriculum_epochs": 6}
+    device = SimpleNamespace(wait_stream=lambda other: None)
+    for call in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, call, lambda: device)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    games = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        system = SYSTEMS[name](**settings).build((16, 16))
+        games.append((system, adams(system)))
+
+    @contextmanager
+    def capture(recorder, capture_error_mode):
+        """Unlike on the device the step is run, so that all is put back afterwards."""
+        tensors = [*system.parameters(), *system.buffers()]
+        tensors += [t for o in optimizers.values() for state in o.state.values() for t in state.values()]
+        tensors += [p.stored for p in system.children() if isinstance(p, ReplayBuffer)]
+        before = [(t, t.detach().clone()) for t in tensors]
+        random_state = torch.get_rng_state()
+        with recorder:
+            yield
+        torch.set_rng_state(random_state)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    plain, (system, optimizers) = games[0], games[1]
+    captured = CapturedStep(system, optimizers, nullcontext)
+    for step in range(9):
+        batch = {key: value.float() for key, value in make_batch(step).items()}
+        for game, optimizer in games:
+            game.set_epoch(step)
+            for group in (group for each in optimizer.values() for group in each.param_groups):
+                group["lr"] = 2.0 ** -(8 + step)  # exact in float32, too
+        torch.manual_seed(step)
+        expected = training_step(*plain, nullcontext, batch)
+        torch.manual_seed(step)
+        found = captured(batch)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found), step
+    for mine, theirs in zip(system.parameters(), plain[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for player, optimizer in optimizers.items():
+        mine, theirs = optimizer.state_dict(), plain[1][player].state_dict()
+        assert mine["param_groups"] == theirs["param_groups"]
+        assert all(
+            torch.equal(mine["state"][i][k], v) for i, state in theirs["state"].items() for k, v in state.items()
+        )
+    for mine, theirs in zip(system.children(), plain[0].children(), strict=True):
+        if isinstance(mine, ReplayBuffer):
+            mine, theirs = mine.get_extra_state(), theirs.get_extra_state()
+            assert mine["seen"] == theirs["seen"] == 18 and torch.equal(mine["stored"], theirs["stored"])
+
+
+@pytest.mark.parametrize(
+    "device, flags, processes", [("cpu", "", 1), ("mps", "", 1), ("cuda", "--compile", 1), ("cuda", "", 2)]
+)
+def test_a_step_that_cannot_be_captured_is_refused(device, flags, processes, monkeypatch):
+    monkeypatch.setattr(train.utils, "world_size", lambda: processes)
+    options = train.parse_options(f"--cuda_graph {flags}".split())
+    with pytest.raises(train.InputError, match=f"--cuda_graph: .* {device}, {processes} process.*{flags}"):
+        train.set_up(options, torch.device(device))
