@@ -147,7 +147,7 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
         after,
         None if painted.foreground is None else fit(to_picture(painted.foreground), size[::-1]),
         back,
-        [(to_picture(mask), f"{i}: {mask.float().mean() / 255:.0%}") for i, mask in enumerate(painted.masks, 1)],
+        [(to_picture(mask[None]), f"{i}: {mask.float().mean() / 255:.0%}") for i, mask in enumerate(painted.masks, 1)],
         [(to_picture(content), f"{i}") for i, content in enumerate(painted.contents, 1)],
     )
 

@@ -66,7 +66,7 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     page = Path(f"images/{name}/index.html").read_text()
     sheets = ", ".join(f'"{step:08d}.png"' for step in (1, 2, 4, 6, 12))
     assert f"[{sheets}]" in page
-    assert f"<td>system<td>{system}" in page and "step 12 of 12" in page
+    assert f"<th>system<td>{system}" in page and "step 12 of 12" in page
     assert not re.search(r"(src|href)=.?https?:", page)
     generator, about = load_generator(f"saved_models/{name}/AtoB.pt")
     assert about["step"] == 12 and about["options"]["img_height"] == 12
