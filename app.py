@@ -171,9 +171,11 @@ def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tupl
     side, sheet = direction[0], DOCS / f"{Path(where).name}_{direction}.webp"
     roots = sorted(Path("data").glob("*/"), key=lambda root: (root.name != weights.dataset, root.name))
     if where.startswith("pretrained/") and sheet.exists() and weights.dataset not in [root.name for root in roots]:
-        with Image.open(sheet) as image:  # see record.draw_sheet: inputs of 128 pixels are the first row
-            for i, left in enumerate(range(image.width - 6 * 130, image.width, 130), 1):
-                yield f"{weights.dataset} {side} {i}", image.convert("RGB").crop((left, 20, left + 128, 148))
+        with Image.open(sheet) as image:  # see record.draw_sheet: six inputs are the first row, right of its name
+            step = (image.width - 60) // 6
+            for i, left in enumerate(range(image.width - 6 * step, image.width, step), 1):
+                input_ = image.convert("RGB").crop((left, 20, left + step - 2, 20 + step - 2))
+                yield f"{weights.dataset} {side} {i}", input_
     for root in roots:
         for each in find_side(root, "test", side, weights.task)[: 6 if root.name == weights.dataset else 2]:
             with suppress(InputError):

@@ -195,17 +195,18 @@ def test_examples_are_of_the_right_side_and_the_own_set_comes_first(small_set):
 
 @pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
 def test_shipped_weights_bring_the_inputs_of_their_sheet(direction):
-    """They are pictures of 128 pixels: without the white lines between them, and changed little by the generator."""
+    """As large as the weights like them, without the white lines between them, changed little by the generator."""
     where = "pretrained/horse2zebra_attentiongan"
     weights = app.open_weights(where, CPU, 0)
     found = [image for name, image in app.find_examples(where, weights, direction) if "horse2zebra" in name]
-    assert len(found) == 6 and {image.size for image in found} == {(128, 128)}
+    n = checkpoints.best_size(weights.about)
+    assert len(found) == 6 and {image.size for image in found} == {(n, n)}
     sheet = Image.open(ROOT / "docs" / f"horse2zebra_attentiongan_{direction}.webp").convert("RGB")
     for i, image in enumerate(found):
-        for edge in (image.crop((0, 0, 128, 1)), image.crop((0, 0, 1, 128)), image.crop((127, 0, 128, 128))):
+        for edge in (image.crop((0, 0, n, 1)), image.crop((0, 0, 1, n)), image.crop((n - 1, 0, n, n))):
             assert pixels(edge).mean() < 250
-        left = sheet.width - (6 - i) * 130
-        output = sheet.crop((left, 150, left + 128, 278))
+        left, top = sheet.width - (6 - i) * (n + 2), 20 + n + 2
+        output = sheet.crop((left, top, left + n, top + n))
         assert abs(pixels(image) - pixels(output)).mean() < 20
 
 
