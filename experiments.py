@@ -638,8 +638,8 @@ def ship(options: argparse.Namespace) -> int:
     for direction, (_, about) in opened.items():
         if "dataset_name" not in about.get("options", {}):
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
-        if options.best_size is not None:
-            about["best_size"] = options.best_size
+        if options.best_size:
+            about["best_size"] = options.best_size[0 if direction == "AtoB" else -1]
         roots[direction] = root = options.data_dir / about["options"]["dataset_name"]
         if not find_tests(root, direction, find_reading(about))[0]:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
@@ -677,8 +677,8 @@ def make_parser() -> utils.Parser:
     add = command(ship, "Write a run's generators in half precision to saved_models/pretrained, and their sheets.")
     add("run", metavar="RUN", help="a run of train.py")
     add("name", metavar="NAME", help="its name among the shipped weights")
-    best = "the longer side in pixels at which they do best, by evaluate.py --size: translate.py takes it by default"
-    add("--best_size", type=utils.at_least(8), metavar="N", help=best)
+    best = "longer sides in pixels at which AtoB and BtoA do best, by evaluate.py --size: translate.py's default"
+    add("--best_size", type=utils.at_least(8), nargs="+", metavar="N", help=best)
     return parser
 
 
