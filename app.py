@@ -6,6 +6,9 @@ are deleted within ten minutes and at the end. The process refuses every connect
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import html
 import os
 import re
@@ -25,13 +28,11 @@ import torch
 from PIL import Image
 
 import checkpoints
-import utils
 from checkpoints import DIRECTIONS
 from datasets import BUILT_IN, TASKS, as_input, find_side, to_picture, to_tensor
 from models import Generator
 from prepare import draw_scene
 from translate import Decoded, Painted, decode, enlarge, fit, overlay, plan, translate_batch
-from utils import InputError
 
 DOCS = Path(__file__).resolve().parent / "docs"
 FIRST = "pretrained/horse2zebra_attentiongan"  # what the page starts with, if it is there

@@ -16,6 +16,9 @@ of other machines and other flags stay.
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import argparse
 import ctypes
 import json
@@ -48,12 +51,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import record
 import train
 import translate
-import utils
 from datasets import BUILT_IN, EpochSampler, Picture, make_loader, normalise
 from prepare import draw_built_in, draw_scene
 from systems import SYSTEMS, System, TwoWay
 from translate import Task, make_batches
-from utils import InputError
 
 MATMUL = 4096  # side of the matrices whose product tells the machine's own rate
 MIB = 2**20

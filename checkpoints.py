@@ -15,6 +15,9 @@ and lie in ``saved_models/pretrained/<name>/`` beside the code. Files are read w
 
 from __future__ import annotations
 
+import utils
+from utils import InputError, first_line, print0
+
 import inspect
 import math
 import os
@@ -28,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import utils
 from datasets import RESIZE, TASKS, PictureDataset
 from models import (
     NOISE,
@@ -40,7 +42,6 @@ from models import (
     UGATITGenerator,
     UNetGenerator,
 )
-from utils import InputError, first_line, print0
 
 SAVED_MODELS = Path("saved_models")  # runs, below the working directory
 PRETRAINED = Path(__file__).resolve().parent / SAVED_MODELS / "pretrained"

@@ -14,6 +14,8 @@ project starts its key with a number of its own: 1 samples, 2 shuffling, 3 repla
 
 from __future__ import annotations
 
+from utils import InputError, Progress, first_line, import_optional, usable_cores
+
 import hashlib
 import json
 import multiprocessing
@@ -37,8 +39,6 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-from utils import InputError, Progress, first_line, import_optional, usable_cores
 
 # Formats that Pillow decodes in this process: it judges a file by its content, and would start Ghostscript for an EPS
 # that is named .png. HEIF is there with pillow-heif.

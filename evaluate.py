@@ -14,6 +14,9 @@ Written to ``images/<name>/``: ``evaluation.json``, the translations, and a shee
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import argparse
 import hashlib
 import json
@@ -37,14 +40,12 @@ from torch import Tensor
 import checkpoints
 import datasets
 import metrics
-import utils
 from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import TASKS, Picture, find_side, normalise, quantise
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
 from models import Generator, fixed_size_message
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
-from utils import InputError
 
 # The ImageNet classes that the two sides of a data set show, for the class rate.
 CLASSES = {"horse2zebra": ("sorrel", "zebra"), "apple2orange": ("Granny Smith", "orange")}

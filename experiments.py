@@ -13,6 +13,9 @@ and a run of other flags is refused. A table goes between the two marks of its n
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import argparse
 import json
 import os
@@ -38,7 +41,6 @@ import datasets
 import evaluate
 import record
 import train
-import utils
 from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators
 from datasets import BUILT_IN, Picture, find_plain, find_side, fixed_noise, normalise, quantise
 from evaluate import Reading
@@ -47,7 +49,6 @@ from models import NOISE
 from prepare import draw_built_in
 from record import find_block, write_block
 from systems import SYSTEMS
-from utils import InputError
 
 HERE, DOCS = Path(__file__).resolve().parent, Path("docs")
 Figures = Mapping[str, Any]  # numbers, or text, by what they are

@@ -9,6 +9,9 @@ the same samples; the first ones are those on the sheets of a run with this seed
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,12 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import utils
 from checkpoints import open_generator
 from datasets import draw_noise, fixed_noise
 from models import NOISE
 from record import draw_sheet
-from utils import InputError
 
 N_SAMPLES, N_COLUMNS = 64, 8
 GROUPS = {"base": (1, 2, 3), "minus": (4, 5, 6), "plus": (7, 8, 9)}  # default numbers of samples

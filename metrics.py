@@ -7,6 +7,9 @@ al. (ICLR 2018), k(x, y) = (x·y / D + 1)³, of whatever features it is given: w
 
 from __future__ import annotations
 
+import utils
+from utils import InputError, first_line, import_optional
+
 import math
 import re
 from collections.abc import Iterable
@@ -17,10 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import utils
 from datasets import PictureDataset, normalise, quantise, unaugmented
 from models import evaluation_mode
-from utils import InputError, first_line, import_optional
 
 # ----------------------------------------------------------------------------------------------------------
 #  What figures are called, how they are written, and which are better

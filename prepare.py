@@ -7,6 +7,8 @@ python prepare.py --from_A photos/horses --from_B photos/zebras --dataset_name m
 
 from __future__ import annotations
 
+from utils import InputError, Parser, Progress, at_least, check_name, first_line, run_script
+
 import hashlib
 import os
 import shutil
@@ -30,7 +32,6 @@ import numpy as np
 from PIL import Image
 
 from datasets import BUILT_IN, EXTENSIONS, find_files, find_pictures, tell_found, unreadable
-from utils import InputError, Parser, Progress, at_least, check_name, first_line, run_script
 
 # ----------------------------------------------------------------------------------------------------------
 #  The built-in set

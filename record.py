@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from utils import InputError, Progress, mean_over_ranks, name_file, print0, rank, replacing, world_size
+
 import html
 import json
 import math
@@ -25,7 +27,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from datasets import quantise, to_picture
-from utils import InputError, Progress, mean_over_ranks, name_file, print0, rank, replacing, world_size
 
 IMAGES = Path("images")  # below the working directory
 

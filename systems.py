@@ -8,6 +8,8 @@ Notation: pictures of domains A and B, ``fake_B = G_AB(real_A)``, ``recovered_A 
 
 from __future__ import annotations
 
+from utils import InputError, option
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +40,6 @@ from models import (
     depths,
     evaluation_mode,
 )
-from utils import InputError, option
 
 Batch = Mapping[str, Tensor]
 

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import utils
+from utils import InputError, Option, option, options_of, print0
+
 import argparse
 import difflib
 import inspect
@@ -29,13 +32,11 @@ from torch import Tensor
 
 import checkpoints
 import record
-import utils
 from checkpoints import SAVED_MODELS
 from datasets import BUILT_IN, KINDS, RESIZE, TASKS, EpochSampler, PictureDataset, make_loader, normalise
 from metrics import EFFICIENTNET, INCEPTION, Validation, check_extractor
 from prepare import draw_built_in
 from systems import SYSTEMS, Batch, System
-from utils import InputError, Option, option, options_of, print0
 
 # ----------------------------------------------------------------------------------------------------------
 #  Options. A resumed run may change n_epochs, decay_epoch and those of MachineOptions. Checkpoints leave out

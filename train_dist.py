@@ -9,6 +9,9 @@ Started alone it spawns the ranks; under ``torchrun`` (one machine or several) i
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import argparse
 import copy
 import inspect
@@ -34,10 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
 import train
-import utils
 from checkpoints import SAVED_MODELS
 from systems import System
-from utils import InputError
 
 TIMEOUT = timedelta(hours=1)  # how long ranks wait for rank 0, which saves and draws
 MEETING = timedelta(minutes=5)  # how long ranks wait for one another at the start

@@ -12,6 +12,9 @@ inputs, and an input is never overwritten. A file that cannot be read is reporte
 
 from __future__ import annotations
 
+import utils
+from utils import InputError
+
 import argparse
 import errno
 import os
@@ -30,7 +33,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-import utils
 from checkpoints import best_size, open_generator
 from datasets import (
     HALVES,
@@ -47,7 +49,6 @@ from datasets import (
 )
 from models import Generator, translate_any_size
 from record import draw_sheet
-from utils import InputError
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
 FORMATS = ("png", "jpg", "webp")

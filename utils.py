@@ -5,20 +5,28 @@ Nothing here knows a network, a data set or the layout of a file.
 
 from __future__ import annotations
 
+import signal
+import sys
+from pathlib import Path
+
+# One of our scripts: Ctrl-C while it is still importing, for seconds, ends it without a traceback. ``run_script`` then
+# gives it its usual meaning.
+started = getattr(sys.modules["__main__"], "__file__", None)  # None in a notebook
+is_script = started is not None and Path(started).resolve().parent == Path(__file__).resolve().parent
+if is_script and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import importlib
 import math
 import os
 import pickle
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ContextDecorator, contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from io import TextIOWrapper
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -353,6 +361,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(name: str, work: Callable[[], int]) -> int:
     """Do a script's work and return its exit status. What the user can mend is one line, without a traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without "×" must not end the script
             stream.reconfigure(errors="replace")

@@ -1,5 +1,7 @@
 """app.py: what it makes of pictures, and the page in a headless Chromium (marker "browser")."""
 
+from utils import InputError
+
 import io
 import os
 import signal
@@ -25,7 +27,6 @@ import translate
 from datasets import normalise, quantise, resize, to_tensor
 from models import AttentionGenerator, DCGANGenerator, ResNetGenerator, UGATITGenerator, translate_any_size
 from prepare import draw_scene
-from utils import InputError
 
 SIZE = dict(img_height=24, img_width=32)
 

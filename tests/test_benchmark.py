@@ -1,3 +1,5 @@
+import utils
+
 import itertools
 import json
 import multiprocessing
@@ -12,7 +14,6 @@ from common import CPU, build, make_batch
 
 import benchmark
 import translate
-import utils
 from benchmark import Variant, Worker
 from datasets import normalise
 from prepare import draw_built_in

@@ -1,3 +1,5 @@
+from utils import InputError
+
 import copy
 import os
 import re
@@ -53,7 +55,6 @@ from models import (
     UNetGenerator,
     heat_map,
 )
-from utils import InputError
 
 # ----------------------------------------------------------------------------------------------------------
 #  Names

@@ -1,5 +1,7 @@
 """Pictures on disk and what becomes of them: decoding, folders, samples, loading."""
 
+from utils import InputError
+
 import gc
 import importlib.util
 import itertools
@@ -48,7 +50,6 @@ from datasets import (
 )
 from models import Translation
 from prepare import import_pictures
-from utils import InputError
 
 
 def pixels(path, channels=3, half=None):

@@ -1,5 +1,7 @@
 """Checkpoints measured on the test pictures: the protocol, the figures, the table and what is written."""
 
+from utils import InputError
+
 import hashlib
 import json
 import math
@@ -27,7 +29,6 @@ from evaluate import Exam, Reading, find_entries, judge
 from metrics import EFFICIENTNET, Extractor, Features
 from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator
 from prepare import draw_built_in
-from utils import InputError
 
 SMALL = Path("data/small")
 

@@ -1,3 +1,5 @@
+from utils import InputError
+
 import json
 import re
 import signal
@@ -24,7 +26,6 @@ from experiments import Run
 from metrics import Features, kernel_distance
 from models import AttentionGenerator, SingleMaskGenerator
 from prepare import draw_built_in
-from utils import InputError
 
 TINY = (
     "--dataset_name solid2striped --img_height 16 --img_width 16 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2 "

@@ -1,5 +1,7 @@
 """What only a CUDA device can show: `make test-gpu`. Elsewhere all of it is passed over."""
 
+from utils import pick_device
+
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +15,6 @@ from benchmark import Variant, Worker
 from prepare import draw_built_in
 from systems import SYSTEMS
 from train import CapturedStep, all_options, parse_options, set_up, trained_parameters, training_step
-from utils import pick_device
 
 DEVICE = "cuda"
 pytestmark = [

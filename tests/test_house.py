@@ -1,5 +1,7 @@
 """The order of the house: what may import what, how long files are, and that the pages say what the code does."""
 
+import utils
+
 import argparse
 import ast
 import importlib
@@ -21,7 +23,6 @@ import prepare
 import systems
 import train
 import train_dist
-import utils
 
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = [name for name, path in MODULES.items() if "\ndef main(" in path.read_text()]

@@ -1,5 +1,7 @@
 """What is measured, on tensors: pictures, attention, sets of pictures, and the extractors that look at them."""
 
+from utils import InputError
+
 import math
 import pickle
 import re
@@ -18,7 +20,6 @@ from torch_fidelity import feature_extractor_inceptionv3
 
 import metrics
 from metrics import EFFICIENTNET, INCEPTION, Extractor
-from utils import InputError
 
 ONES = torch.ones(1, 1, 16, 16)
 

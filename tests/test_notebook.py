@@ -1,5 +1,7 @@
 """The notebook is executed unchanged, on runs with untrained generators."""
 
+from utils import InputError
+
 import builtins
 import re
 import shutil
@@ -31,7 +33,6 @@ from models import (
 )
 from prepare import draw_built_in, draw_scene
 from train import parse_options
-from utils import InputError
 
 NOTEBOOK = ROOT / "inference.ipynb"
 

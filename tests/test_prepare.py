@@ -1,5 +1,7 @@
 """Putting data sets on disk: drawing the built-in one, fetching and unpacking public ones, importing pictures."""
 
+from utils import InputError
+
 import functools
 import gc
 import gzip
@@ -26,7 +28,6 @@ import datasets
 import prepare
 from datasets import BUILT_IN, UnpairedDataset, find_pictures, find_side
 from prepare import PUBLIC_SETS, PublicSet, atomic_folder, draw_built_in, fetch, import_pictures, unpack
-from utils import InputError
 
 # ----------------------------------------------------------------------------------------------------------
 #  The built-in set

@@ -1,3 +1,5 @@
+from utils import InputError
+
 import html
 import itertools
 import json
@@ -12,7 +14,6 @@ from common import QUICK, log, run
 import record
 import train
 from record import Record, draw_sheet, read_log, thin
-from utils import InputError
 
 
 def make_record(total_steps=1000, interval=1, start=0, **others):

@@ -1,3 +1,6 @@
+import utils
+from utils import InputError
+
 import json
 import os
 import pty
@@ -21,13 +24,11 @@ import evaluate
 import metrics
 import train
 import translate
-import utils
 from checkpoints import load_generator, open_generators, pack_generator
 from datasets import Picture, UnpairedDataset, normalise, quantise, unaugmented
 from metrics import Features, kernel_distance
 from models import AttentionGenerator
 from systems import SYSTEMS
-from utils import InputError
 
 # 3 steps an epoch: it takes the 6 pictures of trainA.
 QUICK_DCGAN = (

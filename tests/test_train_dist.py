@@ -1,3 +1,6 @@
+import utils
+from utils import InputError
+
 import os
 import re
 import signal
@@ -18,9 +21,7 @@ from torch import nn
 
 import train
 import train_dist
-import utils
 from systems import System
-from utils import InputError
 
 
 def free_port() -> int:

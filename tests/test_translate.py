@@ -1,5 +1,8 @@
 """Pictures of any kind and size from files to files, and the export to ONNX."""
 
+import utils
+from utils import InputError
+
 import errno
 import os
 import re
@@ -18,7 +21,6 @@ from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 import translate
-import utils
 from checkpoints import pack_generator
 from datasets import Picture, normalise, resize, to_tensor
 from models import (
@@ -31,7 +33,6 @@ from models import (
     translate_any_size,
 )
 from translate import SHEET, OnUnitRange, Task, luminance, make_batches, name_outputs
-from utils import InputError
 
 
 def tiny(seed=0, network=AttentionGenerator, **settings):

@@ -1,18 +1,20 @@
+import utils
+from utils import InputError, Option, StopSignals, lock_folder, option, options_of
+
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.data import DataLoader, Dataset
-
-import utils
-from utils import InputError, Option, StopSignals, lock_folder, option, options_of
 
 
 class Damaged(Dataset):
@@ -194,3 +196,23 @@ def test_a_subclass_that_gives_another_default_keeps_the_rest_of_an_option():
         "kind": Option(str, "b", "which", choices=("a", "b")),
         "more": Option(int, 1, "own"),
     }
+
+
+def test_ctrl_c_during_the_imports_ends_a_script_without_a_word(tmp_path):
+    """They take seconds. A torch that never gets ready stands for them."""
+    (tmp_path / "torch.py").write_text(
+        f"import time\nopen({str(tmp_path / 'importing')!r}, 'w').close()\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "translate.py"), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "importing").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"") and process.returncode == -signal.SIGINT
