@@ -47,7 +47,7 @@ class Weights(NamedTuple):
     """Generators by direction, in evaluation mode on their device, and what their files say of them."""
 
     generators: dict[str, Generator]
-    about: Mapping[str, Any]  # of the first one
+    about: Mapping[str, Mapping[str, Any]]  # by direction
     task: str
     dataset: str
     only_size: tuple[int, int] | None  # the only (height, width) that they take
@@ -73,7 +73,8 @@ def open_weights(where: str, device: torch.device, changed: int) -> Weights:
     generator, about = next(iter(opened.values()))
     options = about.get("options", {})
     task, dataset = options.get("task", TASKS[0]), options.get("dataset_name", "")
-    return Weights(generators, about, task, dataset, generator.settings.get("size"))
+    abouts = {direction: each for direction, (_, each) in opened.items()}
+    return Weights(generators, abouts, task, dataset, generator.settings.get("size"))
 
 
 def name_directions(weights: Weights) -> list[tuple[str, str]]:
@@ -83,12 +84,13 @@ def name_directions(weights: Weights) -> list[tuple[str, str]]:
     return [(f"{a} → {b}" if direction == "AtoB" else f"{b} → {a}", direction) for direction in weights.generators]
 
 
-def name_sizes(weights: Weights) -> tuple[list[tuple[str, int]], int]:
+def name_sizes(weights: Weights, direction: str) -> tuple[list[tuple[str, int]], int]:
     """(label, longer side in pixels) of each size at which the generator may see a picture, and the best of them."""
-    best = max(weights.only_size or (min(checkpoints.best_size(weights.about), SIZES[-1]),))
+    about = weights.about[direction]
+    best = max(weights.only_size or (min(checkpoints.best_size(about), SIZES[-1]),))
     if weights.only_size is not None:
         return [(f"{best} (the only one that these weights take)", best)], best
-    why = "best" if "best_size" in weights.about else "trained"
+    why = "best" if "best_size" in about else "trained"
     return [(f"{n} ({why})" if n == best else f"{n}", n) for n in sorted({*SIZES, best})], best
 
 
@@ -235,7 +237,7 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
         weights = opened(where, file)
         direction = direction if direction in weights.generators else next(iter(weights.generators))
         directions = gr.update(choices=name_directions(weights), value=direction)
-        sizes, best = name_sizes(weights)
+        sizes, best = name_sizes(weights, direction)
         shown = [gr.update(visible=where == UPLOAD), directions, gr.update(choices=sizes, value=best)]
         return [*shown, offer(where, file, direction)]
 
@@ -335,8 +337,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
 
         asked, quiet = [weights, file, direction], dict(api_visibility="private", show_progress="hidden")
         page.load(refresh, weights, weights, **quiet)
-        gr.on([weights.change, file.upload], choose, asked, [file, direction, size, examples], **quiet)
-        direction.input(offer, asked, examples, **quiet)
+        changed = [weights.change, file.upload, direction.input]
+        gr.on(changed, choose, asked, [file, direction, size, examples], **quiet)
         # One at a time: a translation takes all cores.
         loud = dict(api_visibility="private", scroll_to_output=True, concurrency_id="translate")
         outputs = [single, several, remark, slider, told, attention, back, inside, masks, contents]

@@ -111,7 +111,7 @@ def test_weights_without_masks_or_the_way_back_or_of_one_size_have_an_answer():
     weights = opened("full")
     answer = app.translate(weights, "AtoB", Path("a.png"), 256, CPU)
     assert answer.after.size == answer.foreground.size == answer.before.size and not answer.masks
-    assert app.name_sizes(weights) == ([("32 (the only one that these weights take)", 32)], 32)
+    assert app.name_sizes(weights, "AtoB") == ([("32 (the only one that these weights take)", 32)], 32)
 
 
 def test_a_picture_to_colour_is_shown_in_grey():
@@ -151,11 +151,10 @@ def test_names_and_sizes_are_in_plain_words():
     weights = opened(save_run("summer2winter_part"))
     assert app.name_directions(weights) == [("summer → winter", "AtoB"), ("winter → summer", "BtoA")]
     sizes = [(f"{n}", n) for n in (64, 128, 256, 512, 1024)]
-    assert app.name_sizes(weights) == ([("32 (trained)", 32), *sizes], 32)
-    best = weights._replace(about={**weights.about, "best_size": 256})
-    assert app.name_sizes(best) == ([*sizes[:2], ("256 (best)", 256), *sizes[3:]], 256)
-    large = weights._replace(about={"best_size": 2048})
-    assert app.name_sizes(large)[1] == 1024  # the page has a bound
+    assert app.name_sizes(weights, "AtoB") == ([("32 (trained)", 32), *sizes], 32)
+    both = weights._replace(about={"AtoB": {"best_size": 256}, "BtoA": {"best_size": 2048}})
+    assert app.name_sizes(both, "AtoB") == ([*sizes[:2], ("256 (best)", 256), *sizes[3:]], 256)
+    assert app.name_sizes(both, "BtoA")[1] == 1024  # the page has a bound
     assert app.name_directions(opened(save_run("facades")))[1] == ("B → A", "BtoA")
 
 
@@ -200,7 +199,7 @@ def test_shipped_weights_bring_the_inputs_of_their_sheet(direction):
     where = "pretrained/horse2zebra_attentiongan"
     weights = app.open_weights(where, CPU, 0)
     found = [image for name, image in app.find_examples(where, weights, direction) if "horse2zebra" in name]
-    n = checkpoints.best_size(weights.about)
+    n = checkpoints.best_size(weights.about[direction])
     assert len(found) == 6 and {image.size for image in found} == {(n, n)}
     sheet = Image.open(ROOT / "docs" / f"horse2zebra_attentiongan_{direction}.webp").convert("RGB")
     for i, image in enumerate(found):
