@@ -451,6 +451,8 @@ def init_from(system: Any, where: str) -> None:
         return
     init_generators(system, where)
     folder, names = find_generator(where, None).parent, sorted({*system.trained()} - {*system.generators.values()})
+    if not names:  # pix2pix by L1 alone
+        return
     beside = (folder / DISCRIMINATORS, folder / CHECKPOINT)
     path = None if is_file(where) else next((place for place in beside if place.exists()), None)
     if path is None:

@@ -523,7 +523,7 @@ def train(
     if options.init_from and not options.resume:
         checkpoints.init_from(system, options.init_from)
 
-    dataset = dataset or build_dataset(options)
+    dataset = build_dataset(options) if dataset is None else dataset
     validation = None
     if options.eval_interval and utils.rank() == 0:
         validation = Validation(options.extractor, options.inception, dataset, device)

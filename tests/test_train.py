@@ -74,7 +74,7 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
 
 
-def test_a_run_of_pix2pix_leaves_its_one_direction(pairs):
+def test_a_run_of_pix2pix_leaves_its_one_direction(pairs, capsys):
     assert run(f"{QUICK_PIX2PIX} --direction BtoA --n_epochs 2 --sample_interval 4") == 0
     entries = log("pairs_pix2pix")
     assert [e["step"] for e in entries] == list(range(1, 9)) and {"D", "G", "L1", "change"} <= entries[0].keys()
@@ -90,6 +90,10 @@ def test_a_run_of_pix2pix_leaves_its_one_direction(pairs):
     again = f"{QUICK_PIX2PIX} --n_epochs 1 --lr 0 --init_from pairs_pix2pix --name next"
     assert run(f"{again} --direction BtoA") == 0
     same(dict(checkpoint("next")["networks"]["G"]), dict(weights))
+    capsys.readouterr()
+    assert run(f"{again.replace('--name next', '--name alone')} --direction BtoA --lambda_gan 0") == 0
+    out = capsys.readouterr().out
+    assert "G starts from pairs_pix2pix" in out and "start anew" not in out and "start from" not in out
     assert run(f"{again} --direction AtoB --overwrite") == 2  # no generator has the other direction
 
 
