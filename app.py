@@ -29,8 +29,9 @@ from PIL import Image
 
 import checkpoints
 from checkpoints import DIRECTIONS
-from datasets import BUILT_IN, TASKS, as_input, find_side, to_picture, to_tensor
+from datasets import BUILT_IN, TASKS, as_input, find_side
 from models import Generator
+from pictures import to_picture, to_tensor
 from prepare import draw_scene
 from translate import Decoded, Painted, decode, enlarge, fit, overlay, plan, translate_batch
 

@@ -51,7 +51,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import record
 import train
 import translate
-from datasets import BUILT_IN, EpochSampler, Picture, make_loader, normalise
+from datasets import BUILT_IN, EpochSampler, make_loader
+from options import build_system, parse_options
+from pictures import Picture, normalise
 from prepare import draw_built_in, draw_scene
 from systems import SYSTEMS, System, TwoWay
 from translate import Task, make_batches
@@ -171,7 +173,7 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
 def count_flop(kind: str, options: argparse.Namespace) -> int:
     """Floating-point operations of convolutions and matrix products in one step, counted without doing them."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        system = train.build_system(options)
+        system = build_system(options)
         shape = options.batch_size, options.channels, options.img_height, options.img_width
         batch = {side: torch.zeros(shape) for side in "AB"}
         if kind == "inference":
@@ -404,7 +406,7 @@ def endless_batches(
 
 def measure_translation(options: argparse.Namespace, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Pictures per second of translate.py, from files to files, by precision."""
-    system = train.build_system(options)
+    system = build_system(options)
     generator = system.generator(next(iter(system.generators))).eval()
     size = options.img_height, options.img_width
     precisions = ["float32", *(["bf16"] if utils.has_bf16(device) else [])]
@@ -533,14 +535,14 @@ def plan(
 ) -> tuple[argparse.Namespace, list[Variant]]:
     """The options of train.py, and what is timed. Raises InputError for options that cannot be used."""
     shape = f"--system {system} --img_height {size} --img_width {size} --batch_size {batch_size}"
-    options = train.parse_options([*others, *shape.split(), "--device", own.device])
+    options = parse_options([*others, *shape.split(), "--device", own.device])
     kind = "inference" if own.inference else "step"
     if own.own or own.memory:
         precision = "bf16" if utils.make_autocast(device, options.precision).keywords["enabled"] else "float32"
         layout = utils.pick_layout(device) == torch.channels_last
         return options, [Variant("train.py", kind, precision, channels_last=layout, compile=options.compile)]
     with torch.device("meta"):
-        return options, ladder(kind, device, has_textbook(train.build_system(options)))
+        return options, ladder(kind, device, has_textbook(build_system(options)))
 
 
 def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> None:

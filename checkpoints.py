@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import RESIZE, TASKS, PictureDataset
+from datasets import TASKS, PictureDataset
 from models import (
     NOISE,
     AttentionGenerator,
@@ -42,6 +42,7 @@ from models import (
     UGATITGenerator,
     UNetGenerator,
 )
+from pictures import RESIZE
 
 SAVED_MODELS = Path("saved_models")  # runs, below the working directory
 PRETRAINED = Path(__file__).resolve().parent / SAVED_MODELS / "pretrained"

@@ -1,4 +1,4 @@
-"""From a picture on disk to a training sample, and the loader.
+"""From the folders of a data set to training samples, and the loader.
 
 A data set is ``data/<name>/{trainA,trainB,testA,testB}`` (test folders optional), or pix2pix's layout,
 ``data/<name>/{train,val,test}`` with A and B side by side in every picture; the halves serve paired and unpaired
@@ -14,211 +14,49 @@ project starts its key with a number of its own: 1 samples, 2 shuffling, 3 repla
 
 from __future__ import annotations
 
-from utils import InputError, Progress, first_line, import_optional, usable_cores
+from utils import InputError
 
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
-import stat
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache
-from io import BytesIO
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# Formats that Pillow decodes in this process: it judges a file by its content, and would start Ghostscript for an EPS
-# that is named .png. HEIF is there with pillow-heif.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp")
-EXTENSIONS += (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-MOST_PIXELS = 10**8  # of one file: 300 MB as RGB
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS
-MOST_SCANS = 200  # of a progressive JPEG, whose decoding takes as many passes; cameras and editors write about 10
-PASSED_OVER = ("@eaDir", "#recycle", "__MACOSX")  # folders of thumbnails and of deleted files
-MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
+from pictures import (
+    EXTENSIONS,
+    Picture,
+    cover,
+    find_files,
+    find_pictures,
+    in_threads,
+    name_unreadable,
+    resize,
+    tell_found,
+    to_tensor,
+    unreadable,
+)
+
 SCALE = 1.12  # pictures are resized to 1.12 × the training size (286 for 256) before the random crop
-RESIZE = ("squash", "short_side")
 TASKS = ("translation", "colorization")
 HALVES = {"A": "left", "B": "right"}  # of a picture that holds both sides
 BUILT_IN = "solid2striped"  # the set that prepare.py draws
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Pictures
+#  Which pictures a data set has
 # ----------------------------------------------------------------------------------------------------------
-
-
-class Picture(NamedTuple):
-    """A picture file, or one half of a file that holds A and B side by side, or the grey version of either."""
-
-    path: Path
-    half: str | None = None  # "left", "right"
-    grey: bool = False
-
-    def open(self, channels: int = 3) -> Image.Image:
-        """Decode as 8-bit grey (``channels`` 1) or RGB (3), upright; a grey version has its luminance in every channel.
-        Pillow raises what it likes for a damaged file.
-        """
-        with open_image(self.path) as file:
-            image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
-        if self.grey:
-            image = image.convert(MODES[channels])
-        return self.crop(image)
-
-    def alpha(self) -> Image.Image | None:
-        """The opacity, 8-bit grey, upright, of a picture that has transparency. Raises as ``open``."""
-        with open_image(self.path) as file:
-            image = ImageOps.exif_transpose(file)
-            if "A" not in image.getbands() and "transparency" not in image.info:
-                return None
-            return self.crop(image.convert("RGBA").getchannel("A"))
-
-    def crop(self, image: Image.Image) -> Image.Image:
-        """The ``half`` of a picture."""
-        left = 0 if self.half == "left" else image.width - image.width // 2
-        return image if self.half is None else image.crop((left, 0, left + image.width // 2, image.height))
-
-    def read(self, channels: int = 3) -> Image.Image:
-        """``open``; InputError names a file that cannot be decoded."""
-        with name_unreadable(self.path):
-            return self.open(channels)
-
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the whole file, upright, from the head of the file only; OSError when it is damaged."""
-        with open_image(self.path) as file:
-            if file.format == "TIFF":  # some versions of Pillow turn it when it is decoded
-                file = ImageOps.exif_transpose(file)
-                return file.height, file.width
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return file.size if turned else file.size[::-1]
-
-
-@contextmanager
-def name_unreadable(path: Path) -> Iterator[None]:
-    """Raise InputError with the name of a file that cannot be decoded."""
-    try:
-        yield
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-
-
-def open_image(path: Path) -> Image.Image:
-    """``Image.open`` for files of strangers. Raises OSError, before memory is taken, for what is not a picture file of
-    ``FORMATS``, or has more than ``MOST_PIXELS`` or ``MOST_SCANS``; InputError where HEIC cannot be read here; and what
-    Pillow raises for damaged files.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("not a regular file")
-    if path.suffix.lower() in (".heic", ".heif"):
-        import_optional("pillow_heif", "a HEIC picture", "pip install pillow-heif").register_heif_opener()
-    Image.init()
-    image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
-    problem = None
-    if image.width * image.height > MOST_PIXELS:
-        problem = f"{image.width} x {image.height} pixels, expected at most {MOST_PIXELS // 10**6} million"
-    elif image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
-        problem = f"a progressive JPEG of more than {MOST_SCANS} scans"
-    if problem is not None:
-        image.close()
-        raise OSError(problem)
-    return image
-
-
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any of Pillow's modes to "L" or "RGB", in sRGB: 16 bits are scaled to 8, transparency is laid on white.
-
-    The range of whole numbers of 32 bits and of fractions is read from the values: 0 to 1, -1 to 1, 0 to 255 or 0 to
-    65535, the first that holds them all. Raises ValueError for others.
-    """
-    profile, alpha = image.info.get("icc_profile"), None
-    space = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        values = np.asarray(image).astype(np.uint32).clip(0, 65535)  # Pillow's own conversion clips at 255
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        numbers = np.asarray(image, dtype=np.float32)
-        least, most = float(numbers.min()), float(numbers.max())
-        ranges = [(0, 1), (-1, 1)] * (image.mode == "F") + [(0, 255), (0, 65535)]
-        low, high = next(((a, b) for a, b in ranges if a <= least and most <= b), (None, None))
-        if low is None or high is None:
-            raise ValueError(f"values from {least:g} to {most:g}, expected 0 to 1, -1 to 1, 0 to 255 or 0 to 65535")
-        image = Image.fromarray(((numbers - low) * (255 / (high - low))).round().astype(np.uint8))
-    elif "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    if profile and (transform := to_srgb(profile, space)) is not None:
-        image = transform.apply(image.convert(space))
-    if alpha is not None:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
-@lru_cache(maxsize=64)
-def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from an ICC profile of pictures of mode ``space`` ("L", "RGB" or "CMYK") to sRGB, of mode RGB.
-
-    None where a picture stays as it is: the profile is damaged, is for other modes, or is sRGB itself. Profiles that
-    vendors call sRGB differ by a level or two in their rounding.
-    """
-    how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-    try:
-        transform = ImageCms.buildTransform(BytesIO(profile), ImageCms.createProfile("sRGB"), space, "RGB", *how)
-    except ImageCms.PyCMSError:
-        return None
-    levels = 17 * np.indices((16,) * len(space), dtype=np.uint8).reshape(len(space), -1).T
-    colours = Image.frombytes(space, (len(levels), 1), levels.tobytes())
-    change = np.asarray(transform.apply(colours), dtype=int) - np.asarray(colours.convert("RGB"))
-    return transform if np.abs(change).max() > 2 else None
-
-
-def find_files(folder: Path, recursive: bool = True) -> list[Path]:
-    """All files below a folder, linked folders too (or in the folder alone), in the order of their paths.
-
-    Hidden files and ``PASSED_OVER`` are left out. A link whose file has gone stays in, so that ``check`` names it.
-    Raises OSError for a folder that cannot be read.
-    """
-
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # no folder has no files
-            raise error
-
-    found: list[Path] = []
-    seen: set[str] = set()  # a linked folder may hold a link back
-    for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(at)
-        deeper = recursive and real not in seen
-        folders[:] = sorted(n for n in folders if deeper and not n.startswith(".") and n not in PASSED_OVER)
-        if real not in seen:
-            found += (Path(at, name) for name in files if not name.startswith("."))
-        seen.add(real)
-    return sorted(found)
-
-
-def find_pictures(folder: Path, recursive: bool = True) -> list[Picture]:
-    """The files of ``find_files`` that have the ending of a picture."""
-    return [Picture(path) for path in find_files(folder, recursive) if path.suffix.lower() in EXTENSIONS]
-
-
-def tell_found(name: str, n: int, files: Sequence[Path]) -> str:
-    """What was found among ``files``: "A: 1067 pictures (passed over: 3 .pdf, 1 .mov)"."""
-    endings = Counter(path.suffix.lower() or "without an ending" for path in files)
-    others = ", ".join(f"{count} {ending}" for ending, count in endings.most_common() if ending not in EXTENSIONS)
-    return f"{name}: {n} pictures" + (f" (passed over: {others})" if others else "")
 
 
 def find_first(root: Path, *names: str) -> list[Picture]:
@@ -267,6 +105,63 @@ def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
     )
 
 
+def match_pairs(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """Both sides of paired data in the order of their names; InputError where a picture has no partner."""
+    if [p.path for p in sides["A"]] == [p.path for p in sides["B"]]:
+        return sides
+    if root.name == BUILT_IN:
+        raise InputError(f"{root}: expected pairs, found the built-in set, whose equal names are different scenes")
+
+    def name(picture: Picture) -> Path:
+        """Without the folder of the side, and without the ending."""
+        return Path(*picture.path.relative_to(root).parts[1:]).with_suffix("")
+
+    A, B = (Counter(map(name, pictures)) for pictures in sides.values())
+    if lone := (A - B) + (B - A):
+        raise InputError(
+            f"{root}: expected pairs, side by side in the pictures of {split}, or with equal names in {split}A and "
+            f"{split}B; found {sum(lone.values())} without a partner, such as {min(lone)}"
+        )
+    return {side: sorted(pictures, key=name) for side, pictures in sides.items()}
+
+
+def true_translations(
+    root: Path, pictures: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+) -> list[Picture] | None:
+    """The true translations of test pictures in ``direction``; None where they are not known.
+
+    The other half of a file that holds both sides; the colours or the grey of a picture; or the partner of equal name
+    where two folders hold pairs (``paired``), InputError where it is missing.
+    """
+    source, target = direction[0], direction[-1]
+    if task == "colorization":
+        return [picture._replace(grey=target == "A") for picture in pictures]
+    if all(picture.half for picture in pictures):
+        return [picture._replace(half=HALVES[target]) for picture in pictures]
+    if not paired:
+        return None
+    sides = match_pairs(root, "test", {side: find_side(root, "test", side, task) for side in "AB"})
+    partners = dict(zip(sides[source], sides[target], strict=True))
+    return [partners[picture] for picture in pictures]
+
+
+def find_truths(
+    root: Path, tests: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+) -> list[Picture] | None:
+    """``true_translations``; but for pictures of ``testA`` those of ``testA_truth``, where there is such a folder.
+
+    Raises InputError where one is missing.
+    """
+    folder, truths = root / f"test{direction[0]}", root / f"test{direction[0]}_truth"
+    if task != TASKS[0] or not truths.is_dir() or not all(p.path.is_relative_to(folder) for p in tests):
+        return true_translations(root, tests, direction, task, paired)
+    found = named_alike(tests, truths)
+    for picture in tests:
+        if picture.path.stem not in found:
+            raise InputError(f"{truths}: no picture named {picture.path.stem}, expected one for each test picture")
+    return [found[picture.path.stem] for picture in tests]
+
+
 def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
     """Object masks from a JSON file, 0/255 grey pictures by the stem of their names.
 
@@ -281,72 +176,54 @@ def load_masks(path: Path, split: str) -> dict[str, Image.Image]:
     return masks
 
 
-def in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture], what: str) -> Iterator[tuple[Picture, Any]]:
-    """Each picture in order, with what ``work`` returns or the reason (str) why it cannot be read.
+def find_masks(
+    root: Path, tests: Sequence[Picture], size: tuple[int, int], how: str, mask_dir: Path | None = None
+) -> dict[str, Tensor]:
+    """Object masks of one side's test pictures by the stem of their names, bool (1, *size), read like the pictures.
 
-    One thread per core, at most 8: each may hold a photograph.
+    For pictures of ``testA`` they come from ``mask_dir/testA``, without a ``mask_dir`` from ``testA_mask`` in the
+    data set, or else from the masks in this repository. Raises InputError for masks that fit no test picture.
     """
-
-    def attempt(picture: Picture) -> Any:
-        try:
-            return work(picture)
-        except Exception as error:  # decoders raise what they like
-            return first_line(error)
-
-    pool = ThreadPoolExecutor(min(8, usable_cores()))
-    try:
-        yield from zip(
-            pictures, Progress(pool.map(attempt, pictures), what, len(pictures), leave=False, delay=1), strict=True
-        )
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
-    """Decode every picture once; the files that cannot be decoded, each with the reason."""
-
-    def decode(picture: Picture) -> None:
-        picture.open()
-
-    return {p.path: why for p, why in in_threads(decode, pictures, "checking pictures") if why is not None}
+    name = tests[0].path.relative_to(root).parts[0]
+    folder = root / f"{name}_mask" if mask_dir is None else mask_dir / name
+    shipped = Path(__file__).parent / "data" / f"{root.name}_masks.json"
+    stems = {p.path.stem for p in tests}
+    masks = {}
+    if folder.is_dir():
+        masks = {stem: p.read(1) for stem, p in named_alike(tests, folder).items()}
+        if not masks:
+            raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
+        if all(np.asarray(mask).max() < 128 for mask in masks.values()):
+            raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
+    elif mask_dir is None and shipped.exists():
+        masks = {stem: mask for stem, mask in load_masks(shipped, name).items() if stem in stems}
+    return {stem: to_tensor(ImageOps.fit(resize(m, size, how), size[::-1])) > 127 for stem, m in masks.items()}
 
 
-def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
-    """Bicubic resize to (height, width). "squash" changes the aspect, as the official code does; "short_side" keeps it
-    and covers the size, so that one side may come out longer.
+def named_alike(tests: Sequence[Picture], folder: Path) -> dict[str, Picture]:
+    """The pictures of ``folder`` that have the name of a test picture, by this name, without its ending.
+
+    Raises InputError where two test pictures have one name.
     """
-    size = cover((image.height, image.width), size) if how == "short_side" else size
-    return image.resize(size[::-1], Image.Resampling.BICUBIC)
+    counts = Counter(p.path.stem for p in tests)
+    for name, count in counts.items():
+        if count > 1:
+            raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
+    return {p.path.stem: p for p in find_pictures(folder) if p.path.stem in counts}
 
 
-def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
-    """A size (height, width) scaled to cover another one just so, its aspect kept."""
-    scale = max(least[0] / size[0], least[1] / size[1])
-    return round(scale * size[0]), round(scale * size[1])
+def takes_grey(task: str, direction: str) -> bool:
+    """Whether a generator of ``direction`` that was trained for ``task`` wants the grey versions of pictures."""
+    return task == "colorization" and direction == "AtoB"
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """8-bit picture to a uint8 tensor of shape (channels, H, W). Not torchvision's, which takes seconds to import."""
-    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    """A uint8 tensor of shape (1 or 3, H, W) to an 8-bit picture."""
-    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).cpu().numpy())
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]; other types (noise) are returned unchanged."""
-    return images.float().div(127.5).sub(1) if images.dtype == torch.uint8 else images
-
-
-def quantise(images: Tensor) -> Tensor:
-    """Float [-1, 1] to the nearest uint8 [0, 255], the inverse of ``normalise``; values beyond are clipped."""
-    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+def as_input(path: Path, task: str, direction: str) -> Picture:
+    """A picture file as a generator of ``direction`` wants it, which was trained for ``task``: grey, or as it is."""
+    return Picture(path, grey=takes_grey(task, direction))
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Unpaired, paired and plain data
+#  Samples
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -572,26 +449,6 @@ class PairedDataset(PictureDataset):
         return {side: self.augment(self.read(p), self.rng(*key)) for side, p in pair.items()}  # the same draws for both
 
 
-def match_pairs(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
-    """Both sides of paired data in the order of their names; InputError where a picture has no partner."""
-    if [p.path for p in sides["A"]] == [p.path for p in sides["B"]]:
-        return sides
-    if root.name == BUILT_IN:
-        raise InputError(f"{root}: expected pairs, found the built-in set, whose equal names are different scenes")
-
-    def name(picture: Picture) -> Path:
-        """Without the folder of the side, and without the ending."""
-        return Path(*picture.path.relative_to(root).parts[1:]).with_suffix("")
-
-    A, B = (Counter(map(name, pictures)) for pictures in sides.values())
-    if lone := (A - B) + (B - A):
-        raise InputError(
-            f"{root}: expected pairs, side by side in the pictures of {split}, or with equal names in {split}A and "
-            f"{split}B; found {sum(lone.values())} without a partner, such as {min(lone)}"
-        )
-    return {side: sorted(pictures, key=name) for side, pictures in sides.items()}
-
-
 class PlainDataset(PictureDataset):
     """Pictures without domains, each with a noise vector; as many samples an epoch as pictures (see ``find_plain``).
 
@@ -661,89 +518,6 @@ def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
 KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
 
 
-def takes_grey(task: str, direction: str) -> bool:
-    """Whether a generator of ``direction`` that was trained for ``task`` wants the grey versions of pictures."""
-    return task == "colorization" and direction == "AtoB"
-
-
-def as_input(path: Path, task: str, direction: str) -> Picture:
-    """A picture file as a generator of ``direction`` wants it, which was trained for ``task``: grey, or as it is."""
-    return Picture(path, grey=takes_grey(task, direction))
-
-
-def true_translations(
-    root: Path, pictures: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
-) -> list[Picture] | None:
-    """The true translations of test pictures in ``direction``; None where they are not known.
-
-    The other half of a file that holds both sides; the colours or the grey of a picture; or the partner of equal name
-    where two folders hold pairs (``paired``), InputError where it is missing.
-    """
-    source, target = direction[0], direction[-1]
-    if task == "colorization":
-        return [picture._replace(grey=target == "A") for picture in pictures]
-    if all(picture.half for picture in pictures):
-        return [picture._replace(half=HALVES[target]) for picture in pictures]
-    if not paired:
-        return None
-    sides = match_pairs(root, "test", {side: find_side(root, "test", side, task) for side in "AB"})
-    partners = dict(zip(sides[source], sides[target], strict=True))
-    return [partners[picture] for picture in pictures]
-
-
-def find_truths(
-    root: Path, tests: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
-) -> list[Picture] | None:
-    """``true_translations``; but for pictures of ``testA`` those of ``testA_truth``, where there is such a folder.
-
-    Raises InputError where one is missing.
-    """
-    folder, truths = root / f"test{direction[0]}", root / f"test{direction[0]}_truth"
-    if task != TASKS[0] or not truths.is_dir() or not all(p.path.is_relative_to(folder) for p in tests):
-        return true_translations(root, tests, direction, task, paired)
-    found = named_alike(tests, truths)
-    for picture in tests:
-        if picture.path.stem not in found:
-            raise InputError(f"{truths}: no picture named {picture.path.stem}, expected one for each test picture")
-    return [found[picture.path.stem] for picture in tests]
-
-
-def find_masks(
-    root: Path, tests: Sequence[Picture], size: tuple[int, int], how: str, mask_dir: Path | None = None
-) -> dict[str, Tensor]:
-    """Object masks of one side's test pictures by the stem of their names, bool (1, *size), read like the pictures.
-
-    For pictures of ``testA`` they come from ``mask_dir/testA``, without a ``mask_dir`` from ``testA_mask`` in the
-    data set, or else from the masks in this repository. Raises InputError for masks that fit no test picture.
-    """
-    name = tests[0].path.relative_to(root).parts[0]
-    folder = root / f"{name}_mask" if mask_dir is None else mask_dir / name
-    shipped = Path(__file__).parent / "data" / f"{root.name}_masks.json"
-    stems = {p.path.stem for p in tests}
-    masks = {}
-    if folder.is_dir():
-        masks = {stem: p.read(1) for stem, p in named_alike(tests, folder).items()}
-        if not masks:
-            raise InputError(f"{folder}: no mask there is named as a test picture, as {min(stems)}")
-        if all(np.asarray(mask).max() < 128 for mask in masks.values()):
-            raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
-    elif mask_dir is None and shipped.exists():
-        masks = {stem: mask for stem, mask in load_masks(shipped, name).items() if stem in stems}
-    return {stem: to_tensor(ImageOps.fit(resize(m, size, how), size[::-1])) > 127 for stem, m in masks.items()}
-
-
-def named_alike(tests: Sequence[Picture], folder: Path) -> dict[str, Picture]:
-    """The pictures of ``folder`` that have the name of a test picture, by this name, without its ending.
-
-    Raises InputError where two test pictures have one name.
-    """
-    counts = Counter(p.path.stem for p in tests)
-    for name, count in counts.items():
-        if count > 1:
-            raise InputError(f"{folder}: {count} test pictures are named {name}, expected names of their own")
-    return {p.path.stem: p for p in find_pictures(folder) if p.path.stem in counts}
-
-
 def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
     """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
 
@@ -766,6 +540,11 @@ def fixed_batch(
             raise InputError(missing(root, side, task))
     n = min(map(len, sides.values()))
     return {side: torch.stack([unaugmented(p, size, channels, how) for p in ps[:n]]) for side, ps in sides.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The loader
+# ----------------------------------------------------------------------------------------------------------
 
 
 class EpochSampler(Sampler):

@@ -41,9 +41,10 @@ import checkpoints
 import datasets
 import metrics
 from checkpoints import DIRECTIONS, find_generator, open_generators
-from datasets import TASKS, Picture, find_side, normalise, quantise
+from datasets import TASKS, find_side
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
 from models import Generator, fixed_size_message
+from pictures import Picture, normalise, quantise, to_picture
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
 
@@ -68,7 +69,7 @@ class Reading(NamedTuple):
 
     size: tuple[int, int]  # height, width
     channels: int
-    how: str  # see ``datasets.resize``
+    how: str  # see ``pictures.resize``
     task: str = TASKS[0]
     paired: bool = False  # whether pictures of equal names belong together
 
@@ -468,7 +469,7 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     for i, (name, image) in enumerate(zip(reference.names, judged.images, strict=True)):
         path = folder / (f"{name}.png" if unique else f"{i:04d}_{name}.png")
         with utils.name_file(path):
-            datasets.to_picture(image).save(path)
+            to_picture(image).save(path)
     order = judged.scores.argsort(descending=True).tolist()
     n, k = len(order), min(3, len(order))
     chosen = list(dict.fromkeys([*order[:k], *order[(n - k) // 2 :][:k], *order[n - k :]]))

@@ -42,10 +42,12 @@ import evaluate
 import record
 import train
 from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators
-from datasets import BUILT_IN, Picture, find_plain, find_side, fixed_noise, normalise, quantise
+from datasets import BUILT_IN, find_plain, find_side, fixed_noise
 from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
 from models import NOISE
+from options import MACHINE, all_options, parse_options, stored_options, unknown_options
+from pictures import Picture, normalise, quantise
 from prepare import draw_built_in
 from record import find_block, write_block
 from systems import SYSTEMS
@@ -264,13 +266,13 @@ def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | 
 
     An option that the run does not know had its default, as ``train.py --resume`` has it, too. Raises InputError.
     """
-    options = train.parse_options(flags)
-    wanted, root = train.stored_options(options), Path(options.data_dir) / options.dataset_name
-    known = {key: each.default for key, each in train.all_options(options.system).items()} | state["options"]
+    options = parse_options(flags)
+    wanted, root = stored_options(options), Path(options.data_dir) / options.dataset_name
+    known = {key: each.default for key, each in all_options(options.system).items()} | state["options"]
     if known["system"] == options.system:
-        keys = sorted(wanted.keys() - set(train.MACHINE))
+        keys = sorted(wanted.keys() - set(MACHINE))
         changes = [f"--{k} {known[k]} (expected {wanted[k]})" for k in keys if known[k] != wanted[k]]
-        changes += [f"{lost} (which this version does not know)" for lost in train.unknown_options(known, wanted)]
+        changes += [f"{lost} (which this version does not know)" for lost in unknown_options(known, wanted)]
     else:
         changes = [f"--system {known['system']} (expected {options.system})"]
     if not changes:
@@ -361,7 +363,7 @@ def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[st
     """
     games = {}
     for run in runs:
-        options = train.parse_options(shlex.split(run.flags))
+        options = parse_options(shlex.split(run.flags))
         device = utils.pick_device(options.device)
         system, optimizers, autocast = train.set_up(options, device)
         shape = options.batch_size, options.channels, options.img_height, options.img_width
@@ -544,7 +546,7 @@ def check(page: Path, block: str, extractor: str) -> None:
 def compare(options: argparse.Namespace) -> int:
     """Train a comparison's runs, measure them, write its table and sheet. Returns the exit status; or InputError."""
     name, seeds, extractor = options.comparison, options.seeds, options.extractor
-    shared, runs, page = train.parse_options(shlex.split(SHARED[name])), compared_runs(name, seeds), PAGES[name]
+    shared, runs, page = parse_options(shlex.split(SHARED[name])), compared_runs(name, seeds), PAGES[name]
     root, from_noise = options.data_dir / shared.dataset_name, SYSTEMS[shared.system].game.data == "plain"
     if from_noise and extractor == "none":
         raise InputError("--extractor none: samples are compared by their features, expected an extractor")

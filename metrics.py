@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets import PictureDataset, normalise, quantise, unaugmented
+from datasets import PictureDataset, unaugmented
 from models import evaluation_mode
+from pictures import normalise, quantise
 
 # ----------------------------------------------------------------------------------------------------------
 #  What figures are called, how they are written, and which are better

@@ -31,7 +31,8 @@ from urllib.error import HTTPError
 import numpy as np
 from PIL import Image
 
-from datasets import BUILT_IN, EXTENSIONS, find_files, find_pictures, tell_found, unreadable
+from datasets import BUILT_IN
+from pictures import EXTENSIONS, find_files, find_pictures, tell_found, unreadable
 
 # ----------------------------------------------------------------------------------------------------------
 #  The built-in set

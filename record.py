@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from datasets import quantise, to_picture
+from pictures import quantise, to_picture
 
 IMAGES = Path("images")  # below the working directory
 

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoints
 import train
 from checkpoints import SAVED_MODELS
+from options import build_system, parse_options
 from systems import System
 
 TIMEOUT = timedelta(hours=1)  # how long ranks wait for rank 0, which saves and draws
@@ -189,7 +190,7 @@ def check_batch_norm(options: argparse.Namespace, world_size: int) -> None:
     """Raise InputError where BatchNorm would see each rank's own share of the batch."""
     if world_size > 1 and pick_kind(options) == "cpu":
         with torch.device("meta"):
-            system = train.build_system(options)
+            system = build_system(options)
         if any(isinstance(module, nn.BatchNorm2d) for module in system.modules()):
             raise InputError(
                 f"--system {options.system} has BatchNorm, whose statistics {world_size} processes can share only on "
@@ -261,7 +262,7 @@ def is_failure(report: tuple[int, int | str]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        options = train.parse_options(argv, add_launch_flags)
+        options = parse_options(argv, add_launch_flags)
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return utils.exit_status(launch(options))
         rank, local_rank, size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))

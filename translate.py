@@ -34,20 +34,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from checkpoints import best_size, open_generator
-from datasets import (
-    HALVES,
-    TASKS,
-    Picture,
-    as_input,
-    find_pictures,
-    normalise,
-    quantise,
-    resize,
-    takes_grey,
-    to_picture,
-    to_tensor,
-)
+from datasets import HALVES, TASKS, as_input, takes_grey
 from models import Generator, translate_any_size
+from pictures import Picture, find_pictures, normalise, quantise, resize, to_picture, to_tensor
 from record import draw_sheet
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -34,7 +35,8 @@ def _in_an_empty_folder(tmp_path, monkeypatch, request):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if request.node.get_closest_marker("gpu") is None:  # the bits of the CPU are tested, wherever the tests run
         for backend in (torch.cuda, torch.backends.mps):
-            monkeypatch.setattr(backend, "is_available", lambda: False)
+            # torch.compile, where it is imported later, expects what these functions wrap.
+            monkeypatch.setattr(backend, "is_available", wraps(backend.is_available)(lambda: False))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

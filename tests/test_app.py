@@ -24,8 +24,8 @@ from PIL import Image
 import app
 import checkpoints
 import translate
-from datasets import normalise, quantise, resize, to_tensor
 from models import AttentionGenerator, DCGANGenerator, ResNetGenerator, UGATITGenerator, translate_any_size
+from pictures import normalise, quantise, resize, to_tensor
 from prepare import draw_scene
 
 SIZE = dict(img_height=24, img_width=32)

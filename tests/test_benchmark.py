@@ -15,11 +15,12 @@ from common import CPU, build, make_batch
 import benchmark
 import translate
 from benchmark import Variant, Worker
-from datasets import normalise
+from options import parse_options
+from pictures import normalise
 from prepare import draw_built_in
 from record import write_block
 from systems import SYSTEMS
-from train import parse_options, trained_parameters, training_step
+from train import trained_parameters, training_step
 
 TINY = "--ngf 4 --ndf 4 --n_residual_blocks 1 --n_layers_D 2"
 

@@ -55,6 +55,7 @@ from models import (
     UNetGenerator,
     heat_map,
 )
+from options import MACHINE, parse_options, stored_options
 
 # ----------------------------------------------------------------------------------------------------------
 #  Names
@@ -364,12 +365,12 @@ def test_killed_outright_and_resumed_is_straight_through(small_set, start):
 
 
 def test_checkpoints_within_an_epoch_are_minutes_apart(small_set, monkeypatch):
-    options = train.parse_options(f"{QUICK} --name r".split())
+    options = parse_options(f"{QUICK} --name r".split())
     system, optimizers, _ = train.set_up(options, torch.device("cpu"))
     now = 1000.0
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
-    own, dataset = train.stored_options(options), train.build_dataset(options)
-    state = checkpoints.RunState(Path("r"), own, train.MACHINE, system, optimizers, 6, dataset, torch.device("cpu"))
+    own, dataset = stored_options(options), train.build_dataset(options)
+    state = checkpoints.RunState(Path("r"), own, MACHINE, system, optimizers, 6, dataset, torch.device("cpu"))
     now += 59
     assert not state.is_due(1)
     now += 2

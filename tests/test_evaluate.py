@@ -24,10 +24,11 @@ from torch_fidelity import feature_extractor_inceptionv3
 import evaluate
 import metrics
 from checkpoints import pack_generator
-from datasets import Picture, load_masks, unaugmented
+from datasets import load_masks, unaugmented
 from evaluate import Exam, Reading, find_entries, judge
 from metrics import EFFICIENTNET, Extractor, Features
 from models import AttentionGenerator, ResNetGenerator, Translation, UGATITGenerator
+from pictures import Picture
 from prepare import draw_built_in
 
 SMALL = Path("data/small")

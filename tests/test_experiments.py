@@ -21,10 +21,12 @@ import experiments
 import record
 import train
 from checkpoints import find_run, is_finished, load_generator, open_generator, open_generators, pack_generator
-from datasets import Picture, fixed_noise, quantise, unaugmented
+from datasets import fixed_noise, unaugmented
 from experiments import Run
 from metrics import Features, kernel_distance
 from models import AttentionGenerator, SingleMaskGenerator
+from options import parse_options, stored_options
+from pictures import Picture, quantise
 from prepare import draw_built_in
 
 TINY = (
@@ -254,9 +256,9 @@ def train_all(*flags: str) -> int:
 
 def stand(name, flags, step=3, lacking=(), **others):
     """The checkpoint of a run of these flags, as far as ``train_all`` looks at it."""
-    options = train.parse_options(flags.split())
+    options = parse_options(flags.split())
     pictures = train.build_dataset(options).digest() if Path("data").exists() else ""
-    stored = {k: v for k, v in {**train.stored_options(options), **others}.items() if k not in lacking}
+    stored = {k: v for k, v in {**stored_options(options), **others}.items() if k not in lacking}
     files = checkpoints.CheckpointFiles(Path("saved_models") / name)
     files.folder.mkdir(parents=True)
     state = {"options": stored, "step": step, "steps_per_epoch": 3, "pictures": pictures, "networks": {}}
@@ -545,9 +547,9 @@ def test_every_run_has_flags_that_train_takes_and_a_name_of_its_own():
     datasets = [run.group.split(",")[0] for run in experiments.RUNS]
     assert list(dict.fromkeys(datasets)) == list(experiments.REAL_SETS)
     for run in compared:
-        train.parse_options(run.flags.split())
+        parse_options(run.flags.split())
     for run, dataset in zip(experiments.RUNS, datasets, strict=True):
-        options = train.parse_options(run.flags.split())
+        options = parse_options(run.flags.split())
         assert run.group == f"{dataset}, {options.img_height} × {options.img_width}"
         assert options.dataset_name == dataset
 

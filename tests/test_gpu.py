@@ -12,9 +12,10 @@ from common import TEXTBOOK, build, gradients, make_batch, textbook_losses
 
 import train
 from benchmark import Variant, Worker
+from options import all_options, parse_options
 from prepare import draw_built_in
 from systems import SYSTEMS
-from train import CapturedStep, all_options, parse_options, set_up, trained_parameters, training_step
+from train import CapturedStep, set_up, trained_parameters, training_step
 
 DEVICE = "cuda"
 pytestmark = [

@@ -19,9 +19,9 @@ from packaging.version import Version
 import benchmark
 import checkpoints
 import models
+import options
 import prepare
 import systems
-import train
 import train_dist
 
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
@@ -33,24 +33,26 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 # ----------------------------------------------------------------------------------------------------------
 
 # What each module may import of the others. It names only modules above it, so there are no circles.
-BELOW_TRAIN = "utils models systems datasets prepare record checkpoints metrics"
+BELOW_TRAIN = "utils models systems pictures datasets prepare record checkpoints metrics"
 LADDER = {
     "utils": "",
     "models": "utils",
     "systems": "utils models",
-    "datasets": "utils",
-    "prepare": "utils datasets",
-    "record": "utils datasets",
-    "checkpoints": "utils models datasets",
-    "metrics": "utils models datasets",
+    "pictures": "utils",
+    "datasets": "utils pictures",
+    "prepare": "utils pictures datasets",
+    "record": "utils pictures",
+    "checkpoints": "utils models pictures datasets",
+    "metrics": "utils models pictures datasets",
+    "options": "utils models systems pictures datasets checkpoints metrics",
     "evaluate": BELOW_TRAIN,
     "translate": BELOW_TRAIN,
     "generate": BELOW_TRAIN,
     "app": f"{BELOW_TRAIN} translate",
-    "train": BELOW_TRAIN,
-    "train_dist": f"{BELOW_TRAIN} train",
-    "benchmark": f"{BELOW_TRAIN} train translate",
-    "experiments": f"{BELOW_TRAIN} train evaluate",
+    "train": f"{BELOW_TRAIN} options",
+    "train_dist": f"{BELOW_TRAIN} options train",
+    "benchmark": f"{BELOW_TRAIN} options train translate",
+    "experiments": f"{BELOW_TRAIN} options train evaluate",
 }
 
 
@@ -150,7 +152,7 @@ Say `.venv/bin/python e.py
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_shows_its_parser(name):
-    assert "\ndef make_parser(" in MODULES[name].read_text() or name == "train_dist"  # it adds to that of train.py
+    assert "\ndef make_parser(" in MODULES["options" if name.startswith("train") else name].read_text()
 
 
 @pytest.mark.parametrize("page, command", COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
@@ -159,22 +161,22 @@ def test_a_command_of_a_page_is_accepted_by_its_script(page, command):
     if script in ("train.py", "train_dist.py"):
         extend = train_dist.add_launch_flags if script == "train_dist.py" else lambda parser: None
         if "--resume" in argv:  # of a run that is not here
-            parser = train.make_parser(*(name for flag, name in pairwise(argv) if flag == "--system"))
+            parser = options.make_parser(*(name for flag, name in pairwise(argv) if flag == "--system"))
             extend(parser)
             parser.parse_args(argv)
         else:
-            train.parse_options(argv, extend)
+            options.parse_options(argv, extend)
     elif script == "benchmark.py":
         own, others = benchmark.make_parser().parse_known_args(argv)
         benchmark.refuse_ignored(own, others)
         for system in own.systems:
-            train.make_parser(system).parse_args(others)
+            options.make_parser(system).parse_args(others)
     else:
         importlib.import_module(Path(script).stem).make_parser().parse_args(argv)
 
 
 def all_flags():
-    parsers = [train.make_parser(system) for system in systems.SYSTEMS]
+    parsers = [options.make_parser(system) for system in systems.SYSTEMS]
     modules = [importlib.import_module(name) for name in SCRIPTS]
     parsers += [module.make_parser() for module in modules if hasattr(module, "make_parser")]
     train_dist.add_launch_flags(parsers[0])
@@ -186,7 +188,7 @@ def all_flags():
 
 
 # Of the official code, of an earlier commit (as the page says), of Docker, and those that train.py explains.
-OF_OTHERS = {"--norm", "--n_epochs_decay", "--lambda_warmup", "--shm-size", "--time", *train.FOREIGN}
+OF_OTHERS = {"--norm", "--n_epochs_decay", "--lambda_warmup", "--shm-size", "--time", *options.FOREIGN}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

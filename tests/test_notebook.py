@@ -22,7 +22,7 @@ from PIL import Image
 
 import prepare
 from checkpoints import PRETRAINED, open_generators, pack_generator
-from datasets import Picture, normalise, unaugmented
+from datasets import unaugmented
 from models import (
     AttentionGenerator,
     DCGANGenerator,
@@ -31,8 +31,9 @@ from models import (
     UGATITGenerator,
     UNetGenerator,
 )
+from options import parse_options
+from pictures import Picture, normalise
 from prepare import draw_built_in, draw_scene
-from train import parse_options
 
 NOTEBOOK = ROOT / "inference.ipynb"
 

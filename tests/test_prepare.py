@@ -26,7 +26,8 @@ from PIL import Image, ImageFilter
 
 import datasets
 import prepare
-from datasets import BUILT_IN, UnpairedDataset, find_pictures, find_side
+from datasets import BUILT_IN, UnpairedDataset, find_side
+from pictures import find_pictures
 from prepare import PUBLIC_SETS, PublicSet, atomic_folder, draw_built_in, fetch, import_pictures, unpack
 
 # ----------------------------------------------------------------------------------------------------------

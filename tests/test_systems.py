@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import train
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout, ReplayBuffer
+from options import all_options, parse_options
 from systems import SYSTEMS, Turn, least_squares, mask_measures
-from train import CapturedStep, all_options, trained_parameters, training_step, update
+from train import CapturedStep, trained_parameters, training_step, update
 
 
 def assert_same_turn(turn, found, expected, ours, book):
@@ -671,6 +672,6 @@ def test_a_captured_step_replays_the_plain_one(name, monkeypatch):
 )
 def test_a_step_that_cannot_be_captured_is_refused(device, flags, processes, monkeypatch):
     monkeypatch.setattr(train.utils, "world_size", lambda: processes)
-    options = train.parse_options(f"--cuda_graph {flags}".split())
+    options = parse_options(f"--cuda_graph {flags}".split())
     with pytest.raises(train.InputError, match=f"--cuda_graph: .* {device}, {processes} process.*{flags}"):
         train.set_up(options, torch.device(device))

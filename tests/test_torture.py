@@ -42,8 +42,8 @@ import record
 import train
 import train_dist
 import translate
-from datasets import Picture
 from models import AttentionGenerator
+from pictures import Picture
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
 PATIENCE = 240  # seconds that one child may take, on a busy machine

@@ -25,9 +25,11 @@ import metrics
 import train
 import translate
 from checkpoints import load_generator, open_generators, pack_generator
-from datasets import Picture, UnpairedDataset, normalise, quantise, unaugmented
+from datasets import UnpairedDataset, unaugmented
 from metrics import Features, kernel_distance
 from models import AttentionGenerator
+from options import SMALL, all_options, make_parser, option_groups, parse_options
+from pictures import Picture, normalise, quantise
 from systems import SYSTEMS
 
 # 3 steps an epoch: it takes the 6 pictures of trainA.
@@ -150,17 +152,17 @@ def test_a_run_of_dcgan_leaves_its_generator_log_and_sheets(small_set, channels)
 
 
 def test_the_learning_rate_is_the_official_rule():
-    options = train.parse_options([])
+    options = parse_options([])
     assert (options.n_epochs, options.decay_epoch) == (200, 100)
     official = [1 - max(0, epoch + 1 - 100) / (100 + 1) for epoch in range(200) for _ in range(3)]
     assert [train.learning_rate(options, step, 3) / options.lr for step in range(600)] == pytest.approx(official)
     for unit in ("epoch", "step"):
-        constant = train.parse_options(["--n_epochs", "60", "--decay_epoch", "60", "--decay_by", unit])
+        constant = parse_options(["--n_epochs", "60", "--decay_epoch", "60", "--decay_by", unit])
         assert {train.learning_rate(constant, step, 2) for step in range(120)} == {2e-4}
 
 
 def test_u_gat_its_rate_falls_with_each_step_and_its_presets_are_the_official_ones():
-    options = train.parse_options(["--system", "ugatit", "--n_epochs", "100"])
+    options = parse_options(["--system", "ugatit", "--n_epochs", "100"])
     assert (options.lr, options.weight_decay, options.b1, options.b2) == (1e-4, 1e-4, 0.5, 0.999)
     weights = (options.lambda_gan, options.lambda_cyc, options.lambda_id, options.lambda_cam)
     assert weights == (1, 10, 10, 1000) and options.batch_size == 1
@@ -169,8 +171,8 @@ def test_u_gat_its_rate_falls_with_each_step_and_its_presets_are_the_official_on
     found = [train.learning_rate(options, step, 10) / 1e-4 for step in range(1000)]
     assert found == pytest.approx(official, abs=1 / 500)
     assert found[499] == 1 > found[500] and found[-1] == pytest.approx(1 / 501)
-    assert train.parse_options(["--system", "ugatit"]).n_epochs * 3400 == pytest.approx(1e6, rel=1e-3)
-    plain = train.parse_options([])
+    assert parse_options(["--system", "ugatit"]).n_epochs * 3400 == pytest.approx(1e6, rel=1e-3)
+    plain = parse_options([])
     assert (plain.lr, plain.weight_decay, plain.decay_by) == (2e-4, 0, "epoch")
 
 
@@ -201,7 +203,7 @@ def test_the_seed_reaches_weights_buffers_order_and_crops(small_set, monkeypatch
         command = f"{QUICK} --n_epochs 1 --seed {seed} --name {name}"
         random.seed(len(weights))  # a library may draw from it; nothing here may
         assert run(command) == 0
-        options = train.parse_options(command.split())
+        options = parse_options(command.split())
         system, _, _ = train.set_up(options, torch.device("cpu"))
         weights.append(system.G_AB.encoder[0].weight)
         pools.append((system.pool_A.seed, system.pool_B.seed))
@@ -221,11 +223,11 @@ def test_without_intervals_a_run_still_saves_and_shows_its_end(small_set):
 
 
 def test_presets_give_defaults_that_flags_change():
-    options = train.parse_options(["--preset", "small", "--ngf", "16"])
-    assert {**train.SMALL, "ngf": 16}.items() <= vars(options).items()
-    assert train.parse_options(["--preset", "small", "--system", "ugatit"]).img_width == 64
-    assert train.parse_options([]).img_width == 256
-    options = train.parse_options(["--system", "dcgan"])  # the paper's
+    options = parse_options(["--preset", "small", "--ngf", "16"])
+    assert {**SMALL, "ngf": 16}.items() <= vars(options).items()
+    assert parse_options(["--preset", "small", "--system", "ugatit"]).img_width == 64
+    assert parse_options([]).img_width == 256
+    options = parse_options(["--system", "dcgan"])  # the paper's
     assert (options.lr, options.b1, options.b2, options.batch_size) == (2e-4, 0.5, 0.999, 128)
     assert (options.img_height, options.img_width, options.nz, options.upsample) == (64, 64, 100, "transposed")
     assert {train.learning_rate(options, step, 4) for step in range(100)} == {2e-4}
@@ -234,7 +236,7 @@ def test_presets_give_defaults_that_flags_change():
 def test_help_shows_each_systems_own_defaults(capsys):
     for system, identity in (("attentiongan", "0.5"), ("cyclegan", "5.0")):
         with pytest.raises(SystemExit) as caught:
-            train.parse_options(["--system", system, "--help"])
+            parse_options(["--system", system, "--help"])
         assert caught.value.code == 0
         shown = re.sub(r"\s+", " ", capsys.readouterr().out)
         assert re.search(rf"--lambda_id X weight of [^-]*\(default: {identity}\)", shown)
@@ -258,9 +260,9 @@ def test_the_curriculum_reaches_the_losses(small_set):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_parser_is_made_of_options_that_are_declared_once(system):
     """With help and, where they are numbers, a least value; the defaults are those of the options."""
-    options = train.all_options(system)
-    assert sum(map(len, train.option_groups(system).values())) == len(options)  # in one group each
-    parser = train.make_parser(system)
+    options = all_options(system)
+    assert sum(map(len, option_groups(system).values())) == len(options)  # in one group each
+    parser = make_parser(system)
     assert vars(parser.parse_args([])) == {name: each.default for name, each in options.items()}
     for name, each in options.items():
         assert each.help and (each.type not in (int, float) or each.choices or each.least is not None), name
@@ -317,9 +319,9 @@ def test_a_first_try_of_some_steps_goes_on_by_the_same_command(small_set):
 def test_a_restart_by_torchrun_goes_on_by_itself(small_set, monkeypatch):
     command = f"{QUICK} --n_epochs 2 --overwrite --name r"
     assert run(f"{command} --max_steps 5") == 0
-    assert train.parse_options(command.split()).overwrite
+    assert parse_options(command.split()).overwrite
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    options = train.parse_options(command.split())
+    options = parse_options(command.split())
     assert options.resume and not options.overwrite
 
 
@@ -402,7 +404,7 @@ def test_every_graph_of_a_step_is_compiled(monkeypatch):
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile(self, backend="eager", **k))
     torch._dynamo.reset()
-    options = train.parse_options(f"{quick('ugatit')} --system ugatit --compile".split())
+    options = parse_options(f"{quick('ugatit')} --system ugatit --compile".split())
     system, optimizers, autocast = train.set_up(options, torch.device("cpu"))
     batch = {side: torch.rand(1, 3, options.img_height, options.img_width) for side in "AB"}
     for _ in range(2):
@@ -636,7 +638,7 @@ def test_held_out_pictures_are_translated_without_noise(pairs, monkeypatch):
     monkeypatch.setattr(metrics, "Extractor", PixelExtractor)
     flags = f"{QUICK_PIX2PIX} --n_epochs 1 --eval_interval 1 --extractor some --precision float32 --name r"
     assert run(flags) == 0
-    options = train.parse_options([*flags.split(), "--name", "another"])
+    options = parse_options([*flags.split(), "--name", "another"])
     validation = metrics.Validation("some", None, train.build_dataset(options), torch.device("cpu"))
     generator, _ = load_generator("saved_models/r/AtoB.pt")
     with torch.no_grad():
@@ -779,14 +781,14 @@ def test_what_does_not_fit_is_named_in_one_line(small_set, pairs, capsys, comman
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_bounds_of_weights_and_sizes_are_looked_at_before_anything_is_built(system):
-    weights = [name for name in train.all_options(system) if name.startswith("lambda_")]
+    weights = [name for name in all_options(system) if name.startswith("lambda_")]
     assert weights or system == "dcgan"
     values = {"-10": "at least 0", "nan": "at least 0", "inf": "a finite number"}
     refused = [(name, value, expected) for name in weights for value, expected in values.items()]
     refused += [(name, value, "at least 1") for name in ("img_height", "img_width") for value in ("0", "-8")]
     for name, value, expected in refused:
         with pytest.raises(InputError, match=rf"^--{name} {value}(\.0)?: expected {expected}$"):
-            train.parse_options(["--system", system, f"--{name}", value])
+            parse_options(["--system", system, f"--{name}", value])
 
 
 def test_many_processes_need_the_other_script(small_set, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from torch import nn
 
 import train
 import train_dist
+from options import build_system, parse_options
 from systems import System
 
 
@@ -120,16 +121,16 @@ def train_as_a_rank(rank: int, folder: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if end:
                 stop_at(patch, 3)
-            assert train.train(train.parse_options(flags.split()), train_dist.distribute, "cpu") == end
+            assert train.train(parse_options(flags.split()), train_dist.distribute, "cpu") == end
         dist.barrier()  # rank 0 has written what all go on from
-    system, _, _ = train.set_up(train.parse_options(command.split()), torch.device("cpu"))
+    system, _, _ = train.set_up(parse_options(command.split()), torch.device("cpu"))
     with torch.no_grad():
         fake = system({"A": torch.ones(1, 3, 64, 64)})
     torch.save({"fake": fake, "weights": list(system.parameters())}, f"{folder}/{rank}.pt")
     command = (
         f"{quick('cyclegan')} --system attentiongan1 --curriculum_epochs 1 --n_epochs 2 --log_interval 1 --lr 1e-12"
     )
-    assert train.train(train.parse_options(f"{command} --name led".split()), train_dist.distribute, "cpu") == 0
+    assert train.train(parse_options(f"{command} --name led".split()), train_dist.distribute, "cpu") == 0
     dist.destroy_process_group()
 
 
@@ -265,7 +266,7 @@ def test_a_rank_tells_what_fails_before_the_group_breaks(small_set, monkeypatch)
         assert dist.is_initialized()
         told.append(str(error))
 
-    options = train.parse_options([*QUICK.split(), "--device", "cpu"])
+    options = parse_options([*QUICK.split(), "--device", "cpu"])
     with pytest.raises(OSError, match="the disk is full"):
         train_dist.join(options, 0, 0, 1, f"tcp://127.0.0.1:{free_port()}", tell=tell)
     assert told == ["the disk is full"]
@@ -283,7 +284,7 @@ def test_no_rank_reads_a_checkpoint_before_the_first_has_the_run(small_set, monk
     for name in ("init_process_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, rank, 2)]))
-    options = train.parse_options([*QUICK.split(), "--device", "cpu"])
+    options = parse_options([*QUICK.split(), "--device", "cpu"])
     assert train_dist.join(options, rank, rank, 2, "tcp://nowhere") == 0
     assert done == (["locked", "met", "trained"] if rank == 0 else ["met", "trained"])
 
@@ -320,9 +321,9 @@ def test_batch_norm_over_several_processes_needs_cuda(small_set, capsys, monkeyp
     assert train_dist.main(command) == 2
     assert "whose statistics 3 processes" in capsys.readouterr().err
     assert not Path("saved_models").exists()
-    options = train.parse_options(command)
+    options = parse_options(command)
     train_dist.check_batch_norm(options, 1)
-    train_dist.check_batch_norm(train.parse_options(QUICK.split()), 2)
+    train_dist.check_batch_norm(parse_options(QUICK.split()), 2)
     monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda")
     train_dist.check_batch_norm(options, 2)
 
@@ -347,10 +348,10 @@ def test_distribute_synchronises_batch_norm_on_cuda_in_place(monkeypatch):
 
 
 def test_ranks_have_buffers_of_their_own(monkeypatch):
-    options, seeds = train.parse_options(QUICK.split()), set()
+    options, seeds = parse_options(QUICK.split()), set()
     for rank in range(2):
         monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
-        system = train.build_system(options)
+        system = build_system(options)
         seeds |= {system.pool_A.seed, system.pool_B.seed}
     assert len(seeds) == 4
 
@@ -389,7 +390,7 @@ def test_the_number_of_processes(monkeypatch, capsys):
     def count(flags: str, gpus: int) -> int:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(train_dist, "pick_kind", lambda _: "cuda" if gpus else "cpu")
-        options = train.parse_options(flags.split(), train_dist.add_launch_flags)
+        options = parse_options(flags.split(), train_dist.add_launch_flags)
         return train_dist.count_processes(options)
 
     assert count("--multi_gpu_flag True", gpus=8) == 8

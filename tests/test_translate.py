@@ -22,7 +22,6 @@ from torchvision.transforms.functional import to_pil_image
 
 import translate
 from checkpoints import pack_generator
-from datasets import Picture, normalise, resize, to_tensor
 from models import (
     AttentionGenerator,
     ResNetGenerator,
@@ -32,6 +31,7 @@ from models import (
     UNetGenerator,
     translate_any_size,
 )
+from pictures import Picture, normalise, resize, to_tensor
 from translate import SHEET, OnUnitRange, Task, luminance, make_batches, name_outputs
 
 
