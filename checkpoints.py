@@ -259,14 +259,17 @@ def check_state(path: Path, state: Mapping[str, Any], resume: bool = True) -> No
             raise InputError(f"{path}: {key}: expected {kind.__name__}, found {describe(state.get(key))}")
     if not resume:
         return
-    if state["steps_per_epoch"] < 1 or state["step"] < 0 or not state["ranks"]:
-        raise InputError(f"{path}: step, steps_per_epoch or ranks: expected a run that has begun")
+    options, step = state["options"], state["step"]
+    if state["steps_per_epoch"] < 1 or not state["ranks"]:
+        raise InputError(f"{path}: steps_per_epoch or ranks: expected a run that has begun")
+    n_epochs = options.get("n_epochs")
+    if type(n_epochs) is not int or not 0 <= step <= n_epochs * state["steps_per_epoch"]:
+        raise InputError(f"{path}: step or options.n_epochs: {step} does not lie within {describe(n_epochs)} epochs")
     if not isinstance(state.get("best", 0.0), float | int):
         raise InputError(f"{path}: best: expected a number, found {describe(state['best'])}")
     names = state.get("picture_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: picture_names: expected a list of names, found {describe(names)}")
-    options = state["options"]
     for key in ("system", "dataset_name", "data_dir"):
         if not isinstance(options.get(key), str):
             raise InputError(f"{path}: options.{key}: expected a name, found {describe(options.get(key))}")

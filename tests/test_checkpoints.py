@@ -194,7 +194,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
 
 def make_state(step, **networks):
     """The least that is a checkpoint."""
-    options = dict.fromkeys(("system", "dataset_name", "data_dir"), "")
+    options = dict.fromkeys(("system", "dataset_name", "data_dir"), "") | {"n_epochs": 9}
     state = {"options": options, "step": step, "steps_per_epoch": 1, "pictures": "", "networks": networks}
     return state | {"optimizers": {}, "ranks": [{"children": {}, "record": {}, "random": torch.get_rng_state()}]}
 

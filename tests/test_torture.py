@@ -650,7 +650,7 @@ def test_a_changed_generator_file_is_refused_in_one_line_or_opens(n):
 @shares(1, "all")
 def test_a_changed_checkpoint_is_refused_in_one_line_or_resumed(small_set, n, capsys):
     flags = f"{QUICK} --n_masks 3 --name r"
-    assert run(f"{flags} --n_epochs 1") == 0
+    assert run(f"{flags} --n_epochs 2 --max_steps 6") == 0
     path = "saved_models/r/checkpoint.pt"
     content = torch.load(path, weights_only=True)
     resumed, before = 0, memory("VmRSS", reset=True)
