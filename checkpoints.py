@@ -16,7 +16,7 @@ and lie in ``saved_models/pretrained/<name>/`` beside the code. Files are read w
 from __future__ import annotations
 
 import utils
-from utils import InputError, first_line, print0
+from utils import InputError, Option, first_line, print0
 
 import inspect
 import math
@@ -25,6 +25,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -560,59 +561,50 @@ def check_settings(path: str | Path, make: type[Generator], settings: Any) -> No
     known = inspect.signature(make).parameters
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"{path}: settings: expected arguments of {make.__name__}, found {describe(settings)}")
+    bounds: dict[str, dict[str, Any]] = {"n_residual_blocks": dict(least=0, most=256), "depth": dict(least=1, most=12)}
+    bounds |= {"upsample": dict(choices=("transposed", "nearest")), "size": dict(choices=DCGANGenerator.sizes)}
     for key, value in settings.items():
         where = f"{path}: settings.{key}: {describe(value)}"
         if key not in known:
             raise ValueError(f"{where}, which {make.__name__} does not know")
         kind = type(known[key].default)
-        if key == "size" and kind is not int:  # U-GAT-IT: None or (height, width)
-            good = value is None or (
-                isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and 8 <= n <= 4096 for n in value)
-            )
-        elif key == "upsample":
-            good = value in ("transposed", "nearest")
-        elif kind is int:
-            most = {"n_residual_blocks": 256, "depth": 12}.get(key, 4096)
-            good = type(value) is int and (key == "n_residual_blocks" or value >= 1) and 0 <= value <= most
-            if issubclass(make, DCGANGenerator) and key == "size":
-                good = value in DCGANGenerator.sizes
-        else:
-            good = type(value) is kind
-        if not good:
-            raise ValueError(f"{where}, expected an argument of {make.__name__}")
+        wanted = Option(kind, 0, "", **bounds.get(key, dict(least=1, most=4096) if kind is int else {})).expected(value)
+        if key == "size" and kind is not int:  # U-GAT-IT's
+            sides = value if isinstance(value, tuple) else ()
+            fits = value is None or (len(sides) == 2 and all(type(n) is int and 8 <= n <= 4096 for n in sides))
+            wanted = None if fits else "None or (height, width)"
+        if wanted is not None:
+            raise ValueError(f"{where}, expected {wanted}")
+
+
+COUNT = partial(Option, int, 0, "")
+SAID = {  # of themselves, by generator files; what is not here is not read
+    "direction": Option(str, "", "", choices=(*DIRECTIONS, NOISE)),
+    "step": COUNT(least=0),
+    "best_size": COUNT(least=8, most=2**14),
+    "halves": Option(bool, False, ""),
+    "options.img_height": COUNT(least=1, most=2**14),
+    "options.img_width": COUNT(least=1, most=2**14),
+    "options.channels": COUNT(choices=(1, 3)),
+    "options.batch_size": COUNT(least=1, most=2**20),
+    "options.seed": COUNT(least=0, most=2**62),
+    "options.n_epochs": COUNT(least=1, most=10**7),
+    "options.resize": Option(str, "", "", choices=RESIZE),
+    "options.task": Option(str, "", "", choices=TASKS),
+    "options.system": Option(str, "", ""),
+    "options.dataset_name": Option(str, "", ""),
+}
 
 
 def check_about(path: str | Path, about: Mapping[str, Any]) -> None:
     """Raise ValueError where what a generator file says of itself is not of the kind that its readers expect."""
-    if about.get("direction") not in (*DIRECTIONS, NOISE):
-        raise ValueError(f"{path}: direction: {describe(about.get('direction'))}, expected AtoB, BtoA or {NOISE}")
-    if type(about.get("step", 0)) is not int or about.get("step", 0) < 0:
-        raise ValueError(f"{path}: step: {describe(about['step'])}, expected a number of steps")
-    if type(about.get("best_size", 8)) is not int or not 8 <= about.get("best_size", 8) <= 2**14:
-        raise ValueError(f"{path}: best_size: {describe(about['best_size'])}, expected a number of pixels")
-    if type(about.get("halves", False)) is not bool:
-        raise ValueError(f"{path}: halves: {describe(about['halves'])}, expected True or False")
     options = about.get("options", {})
     if not isinstance(options, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in options.items()):
         raise ValueError(f"{path}: options: expected numbers, strings and booleans by their names")
-    for key, (kind, least, most) in {
-        "img_height": (int, 1, 2**14),
-        "img_width": (int, 1, 2**14),
-        "channels": (int, 1, 3),
-        "batch_size": (int, 1, 2**20),
-        "seed": (int, 0, 2**62),
-        "n_epochs": (int, 1, 10**7),
-    }.items():
-        if key in options and not (type(options[key]) is kind and least <= options[key] <= most):
-            raise ValueError(
-                f"{path}: options.{key}: {describe(options[key])}, expected a whole number from {least} to {most}"
-            )
-    for key, choices in {"resize": RESIZE, "task": TASKS}.items():
-        if options.get(key, choices[0]) not in choices:
-            raise ValueError(f"{path}: options.{key}: {describe(options[key])}, expected {' or '.join(choices)}")
-    for key in ("system", "dataset_name"):
-        if not isinstance(options.get(key, ""), str):
-            raise ValueError(f"{path}: options.{key}: {describe(options[key])}, expected a name")
+    said = {"direction": None, **about, **{f"options.{key}": value for key, value in options.items()}}
+    for key, option in SAID.items():
+        if key in said and (wanted := option.expected(said[key])) is not None:
+            raise ValueError(f"{path}: {key}: {describe(said[key])}, expected {wanted}")
 
 
 def check_networks(where: str, found: Mapping[str, Any], system: Any, names: Iterable[str]) -> None:

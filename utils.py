@@ -261,25 +261,27 @@ class Option:
     most: float | None = None
     below: float | None = None
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise InputError for a value of another type or out of bounds."""
+    def expected(self, value: Any) -> str | None:
+        """What was expected, in words, where a value is of another type or out of bounds; None where it fits."""
         if value is None and self.default is None:
-            return
-        expected = None
-        if type(value) is not self.type and not (self.type is float and type(value) is int):
-            expected = getattr(self.type, "__name__", "a value")
-        elif self.choices is not None and value not in self.choices:
-            expected = f"one of {', '.join(map(str, self.choices))}"
-        elif self.least is not None and not value >= self.least:  # nan is not
-            expected = f"at least {self.least}"
-        elif self.most is not None and value > self.most:
-            expected = f"at most {self.most}"
-        elif self.below is not None and not value < self.below:
-            expected = f"below {self.below}"
-        elif value in (float("inf"), float("-inf")):
-            expected = "a finite number"
-        if expected is not None:
-            raise InputError(f"--{name} {value}: expected {expected}")
+            return None
+        wrong_type = type(value) is not self.type and not (self.type is float and type(value) is int)
+        if self.choices is not None:
+            return f"one of {', '.join(map(str, self.choices))}" if wrong_type or value not in self.choices else None
+        if wrong_type:
+            return getattr(self.type, "__name__", "a value")
+        if self.least is not None and not value >= self.least:  # nan is not
+            return f"at least {self.least}"
+        if self.most is not None and value > self.most:
+            return f"at most {self.most}"
+        if self.below is not None and not value < self.below:
+            return f"below {self.below}"
+        return "a finite number" if value in (float("inf"), float("-inf")) else None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InputError for a value that does not fit."""
+        if (wanted := self.expected(value)) is not None:
+            raise InputError(f"--{name} {value}: expected {wanted}")
 
 
 def option(default: Any, help: str, *, type: Callable[[str], Any] | None = None, **bounds: Any) -> Any:
