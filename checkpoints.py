@@ -401,8 +401,7 @@ class RunState:
         own = state["ranks"][utils.rank()]
         try:
             for player, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][player])
-                match_layout(optimizer)
+                load_moments(optimizer, state["optimizers"][player])
             for name, child in own["children"].items():
                 self.system.get_submodule(name).load_state_dict(child)
             torch.set_rng_state(own["random"])
@@ -422,19 +421,26 @@ class RunState:
         return utils.rank() == 0 and minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
 
 
-def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments the memory layout of their parameters, which differs between CUDA and the CPU.
+def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Restore the state of Adam from its ``state_dict``; its settings are those of the run's options.
 
-    ``load_state_dict`` keeps the layout of the file, and fused Adam would pair the wrong elements. Raises ValueError
-    for moments of other shapes than their parameters.
+    Raises ValueError for moments that do not fit the parameters.
     """
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if name == "step":  # a number
-                continue
-            if value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}")
-            moments[name] = torch.empty_like(parameter).copy_(value)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = saved["state"]
+    if state.keys() != set(range(len(parameters))):
+        raise ValueError(f"moments of {len(state)} weights, expected {len(parameters)}")
+    for i, parameter in enumerate(parameters):
+        check_names(f"state of weight {i}", state[i], {"step", "exp_avg", "exp_avg_sq"})
+        for name, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+            check_tensor(name, state[i][name])
+            if state[i][name].shape != shape:
+                raise ValueError(f"{name} of shape {tuple(state[i][name].shape)}, expected {tuple(shape)}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # The moments keep the memory layout of the file, which differs between CUDA and the CPU, and fused Adam would pair
+    # the wrong elements.
+    for parameter, own in optimizer.state.items():
+        own |= {name: torch.empty_like(parameter).copy_(own[name]) for name in ("exp_avg", "exp_avg_sq")}
 
 
 # ----------------------------------------------------------------------------------------------------------

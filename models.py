@@ -9,6 +9,8 @@ gradient is exactly zero, and Adam would turn the rounding noise of that zero in
 
 from __future__ import annotations
 
+from utils import InputError
+
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -774,6 +776,9 @@ class ReplayBuffer(nn.Module):
             return images
         if self.stored is None:
             self.stored = images.new_zeros(self.size, *images.shape[1:])
+        if self.stored.shape[1:] != images.shape[1:]:
+            found, expected = (" x ".join(map(str, x.shape[1:])) for x in (self.stored, images))
+            raise InputError(f"--resume: the checkpoint's replay buffers hold pictures of {found}, expected {expected}")
         self.stored = self.stored.to(images)
         if not self.chosen:
             self.choose(len(images), images.device)
@@ -792,8 +797,14 @@ class ReplayBuffer(nn.Module):
         return {"seen": self.seen, "stored": stored}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.seen = state["seen"]
-        self.stored = None
-        if state["stored"] is not None:
-            self.stored = state["stored"].new_zeros(self.size, *state["stored"].shape[1:])
-            self.stored[: len(state["stored"])] = state["stored"]
+        """Raises ValueError for a state that is none of ``get_extra_state``, or not finite."""
+        seen, stored = state["seen"], state["stored"]
+        n = 0 if stored is None else len(stored)
+        if type(seen) is not int or seen < 0 or n != min(seen, self.size):
+            raise ValueError(f"a replay buffer of {self.size} has seen {seen!s:.40} pictures and stored {n}")
+        if stored is not None and not (stored.is_floating_point() and stored.isfinite().all()):
+            raise ValueError("a replay buffer holds pictures that are not finite")
+        self.seen, self.stored = seen, None
+        if stored is not None:
+            self.stored = stored.new_zeros(self.size, *stored.shape[1:])
+            self.stored[: len(stored)] = stored

@@ -392,12 +392,31 @@ def test_moments_from_another_layout_take_their_parameters():
         state = first.state_dict()
         for name in ("exp_avg", "exp_avg_sq"):
             state["state"][0][name] = state["state"][0][name].contiguous(memory_format=layout)
+        state["param_groups"][0] |= {"betas": "unused", "amsgrad": True}  # settings are those of the run
         second = torch.optim.Adam([parameter], fused=True)
-        second.load_state_dict(state)
-        checkpoints.match_layout(second)
+        checkpoints.load_moments(second, state)
         second.step()
         steps.append(parameter.detach().clone())
     assert torch.equal(*steps)
+
+
+def test_moments_that_do_not_fit_the_parameters_are_refused():
+    weight, bias = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([weight, bias], fused=True)
+    (weight.sum() + bias.sum()).backward()
+    optimizer.step()
+    sound = optimizer.state_dict()["state"]
+    for change, problem in (
+        ({1: {}}, "missing: exp_avg, exp_avg_sq, step"),
+        ({2: sound[1]}, "moments of 3 weights, expected 2"),
+        ({1: sound[0]}, r"exp_avg of shape \(2, 3\), expected \(2,\)"),
+        ({1: {**sound[1], "exp_avg_sq": torch.full((2,), torch.inf)}}, "exp_avg_sq is not finite"),
+        ({1: {**sound[1], "step": 3}}, "step: expected a tensor"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            checkpoints.load_moments(optimizer, {"state": {**sound, **change}})
+    with pytest.raises(ValueError, match="moments of 1 weights, expected 2"):
+        checkpoints.load_moments(optimizer, {"state": {0: sound[0]}})
 
 
 def test_resuming_gives_moments_the_layout_of_their_parameters(small_set):

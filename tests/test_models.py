@@ -1,5 +1,7 @@
 """Networks against plain formulas of papers and official code; the replay buffer."""
 
+from utils import InputError
+
 from functools import partial
 
 import pytest
@@ -584,6 +586,25 @@ def test_the_buffer_goes_on_from_its_state():
     empty = ReplayBuffer(size=3)
     empty.load_state_dict(ReplayBuffer(size=3).state_dict())
     assert empty.seen == 0
+
+
+def test_a_buffer_refuses_a_state_or_pictures_that_do_not_fit():
+    full = torch.zeros(3, 3, 4, 4)
+    for seen, stored in (
+        (-1, None),
+        (2.0, full[:2]),
+        (2, None),
+        (2, full),
+        (9, full[:2]),
+        (9, full / 0),
+        (9, full.long()),
+    ):
+        with pytest.raises(ValueError, match="replay buffer"):
+            ReplayBuffer(size=3).set_extra_state({"seen": seen, "stored": stored})
+    buffer = ReplayBuffer(size=3)
+    buffer.set_extra_state({"seen": 9, "stored": full})
+    with pytest.raises(InputError, match=r"hold pictures of 3 x 4 x 4, expected 3 x 8 x 8$"):
+        buffer(torch.zeros(1, 3, 8, 8))
 
 
 def test_seeds_differ_and_size_zero_passes_through_detached():
