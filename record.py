@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -54,12 +55,13 @@ class Record:
         start: int = 0,
         defaults: Mapping[str, Any] | None = None,
         symptoms: Callable[[Mapping[str, Any]], Iterable[str]] = lambda values: (),
+        last_step: int | None = None,
     ):
         """``defaults`` of the ``settings``; ``symptoms``: signs of collapse in the values of a line of the log (see
-        ``System.symptoms``).
+        ``System.symptoms``); ``last_step`` of this process, where it is to leave before the end of the run.
         """
         self.name, self.log, self.settings, self.defaults = name, log, settings, defaults or {}
-        self.total_steps, self.interval = total_steps, interval
+        self.total_steps, self.interval, self.last_step = total_steps, interval, last_step or total_steps
         self.symptoms = symptoms
         self.since_step: dict[str, int] = {}  # when each present symptom was first seen
         self.warned: set[str] = set()
@@ -172,7 +174,7 @@ class Record:
             f"about {self.time_left()} to go; pictures and curves: {self.folder}/index.html; Ctrl-C saves and leaves, "
             "--resume goes on"
         )
-        if (self.total_steps - self.step) * (time.perf_counter() - self.started) > 86400 * (self.step - self.first):
+        if (self.last_step - self.step) * (time.perf_counter() - self.started) > 86400 * (self.step - self.first):
             print0("--preset small trains a small network on small pictures, within an evening on two CPU cores")
 
     def check_finite(self) -> None:
@@ -280,16 +282,16 @@ class Record:
                 path.write_text(string.Template(PAGE).substitute(values), encoding="utf-8")
 
     def _progress(self, final: bool) -> str:
-        """Where the run is, and how long it will take."""
+        """Where the run is, and how long it will take; when that was, because a killed run says no more."""
         state = f"step {self.step:,} of {self.total_steps:,}"
         if final or self.step == self.first:
             return state + (": done" if self.step == self.total_steps else ": stopped" if final else "")
-        return f"{state}, about {self.time_left()} left"
+        return f"{state}, about {self.time_left()} left ({datetime.now():%d %B, %H:%M})"
 
     def time_left(self) -> str:
         """In words, by the speed since the start of this process."""
         passed, steps = time.perf_counter() - self.started, self.step - self.first
-        return duration(passed / max(1, steps) * (self.total_steps - self.step))
+        return duration(passed / max(1, steps) * max(0, self.last_step - self.step))
 
     def close(self) -> None:
         self.bar.close()

@@ -288,6 +288,7 @@ def train(
         start=restored["step"],
         defaults={name: each.default for name, each in all_options(options.system, options.preset).items()},
         symptoms=system.symptoms,
+        last_step=min(options.max_steps, total),
     )
     if options.resume:
         log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)

@@ -157,6 +157,20 @@ def test_the_bar_shows_the_rate_up_to_this_step(monkeypatch):
     log.bar.disable = True
 
 
+def test_the_time_left_is_told_once_and_counts_to_the_last_step(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now)
+    log = make_record(total_steps=10**6, interval=10**6, last_step=305)
+    log.bar.disable = True
+    for _ in range(20):
+        now += 10
+        add(log)
+    assert capsys.readouterr().out.count("about 50 min to go; pictures and curves: images/r/index.html") == 1
+    log.page()
+    page = (record.IMAGES / "r" / "index.html").read_text()
+    assert re.search(r"step 20 of 1,000,000, about 48 min left \(\d\d \w+, \d\d:\d\d\)", page)
+
+
 @pytest.mark.parametrize(
     "damage", [b'{"step": 2, "G"', b"5\n", b"\xff\xfe\x00\n", b'{"epoch": 1}\n', b'{"step": 60}\n']
 )
