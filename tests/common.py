@@ -18,7 +18,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 import record
 import train
+from checkpoints import pack_generator
 from metrics import Extractor
+from models import AttentionGenerator, UNetGenerator
 from systems import SYSTEMS
 
 # ----------------------------------------------------------------------------------------------------------
@@ -168,6 +170,31 @@ def make_set(root, nA=3, nB=2, size=(40, 36), tests=0):
         for i in range(tests):
             save(noise(i + 200 + 100 * (side == "B"), size), root / f"test{side}" / f"{i}.png")
     return root
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  Generators and their files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def tiny(seed=0, network=AttentionGenerator, **settings):
+    """A small generator with larger weights than at the start, where all masks are equal; of 2 masks none dominates."""
+    torch.manual_seed(seed)
+    size = {"depth": 6} if network is UNetGenerator else {"n_residual_blocks": 1}  # smaller U-Nets have no dropout
+    if network is AttentionGenerator:
+        size["n_masks"] = 2
+    generator = network(ngf=4, **{**size, **settings}).eval()
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return generator
+
+
+def save_generators(folder="net", about=None, **generators):
+    """``folder/<direction>.pt`` for each, as train.py writes them, with what else is known ``about`` them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for direction, generator in generators.items():
+        content = {**pack_generator(generator), "direction": direction, **(about or {})}
+        torch.save(content, f"{folder}/{direction}.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------
