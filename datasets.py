@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -43,8 +43,10 @@ from pictures import (
     in_threads,
     name_unreadable,
     resize,
+    resize_and_crop,
     tell_found,
     to_tensor,
+    unaugmented,
     unreadable,
 )
 
@@ -197,7 +199,7 @@ def find_masks(
             raise InputError(f"{folder}: every mask is empty, expected objects above grey 127")
     elif mask_dir is None and shipped.exists():
         masks = {stem: mask for stem, mask in load_masks(shipped, name).items() if stem in stems}
-    return {stem: to_tensor(ImageOps.fit(resize(m, size, how), size[::-1])) > 127 for stem, m in masks.items()}
+    return {stem: to_tensor(resize_and_crop(m, size, how)) > 127 for stem, m in masks.items()}
 
 
 def named_alike(tests: Sequence[Picture], folder: Path) -> dict[str, Picture]:
@@ -244,7 +246,7 @@ class PictureDataset(Dataset, ABC):
     NAMED = 10  # unreadable pictures in one error
 
     paired: bool  # whether the pictures of the sides belong together one by one
-    jitter = True  # False: resized as by ``unaugmented``, and flipped
+    jitter = True  # False: resized and cropped in the middle, and flipped
 
     def __init__(
         self,
@@ -369,8 +371,8 @@ class PictureDataset(Dataset, ABC):
 
         Raises what ``Picture.open`` raises.
         """
-        image = resize(picture.open(self.channels), self.scaled, self.how)
-        return to_tensor(image if self.jitter else ImageOps.fit(image, self.size[::-1]))
+        make = resize if self.jitter else resize_and_crop
+        return to_tensor(make(picture.open(self.channels), self.scaled, self.how))
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """The random numbers of one sample."""
@@ -453,8 +455,7 @@ class PlainDataset(PictureDataset):
     """Pictures without domains, each with a noise vector; as many samples an epoch as pictures (see ``find_plain``).
 
     Takes ``nz``, the length of the noise, too. Samples are {"image": uint8 (channels, height, width), "noise": float32
-    (nz,)}: the picture flipped at random and not cropped, the noise uniform in [-1, 1]. InputError for ``hold_out`` and
-    for any other ``task``.
+    (nz,)}: the picture flipped at random and not cropped, the noise uniform in [-1, 1].
     """
 
     paired = jitter = False
@@ -467,14 +468,8 @@ class PlainDataset(PictureDataset):
         channels: int = 3,
         how: str = "squash",
         seed: int = 0,
-        hold_out: bool = False,
-        task: str = TASKS[0],
         nz: int = 100,
     ):
-        if hold_out:
-            raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
-        if task != TASKS[0]:
-            raise InputError(f"--task {task} is for translations, and pictures from noise are none")
         self.nz = nz
         super().__init__(root, size, channels, how, seed)
 
@@ -516,14 +511,6 @@ def fixed_noise(n: int, nz: int, seed: int) -> Tensor:
 
 # The kinds of samples that a system may learn from (``System.data``). Only PlainDataset takes ``nz``.
 KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired": PairedDataset, "plain": PlainDataset}
-
-
-def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
-    """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
-
-    "short_side" keeps the middle of what is longer than ``size`` (height, width). InputError names a damaged file.
-    """
-    return to_tensor(ImageOps.fit(resize(picture.read(channels), size, how), size[::-1]))
 
 
 def fixed_batch(

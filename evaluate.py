@@ -44,7 +44,7 @@ from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import TASKS, find_side
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
 from models import Generator, fixed_size_message
-from pictures import Picture, normalise, quantise, to_picture
+from pictures import Picture, normalise, quantise, to_picture, unaugmented
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
 
@@ -75,7 +75,7 @@ class Reading(NamedTuple):
 
     def images(self, pictures: Sequence[Picture]) -> Tensor:
         """uint8 (N, channels, height, width)."""
-        return torch.stack([datasets.unaugmented(p, self.size, self.channels, self.how) for p in pictures])
+        return torch.stack([unaugmented(p, self.size, self.channels, self.how) for p in pictures])
 
 
 class Entry(NamedTuple):

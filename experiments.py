@@ -41,7 +41,7 @@ import datasets
 import evaluate
 import record
 import train
-from checkpoints import DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators
+from checkpoints import CHECKPOINT, DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators
 from datasets import BUILT_IN, find_plain, find_side, fixed_noise
 from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
@@ -190,7 +190,7 @@ def finer_run(title: str, name: str, own: str) -> Run:
     """At 64 x 64 the stripes of AttentionGAN II came out as checks, perhaps because they are narrower than the 4 x 4
     pixels of a feature.
     """
-    schedule = f"--lr 0.0001 --n_epochs 12 --decay_epoch 1 --init_from results_horse2zebra_{name}/checkpoint.pt"
+    schedule = f"--lr 0.0001 --n_epochs 12 --decay_epoch 1 --init_from results_horse2zebra_{name}/{CHECKPOINT}"
     return real_run("horse2zebra", f"{title}, after 18,676 pairs at 64 × 64", f"{name}_128", own, 128, schedule)
 
 

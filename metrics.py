@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets import PictureDataset, unaugmented
+from datasets import PictureDataset
 from models import evaluation_mode
-from pictures import normalise, quantise
+from pictures import normalise, quantise, unaugmented
 
 # ----------------------------------------------------------------------------------------------------------
 #  What figures are called, how they are written, and which are better

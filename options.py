@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 import checkpoints
-from checkpoints import SAVED_MODELS
+from checkpoints import CHECKPOINT, SAVED_MODELS
 from datasets import BUILT_IN, TASKS
 from metrics import EFFICIENTNET, INCEPTION, check_extractor
 from pictures import RESIZE
 from systems import SYSTEMS, System
+
+PRESETS = ("full", "small")
 
 # ----------------------------------------------------------------------------------------------------------
 #  Options. A resumed run may change n_epochs, decay_epoch and those of MachineOptions. Checkpoints leave out
@@ -62,13 +64,13 @@ class TrainingOptions:
     # torch takes seeds below 2 ** 64, and ranks add to theirs.
     seed: int = option(0, "seed of weights, shuffling, crops, flips and replay buffers", least=0, most=2**62)
     preset: str = option(
-        "full", "small: for an evening on two CPU cores, 64 x 64 pixels and small networks", choices=("full", "small")
+        PRESETS[0], "small: for an evening on two CPU cores, 64 x 64 pixels and small networks", choices=PRESETS
     )
     precision: str = option(
         "auto", "auto: bf16 where the hardware multiplies it, else float32", choices=("auto", "float32", "bf16")
     )
     init_from: str | None = option(
-        None, "start from the generators of a run, weights or folder; RUN/checkpoint.pt: from all networks", type=str
+        None, f"start from the generators of a run, weights or folder; RUN/{CHECKPOINT}: from all networks", type=str
     )
     eval_interval: int = option(
         0,
@@ -125,6 +127,7 @@ FOREIGN = {
     **dict.fromkeys(("--gpu_ids", "--gpu"), "here --device cuda:0, or train_dist.py for several"),
     "--cuda": "here --device cuda",
     **dict.fromkeys(("--img_size", "--image_size", "--crop_size"), "here --img_height and --img_width"),
+    "--n_epochs_decay": "here --n_epochs is the sum, and --decay_epoch where the rate begins to fall",
     "--load_size": "here 1.12 x --img_height and --img_width",
     "--continue_train": "here --resume",
     "--model": "here --system",
@@ -204,8 +207,9 @@ def parse_options(
     if (known.resume or (restarted and files.exist())) and not known.help:
         resumed = files.load(quiet=True)
         own = resumed["options"]
-        if own["system"] not in SYSTEMS or own.get("preset", "full") not in ("full", "small"):
-            raise InputError(f"{files.newest}: options: unknown system or preset, expected one of {', '.join(SYSTEMS)}")
+        for key, choices in (("system", (*SYSTEMS,)), ("preset", PRESETS)):
+            if own.get(key, choices[0]) not in choices:
+                raise InputError(f"{files.newest}: options.{key}: {own[key]!s:.40}, expected {' or '.join(choices)}")
 
     system = own.get("system", known.system)
     # An unknown system is refused by the parser itself.
@@ -217,7 +221,7 @@ def parse_options(
     if unknown:
         parser.error(explain_unknown(unknown[0].partition("=")[0], system))
     given = {key: value for key, value in vars(namespace).items() if value is not unset}
-    if resumed is not None and not known.resume:  # the command that started the run
+    if resumed is not None and not known.resume:  # the command that started the run: what was for the start is over
         given |= {"resume": True, "overwrite": False, "init_from": own.get("init_from")}
 
     for key in ("init_from", "overwrite"):
@@ -279,6 +283,11 @@ def check_options(options: argparse.Namespace) -> System:
         raise InputError(f"--{flag} is for evaluations during training, expected --eval_interval with it")
     if options.eval_interval and options.extractor == "none":
         raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
+    if SYSTEMS[options.system].game.data == "plain":
+        if options.eval_interval:
+            raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
+        if options.task != TASKS[0]:
+            raise InputError(f"--task {options.task} is for translations, and pictures from noise are none")
     if options.task == "colorization" and options.channels != 3:
         raise InputError(f"--task colorization makes colours: --channels {options.channels}, expected 3")
     system = build_system(options)

@@ -173,7 +173,7 @@ def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
 def find_files(folder: Path, recursive: bool = True) -> list[Path]:
     """All files below a folder, linked folders too (or in the folder alone), in the order of their paths.
 
-    Hidden files and ``PASSED_OVER`` are left out. A link whose file has gone stays in, so that ``check`` names it.
+    Hidden files and ``PASSED_OVER`` are left out. A link whose file has gone stays in, so that ``unreadable`` names it.
     Raises OSError for a folder that cannot be read.
     """
 
@@ -248,6 +248,11 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
+def resize_and_crop(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
+    """``resize``, and of what is longer than the size (height, width) the middle."""
+    return ImageOps.fit(resize(image, size, how), size[::-1])
+
+
 def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
     """A size (height, width) scaled to cover another one just so, its aspect kept."""
     scale = max(least[0] / size[0], least[1] / size[1])
@@ -257,6 +262,14 @@ def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit picture to a uint8 tensor of shape (channels, H, W). Not torchvision's, which takes seconds to import."""
     return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
+def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how: str = "squash") -> Tensor:
+    """A picture as generators see it outside training: uint8 (channels, height, width), no random crop, no flip.
+
+    "short_side" keeps the middle of what is longer than ``size`` (height, width). InputError names a damaged file.
+    """
+    return to_tensor(resize_and_crop(picture.read(channels), size, how))
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

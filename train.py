@@ -39,7 +39,7 @@ from prepare import draw_built_in
 from systems import SYSTEMS, Batch, System
 
 # Files that a run may have written before its first checkpoint. They do not block a new run of its name.
-TRACES = re.compile(r"log\.(jsonl|partial)|\d{8}\.png|curves\.png|index\.html|\..*\.partial|\.partial\..*")
+TRACES = re.compile(r"log\.jsonl|\d{8}\.png|curves\.png|index\.html|\.partial\..*")
 SAVING = "saving, then leaving; Ctrl-C once more leaves at once"
 
 # ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def set_up(
         if device.type != "cuda" or options.compile or utils.world_size() > 1:
             found = f"--device {device}, {utils.world_size()} process(es){', --compile' if options.compile else ''}"
             raise InputError(f"--cuda_graph: expected one process on CUDA without --compile, found {found}")
-        torch.cuda.set_device(device)  # on which streams are then made
+        torch.cuda.set_device(device)  # where new streams are made
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
     system = build_system(options).to(device).to(memory_format=utils.pick_layout(device))
@@ -69,8 +69,9 @@ def set_up(
     if utils.rank():  # each rank draws its own dropout
         torch.manual_seed(options.seed + 1_000_003 * utils.rank())
     adam = partial(torch.optim.Adam, lr=options.lr, betas=(options.b1, options.b2), weight_decay=options.weight_decay)
-    parameters = {turn.player: trained_parameters(system, turn.networks) for turn in system.turns}
-    optimizers: dict[str, torch.optim.Optimizer] = {k: adam(each, fused=True) for k, each in parameters.items()}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        turn.player: adam(trained_parameters(system, turn.networks), fused=True) for turn in system.turns
+    }
     return system, optimizers, utils.make_autocast(device, options.precision)
 
 
@@ -166,6 +167,172 @@ def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:
     optimizer.step()
 
 
+def learning_rate(options: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+    """The rate of a step, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
+
+    It falls with each epoch, as in the official AttentionGAN code, or (``decay_by`` "step") with each step; it would
+    reach zero in the one after the last. With ``decay_by`` "never" it stays.
+    """
+    if options.decay_by == "never":
+        return options.lr
+    by_step = options.decay_by == "step"
+    done, unit = (step, steps_per_epoch) if by_step else (step // steps_per_epoch, 1)
+    constant, total = unit * options.decay_epoch, unit * options.n_epochs
+    return options.lr * (1 - max(0, done + 1 - constant) / (total - constant + 1))
+
+
+def train(
+    options: argparse.Namespace,
+    distribute: Callable[[System], System] = lambda system: system,
+    device_name: str | None = None,
+    listening: utils.StopSignals | None = None,
+    dataset: PictureDataset | None = None,
+) -> int:
+    """Train to the end, or until a signal, and save. ``prepare_run`` comes before.
+
+    ``distribute`` wraps the networks for many processes. ``device_name``: this process's device; None: the options'.
+    ``listening``: StopSignals that the caller has entered already. ``dataset``: what ``prepare_run``
+    returns. Returns 0, or the number of the signal that ended the run early. Raises InputError.
+    """
+    device = utils.pick_device(device_name or options.device)
+    system, optimizers, autocast = set_up(options, device)
+    if options.init_from and not options.resume:
+        checkpoints.init_from(system, options.init_from)
+
+    dataset = build_dataset(options) if dataset is None else dataset
+    validation = None
+    if options.eval_interval and utils.rank() == 0:
+        validation = Validation(options.extractor, options.inception, dataset, device)
+    sampler = EpochSampler(len(dataset), options.seed, utils.rank(), utils.world_size())
+    n_cpu = 0 if dataset.load(options.cache_gb * 1e9) else options.n_cpu  # decoded pictures need no processes
+    loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
+    if len(loader) == 0:
+        raise InputError(
+            f"{len(dataset)} samples in {data_folder(options)} do not fill one batch of "
+            f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
+        )
+    samples = next(utils.to_device([dataset.fixed_batch(4)], device, normalise))
+
+    folder = SAVED_MODELS / options.name
+    state = checkpoints.RunState(
+        folder,
+        options=stored_options(options),
+        leave_out=MACHINE,
+        system=system,
+        optimizers=optimizers,
+        steps_per_epoch=len(loader),
+        dataset=dataset,
+        device=device,
+    )
+    restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
+    total = options.n_epochs * len(loader)
+    if 0 < options.max_steps <= restored["step"] < total:
+        print0(f"--max_steps {options.max_steps}: the run is at step {restored['step']} already")
+        return 0
+    if not options.resume:
+        empty_run_folders(options)
+    log = record.Record(
+        options.name,
+        log=folder / "log.jsonl",
+        settings=vars(options),
+        total_steps=total,
+        interval=options.log_interval,
+        start=restored["step"],
+        defaults={name: each.default for name, each in all_options(options.system, options.preset).items()},
+        symptoms=system.symptoms,
+        last_step=min(options.max_steps, total),
+    )
+    if options.resume:
+        log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)
+    first, done = divmod(restored["step"], len(loader))
+    effective = options.batch_size * utils.world_size()
+    print0(
+        f"{'resuming' if options.resume else 'training'} {options.name}: {options.system} on {options.dataset_name}, "
+        f"{options.img_height} x {options.img_width}, step {restored['step']} of {total}, batch {options.batch_size} x "
+        f"{utils.world_size()} process(es) = {effective}, {device.type}, "
+        f"{'bf16' if autocast.keywords['enabled'] else 'float32'}"
+    )
+    print0(dataset.describe())
+
+    wrapped = distribute(system)
+    # Sheets and validation have other batch sizes and modes, for which compiled networks would compile again.
+    eager = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
+    captured = CapturedStep(wrapped, optimizers, autocast) if options.cuda_graph else None
+    start = time.perf_counter()
+    with nullcontext(listening) if listening else utils.StopSignals(SAVING) as stop, closing(log):
+        for epoch in range(first, options.n_epochs):
+            sampler.epoch, sampler.start = epoch, done * options.batch_size
+            for batch in utils.to_device(loader, device, normalise):
+                lr = learning_rate(options, log.step, len(loader))
+                for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
+                    group["lr"] = lr
+                wrapped.set_epoch(epoch)
+                images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is no picture
+                shown = captured(batch) if captured else training_step(wrapped, optimizers, autocast, batch)
+                log.add(shown, images, epoch, lr)
+                if options.compile and log.step == restored["step"] + 1:
+                    print0(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
+                if utils.rank() == 0 and sheet_is_due(log.step, options.sample_interval, total):
+                    with eager(), autocast():
+                        log.sheet(system.sheet(samples))
+                if validation is not None and is_due(log.step, options.eval_interval * len(loader), total):
+                    with eager():
+                        validate(validation, system, state, log, epoch, options.keep_evaluated)
+                enough = 0 < options.max_steps <= log.step < total
+                stopped, save = utils.any_rank(
+                    [enough or stop.signal is not None, state.is_due(options.checkpoint_minutes)]
+                )
+                if stopped or save:
+                    log.check_finite()
+                    state.save(log.step, log.state_dict())
+                if stopped:
+                    break
+            if stopped:
+                break
+            done = 0
+            if is_due(epoch + 1, options.checkpoint_interval, options.n_epochs):
+                log.check_finite()
+                state.save(log.step, log.state_dict())
+        log.page(final=True)
+        utils.barrier()  # no rank leaves before rank 0 has saved
+    if log.step == total:
+        print0(f"done: see {log.folder}/index.html; weights in {folder}")
+        return 0
+    how = "--resume without --max_steps" if enough else "the same command with --resume"
+    print0(f"stopped after step {log.step} of {total}, saved; {how} goes on")
+    return 0 if enough else stop.signal or signal.SIGTERM  # another rank's signal
+
+
+def validate(
+    validation: Validation, system: System, state: checkpoints.RunState, log: record.Record, epoch: int, keep: bool
+) -> None:
+    """Evaluate, log, and save the generators if they are the best so far. Only rank 0 calls this."""
+    start = time.perf_counter()
+    figures = validation(system)
+    mean = sum(figures.values()) / len(figures)
+    if mean < state.best:
+        state.best = mean
+        state.save_generators(log.step, checkpoints.BEST)
+    if keep:
+        state.save_generators(log.step, f"{checkpoints.KEPT}/{log.step:08d}")
+    log.add_validation(figures, epoch, time.perf_counter() - start)
+
+
+def is_due(count: int, interval: int, last: int) -> bool:
+    """Every ``interval`` (never for 0), and at the last."""
+    return count == last or (interval > 0 and count % interval == 0)
+
+
+def sheet_is_due(step: int, interval: int, last: int) -> bool:
+    """As ``is_due``, and after steps 1, 2, 4, 8, … up to the interval: a run changes most at its start."""
+    return is_due(step, interval, last) or (step < interval and step & (step - 1) == 0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+#  The step as a CUDA graph
+# ----------------------------------------------------------------------------------------------------------
+
+
 class CapturedStep:
     """``training_step`` as a CUDA graph: the device repeats a step's kernels, without the host launching each of them.
 
@@ -218,162 +385,9 @@ class CapturedStep:
             group.update(lr=lr, capturable=capturable)
 
 
-def learning_rate(options: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
-    """The rate of a step, counted from 0: constant for ``decay_epoch`` epochs, then linear towards zero.
-
-    It falls with each epoch, as in the official AttentionGAN code, or (``decay_by`` "step") with each step; it would
-    reach zero in the one after the last. With ``decay_by`` "never" it stays.
-    """
-    if options.decay_by == "never":
-        return options.lr
-    by_step = options.decay_by == "step"
-    done, unit = (step, steps_per_epoch) if by_step else (step // steps_per_epoch, 1)
-    constant, total = unit * options.decay_epoch, unit * options.n_epochs
-    return options.lr * (1 - max(0, done + 1 - constant) / (total - constant + 1))
-
-
-def train(
-    options: argparse.Namespace,
-    distribute: Callable[[System], System] = lambda system: system,
-    device_name: str | None = None,
-    listening: utils.StopSignals | None = None,
-    dataset: PictureDataset | None = None,
-) -> int:
-    """Train to the end, or until a signal, and save. ``prepare_run`` comes before.
-
-    ``distribute`` wraps the networks for many processes. ``device_name`` is this process's device where it is not that
-    of the options. ``listening``: StopSignals that the caller has entered already. ``dataset``: what ``prepare_run``
-    returns. Returns 0, or the number of the signal that ended the run early. Raises InputError.
-    """
-    device = utils.pick_device(device_name or options.device)
-    system, optimizers, autocast = set_up(options, device)
-    if options.init_from and not options.resume:
-        checkpoints.init_from(system, options.init_from)
-
-    dataset = build_dataset(options) if dataset is None else dataset
-    validation = None
-    if options.eval_interval and utils.rank() == 0:
-        validation = Validation(options.extractor, options.inception, dataset, device)
-    sampler = EpochSampler(len(dataset), options.seed, utils.rank(), utils.world_size())
-    n_cpu = 0 if dataset.load(options.cache_gb * 1e9) else options.n_cpu  # decoded pictures need no processes
-    loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
-    if len(loader) == 0:
-        raise InputError(
-            f"{len(dataset)} samples in {data_folder(options)} do not fill one batch of "
-            f"{options.batch_size} on each of {utils.world_size()} process(es); lower --batch_size"
-        )
-    samples = next(utils.to_device([dataset.fixed_batch(4)], device, normalise))
-
-    folder = SAVED_MODELS / options.name
-    state = checkpoints.RunState(
-        folder,
-        options=stored_options(options),
-        leave_out=MACHINE,
-        system=system,
-        optimizers=optimizers,
-        steps_per_epoch=len(loader),
-        dataset=dataset,
-        device=device,
-    )
-    restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
-    total = options.n_epochs * len(loader)
-    if not options.resume:
-        empty_run_folders(options)
-    log = record.Record(
-        options.name,
-        log=folder / "log.jsonl",
-        settings=vars(options),
-        total_steps=total,
-        interval=options.log_interval,
-        start=restored["step"],
-        defaults={name: each.default for name, each in all_options(options.system, options.preset).items()},
-        symptoms=system.symptoms,
-        last_step=min(options.max_steps, total),
-    )
-    if options.resume:
-        log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)
-    first, done = divmod(restored["step"], len(loader))
-    effective = options.batch_size * utils.world_size()
-    print0(
-        f"{'resuming' if options.resume else 'training'} {options.name}: {options.system} on {options.dataset_name}, "
-        f"{options.img_height} x {options.img_width}, step {restored['step']} of {total}, batch {options.batch_size} x "
-        f"{utils.world_size()} process(es) = {effective}, {device.type}, "
-        f"{'bf16' if autocast.keywords['enabled'] else 'float32'}"
-    )
-    print0(dataset.describe())
-
-    players = distribute(system)
-    # Sheets and validation have other batch sizes and modes, for which compiled networks would compile again.
-    eager = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
-    captured = CapturedStep(players, optimizers, autocast) if options.cuda_graph else None
-    start = time.perf_counter()
-    with nullcontext(listening) if listening else utils.StopSignals(SAVING) as stop, closing(log):
-        for epoch in range(first, options.n_epochs):
-            sampler.epoch, sampler.start = epoch, done * options.batch_size
-            for batch in utils.to_device(loader, device, normalise):
-                lr = learning_rate(options, log.step, len(loader))
-                for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
-                    group["lr"] = lr
-                players.set_epoch(epoch)
-                images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is no picture
-                shown = captured(batch) if captured else training_step(players, optimizers, autocast, batch)
-                log.add(shown, images, epoch, lr)
-                if options.compile and log.step == restored["step"] + 1:
-                    print0(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
-                if utils.rank() == 0 and sheet_is_due(log.step, options.sample_interval, total):
-                    with eager(), autocast():
-                        log.sheet(system.sheet(samples))
-                if validation is not None and is_due(log.step, options.eval_interval * len(loader), total):
-                    with eager():
-                        validate(validation, system, state, log, epoch, options.keep_evaluated)
-                enough = 0 < options.max_steps <= log.step < total
-                stopped, save = utils.any_rank(
-                    [enough or stop.signal is not None, state.is_due(options.checkpoint_minutes)]
-                )
-                if stopped or save:
-                    log.check_finite()
-                    state.save(log.step, log.state_dict())
-                if stopped:
-                    break
-            if stopped:
-                break
-            done = 0
-            if is_due(epoch + 1, options.checkpoint_interval, options.n_epochs):
-                log.check_finite()
-                state.save(log.step, log.state_dict())
-        log.page(final=True)
-        utils.barrier()  # no rank leaves before rank 0 has saved
-    if log.step == total:
-        print0(f"done: see {log.folder}/index.html; weights in {folder}")
-        return 0
-    how = "--resume without --max_steps" if enough else "the same command with --resume"
-    print0(f"stopped after step {log.step} of {total}, saved; {how} goes on")
-    return 0 if enough else stop.signal or signal.SIGTERM
-
-
-def validate(
-    validation: Validation, system: System, state: checkpoints.RunState, log: record.Record, epoch: int, keep: bool
-) -> None:
-    """Evaluate, log, and save the generators if they are the best so far. Only rank 0 calls this."""
-    start = time.perf_counter()
-    figures = validation(system)
-    mean = sum(figures.values()) / len(figures)
-    if mean < state.best:
-        state.best = mean
-        state.save_generators(log.step, checkpoints.BEST)
-    if keep:
-        state.save_generators(log.step, f"{checkpoints.KEPT}/{log.step:08d}")
-    log.add_validation(figures, epoch, time.perf_counter() - start)
-
-
-def is_due(count: int, interval: int, last: int) -> bool:
-    """Every ``interval`` (never for 0), and at the last."""
-    return count == last or (interval > 0 and count % interval == 0)
-
-
-def sheet_is_due(step: int, interval: int, last: int) -> bool:
-    """As ``is_due``, and after steps 1, 2, 4, 8, … up to the interval: a run changes most at its start."""
-    return is_due(step, interval, last) or (step < interval and step & (step - 1) == 0)
+# ----------------------------------------------------------------------------------------------------------
+#  The script
+# ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("processes (ignored under torchrun, which has its own)").add_argument
     add("--multi_gpu_flag", type=boolean, default=True, help="one process per GPU; False trains in a single process")
     add("--port_num", type=int, default=12355, help="TCP port of this machine where the processes meet")
-    add("--n_procs", type=int, default=0, help="processes to start; 0: one per GPU, or one on the CPU without GPUs")
+    n_procs = "processes to start; 0: one per GPU, or one on the CPU without GPUs; with --resume as many as before"
+    add("--n_procs", type=int, default=0, help=n_procs)
 
 
 def distribute(system: System) -> System:
@@ -179,11 +180,14 @@ def count_processes(options: argparse.Namespace) -> int:
     if ":" in options.device and options.n_procs != 1:
         raise InputError(f"--device {options.device} names one device; expected cuda or cpu, or --n_procs 1 with it")
     gpus = torch.cuda.device_count() if pick_kind(options) == "cuda" else 0
-    if gpus and options.n_procs > gpus:
-        raise InputError(f"--n_procs {options.n_procs}: this machine has {gpus} GPU(s), one process each")
-    if not gpus and not options.n_procs:
+    n_procs = options.n_procs
+    if options.resume and not n_procs and (state := checkpoints.find_run(options.name)) is not None:
+        n_procs = len(state["ranks"])  # as many as before
+    if gpus and n_procs > gpus:
+        raise InputError(f"--n_procs {n_procs}: this machine has {gpus} GPU(s), one process each")
+    if not gpus and not n_procs:
         print("no GPU here: one process on the CPU (--n_procs N starts more)", file=sys.stderr)
-    return options.n_procs or gpus or 1
+    return n_procs or gpus or 1
 
 
 def check_batch_norm(options: argparse.Namespace, world_size: int) -> None:

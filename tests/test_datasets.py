@@ -34,9 +34,8 @@ from datasets import (
     fixed_noise,
     make_loader,
     true_translations,
-    unaugmented,
 )
-from pictures import EXTENSIONS, RESIZE, Picture, resize, to_tensor
+from pictures import EXTENSIONS, RESIZE, Picture, resize, to_tensor, unaugmented
 
 
 def pixels(path, channels=3, half=None):
@@ -540,10 +539,6 @@ def test_what_a_plain_set_lacks_or_cannot_do_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no pictures \(\.jpg, .*\) to train on in it"):
         PlainDataset(tmp_path, (16, 16))
     plain(tmp_path / "b.png")
-    with pytest.raises(InputError, match="--eval_interval measures translations"):
-        PlainDataset(tmp_path, (16, 16), hold_out=True)
-    with pytest.raises(InputError, match="--task colorization is for translations, and pictures from noise are none"):
-        PlainDataset(tmp_path, (16, 16), task="colorization")
     (tmp_path / "test" / "bad.png").write_text("no")
     with pytest.raises(InputError, match=r"1 picture.*\n.*test/bad\.png: "):
         PlainDataset(tmp_path, (16, 16)).check()

@@ -23,11 +23,11 @@ from torch_fidelity import feature_extractor_inceptionv3
 
 import evaluate
 import metrics
-from datasets import load_masks, unaugmented
+from datasets import load_masks
 from evaluate import Exam, find_entries, judge
 from metrics import EFFICIENTNET, INCEPTION, Extractor
 from models import ResNetGenerator, Translation, UGATITGenerator
-from pictures import Picture
+from pictures import Picture, unaugmented
 from prepare import draw_built_in
 
 SMALL = Path("data/small")

@@ -21,12 +21,12 @@ import experiments
 import record
 import train
 from checkpoints import find_run, is_finished, load_generator, open_generator, open_generators, pack_generator
-from datasets import fixed_noise, unaugmented
+from datasets import fixed_noise
 from experiments import Run
 from metrics import Features, kernel_distance
 from models import AttentionGenerator, SingleMaskGenerator
 from options import parse_options, stored_options
-from pictures import Picture, quantise
+from pictures import Picture, quantise, unaugmented
 from prepare import draw_built_in
 
 TINY = (

@@ -188,7 +188,7 @@ def all_flags():
 
 
 # Of the official code, of an earlier commit (as the page says), of Docker, and those that train.py explains.
-OF_OTHERS = {"--norm", "--n_epochs_decay", "--lambda_warmup", "--shm-size", "--time", *options.FOREIGN}
+OF_OTHERS = {"--norm", "--lambda_warmup", "--shm-size", "--time", *options.FOREIGN}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -22,7 +22,6 @@ from PIL import Image
 
 import prepare
 from checkpoints import PRETRAINED, open_generators, pack_generator
-from datasets import unaugmented
 from models import (
     AttentionGenerator,
     DCGANGenerator,
@@ -32,7 +31,7 @@ from models import (
     UNetGenerator,
 )
 from options import parse_options
-from pictures import Picture, normalise
+from pictures import Picture, normalise, unaugmented
 from prepare import draw_built_in, draw_scene
 
 NOTEBOOK = ROOT / "inference.ipynb"

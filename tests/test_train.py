@@ -25,11 +25,11 @@ import metrics
 import train
 import translate
 from checkpoints import load_generator, open_generators, pack_generator
-from datasets import UnpairedDataset, unaugmented
+from datasets import UnpairedDataset
 from metrics import Features, kernel_distance
 from models import AttentionGenerator
 from options import SMALL, all_options, make_parser, option_groups, parse_options
-from pictures import Picture, normalise, quantise
+from pictures import Picture, normalise, quantise, unaugmented
 from systems import SYSTEMS
 
 # 3 steps an epoch: it takes the 6 pictures of trainA.
@@ -306,11 +306,13 @@ def test_stopped_anywhere_and_resumed_is_straight_through(small_set, pairs, monk
     same_run("straight", "stopped")
 
 
-def test_a_first_try_of_some_steps_goes_on_by_the_same_command(small_set):
+def test_a_first_try_of_some_steps_goes_on_by_the_same_command(small_set, capsys):
     command = f"{QUICK} --n_epochs 2 --precision float32"
     assert run(f"{command} --name straight") == 0
     assert run(f"{command} --name r --auto_resume --max_steps 5") == 0
     assert checkpoint("r")["step"] == 5
+    assert run(f"{command} --name r --auto_resume --max_steps 5") == 0
+    assert "--max_steps 5: the run is at step 5 already" in capsys.readouterr().out and checkpoint("r")["step"] == 5
     for _ in range(2):  # to the end, and then there is nothing left to do
         assert run(f"{command} --name r --auto_resume") == 0
         same_run("straight", "r")

@@ -405,6 +405,11 @@ def test_the_number_of_processes(monkeypatch, capsys):
     assert "no GPU here: one process on the CPU" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--n_procs 3: this machine has 2 GPU"):
         count("--n_procs 3", gpus=2)
+    options = parse_options([], train_dist.add_launch_flags)
+    options.resume = True  # a run of three ranks
+    monkeypatch.setattr(train_dist.checkpoints, "find_run", lambda name: {"ranks": [{}, {}, {}]})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert train_dist.count_processes(options) == 3
     with pytest.raises(InputError, match="--device cuda:1 names one device"):
         count("--device cuda:1", gpus=2)
     assert count("--device cuda:1 --n_procs 1", gpus=2) == 1
