@@ -59,6 +59,8 @@ def set_up(
             found = f"--device {device}, {utils.world_size()} process(es){', --compile' if options.compile else ''}"
             raise InputError(f"--cuda_graph: expected one process on CUDA without --compile, found {found}")
         torch.cuda.set_device(device)  # where new streams are made
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
     system = build_system(options).to(device).to(memory_format=utils.pick_layout(device))

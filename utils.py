@@ -17,6 +17,7 @@ if is_script and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import ctypes
 import importlib
 import math
 import os
@@ -97,6 +98,17 @@ def usable_cores() -> int:
 def pick_layout(device: torch.device) -> torch.memory_format:
     """The memory layout of pictures and weights in which the device convolves fastest."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next step, about a tenth more in all.
+
+    Otherwise Linux gives it out anew each time, page by page, and a step of U-GAT-IT on a CPU takes a quarter longer.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor has a mapping of its own, which goes with it
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the end of the heap stays
 
 
 def to_device(

@@ -1,8 +1,11 @@
 import utils
 from utils import InputError, Option, StopSignals, lock_folder, option, options_of
 
+import ctypes
 import math
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -147,6 +151,29 @@ def test_everything_but_training_imports_where_there_are_no_locks():
     code = f"import sys; sys.modules['fcntl'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc has mallopt")
+def test_freed_memory_is_kept_for_the_next_step():
+    """New pages come by page faults."""
+
+    def count(keep, pipe):
+        if keep:
+            utils.keep_freed_memory()
+        np.ones(2**23)  # 64 MiB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            np.ones(2**23)
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    context, faults = multiprocessing.get_context("fork"), {}
+    for keep in (False, True):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=count, args=(keep, theirs))
+        process.start()
+        faults[keep] = ours.recv()
+        process.join()
+    assert faults[True] < 50 < faults[False]
 
 
 # ----------------------------------------------------------------------------------------------------------
