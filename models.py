@@ -778,7 +778,7 @@ class ReplayBuffer(nn.Module):
             self.stored = images.new_zeros(self.size, *images.shape[1:])
         if self.stored.shape[1:] != images.shape[1:]:
             found, expected = (" x ".join(map(str, x.shape[1:])) for x in (self.stored, images))
-            raise InputError(f"--resume: the checkpoint's replay buffers hold pictures of {found}, expected {expected}")
+            raise InputError(f"a replay buffer of another run: its pictures are {found}, expected {expected}")
         self.stored = self.stored.to(images)
         if not self.chosen:
             self.choose(len(images), images.device)

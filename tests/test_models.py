@@ -603,7 +603,9 @@ def test_a_buffer_refuses_a_state_or_pictures_that_do_not_fit():
             ReplayBuffer(size=3).set_extra_state({"seen": seen, "stored": stored})
     buffer = ReplayBuffer(size=3)
     buffer.set_extra_state({"seen": 9, "stored": full})
-    with pytest.raises(InputError, match=r"hold pictures of 3 x 4 x 4, expected 3 x 8 x 8$"):
+    with pytest.raises(
+        InputError, match=r"a replay buffer of another run: its pictures are 3 x 4 x 4, expected 3 x 8 x 8$"
+    ):
         buffer(torch.zeros(1, 3, 8, 8))
 
 
