@@ -123,6 +123,7 @@ class Variant(NamedTuple):
     fused: bool = True
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
 
 
 def ladder(kind: str, device: torch.device, with_textbook: bool) -> list[Variant]:
@@ -137,7 +138,12 @@ def ladder(kind: str, device: torch.device, with_textbook: bool) -> list[Variant
         variants.append(variants[-1]._replace(name="+ channels_last", channels_last=True))
     if utils.has_bf16(device):
         variants.append(variants[-1]._replace(name="+ bf16", precision="bf16"))
-    variants.append(variants[-1]._replace(name="+ compile", compile=True))
+    last = variants[-1]
+    if kind == "step" and device.type == "cuda":
+        variants.append(last._replace(name="+ CUDA graph", cuda_graph=True))
+    variants.append(
+        last._replace(name="+ compile, no CUDA graph" if variants[-1].cuda_graph else "+ compile", compile=True)
+    )
     return variants
 
 
@@ -149,7 +155,8 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
             torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions by default
         a, b = (torch.randn(MATMUL, MATMUL, device=device, dtype=dtype) for _ in range(2))
         return lambda: a @ b
-    options = argparse.Namespace(**{**vars(options), "precision": variant.precision, "compile": variant.compile})
+    chosen = {name: getattr(variant, name) for name in ("precision", "compile", "cuda_graph")}
+    options = argparse.Namespace(**{**vars(options), **chosen})
     system, optimizers, autocast = train.set_up(options, device)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
     system.to(memory_format=layout)
@@ -159,6 +166,9 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
     batch = {side: (torch.rand(shape, device=device) * 2 - 1).contiguous(memory_format=layout) for side in "AB"}
     if variant.kind == "textbook" and isinstance(system, TwoWay):
         return lambda: textbook_step(system, optimizers, batch)
+    if variant.cuda_graph:
+        captured = train.CapturedStep(system, optimizers, autocast)
+        return lambda: captured(batch)
     if variant.kind == "step":
         return lambda: train.training_step(system, optimizers, autocast, batch)
     generator = system.generator(next(iter(system.generators)))
@@ -193,7 +203,7 @@ def count_flop(kind: str, options: argparse.Namespace) -> int:
 
 
 def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, device_name: str) -> None:
-    """The process of a variant: it warms up, takes a turn each time it is sent True, and ends when it is sent False.
+    """The process of a variant: sent True it warms up, then takes a turn each time; sent False it ends.
 
     It answers with its figures so far, in seconds and MiB, named as in ``FORMATS``, and with "seconds": those of one
     step in each turn. After an error the only figure is "trouble", the reason.
@@ -210,6 +220,7 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         return (time.perf_counter() - start) / times
 
     try:
+        pipe.recv()
         if cuda:
             torch.cuda.set_device(device)
         start = time.perf_counter()
@@ -252,7 +263,7 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, variant, options, str(device)), daemon=True)
         self.process.start()
         theirs.close()
-        self.hear()
+        self.figures: dict[str, Any] = {}
 
     def hear(self) -> None:
         try:
@@ -280,7 +291,7 @@ def measure(
     """
     matmuls = {v.precision: Variant("matmul", "matmul", v.precision) for v in variants}
     workers = [Worker(variant, options, device) for variant in (*variants, *matmuls.values())]
-    for another_turn in [True] * rounds + [False]:
+    for another_turn in [True] * (1 + rounds) + [False]:  # the first is the warm-up
         for worker in workers:
             worker.ask(another_turn)
     medians = {w.variant: statistics.median(w.figures["seconds"]) for w in workers if "trouble" not in w.figures}
@@ -521,7 +532,7 @@ def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
     instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
     instead["--batch_size"] = "--batch_sizes"
     if not (own.memory or own.loader or own.own or own.translate):
-        instead |= dict.fromkeys(("--precision", "--compile"), "--own with it")
+        instead |= dict.fromkeys(("--precision", "--compile", "--cuda_graph"), "--own with it")
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
             raise InputError(f"{flag} would be ignored here, expected {instead[flag]}")
@@ -540,7 +551,8 @@ def plan(
     if own.own or own.memory:
         precision = "bf16" if utils.make_autocast(device, options.precision).keywords["enabled"] else "float32"
         layout = utils.pick_layout(device) == torch.channels_last
-        return options, [Variant("train.py", kind, precision, channels_last=layout, compile=options.compile)]
+        how = {"compile": options.compile, "cuda_graph": options.cuda_graph}
+        return options, [Variant("train.py", kind, precision, channels_last=layout, **how)]
     with torch.device("meta"):
         return options, ladder(kind, device, has_textbook(build_system(options)))
 
@@ -568,7 +580,8 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> N
             for size, n in product(own.sizes, own.batch_sizes):
                 options, (variant,) = plans[system, size, n]
                 worker = Worker(variant, options, device)
-                worker.ask(False)
+                for another_turn in (True, False):
+                    worker.ask(another_turn)
                 rows.append({"size": f"{size} × {size}", "batch": n, **worker.figures})
             show(f"Peak memory of a training step, {' '.join([system, *others])}", rows)
         return

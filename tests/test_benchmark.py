@@ -172,7 +172,7 @@ def serve(variant, orders, monkeypatch):
 
 def test_a_process_takes_turns_until_it_is_told_to_end(monkeypatch, capfd):
     matmul = Variant("matmul", "matmul")
-    ready, once, twice, last = serve(matmul, [True, True, False], monkeypatch)
+    ready, once, twice, last = serve(matmul, [True, True, True, False], monkeypatch)
     assert list(ready) == ["warm-up"] and len(once["seconds"]) == 1 and len(twice["seconds"]) == 2
     assert last == {**twice, "peak memory": last["peak memory"]} and last["peak memory"] > 1
     assert serve(matmul, [], monkeypatch) == []
