@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -194,7 +195,15 @@ def finer_run(title: str, name: str, own: str) -> Run:
     return real_run("horse2zebra", f"{title}, after 18,676 pairs at 64 × 64", f"{name}_128", own, 128, schedule)
 
 
+def gpu_run(size: int, after: str, before: str, schedule: str) -> Run:
+    """A later stage of the run whose networks ship. Its pictures were re-encoded for the way to the GPU (WebP 75)."""
+    schedule += f" --batch_size 4 --decay_by step --cuda_graph --init_from results_horse2zebra_{before}/{CHECKPOINT}"
+    title = f"AttentionGAN II on a GPU, after {after}"
+    return real_run("horse2zebra", title, f"attentiongan_long_{size}", "attentiongan", size, schedule)
+
+
 LED = "attentiongan1 --attn_disc none --curriculum_epochs 14"
+HELD_OUT = f"--n_epochs 16 --decay_epoch 10 --eval_interval 4 --extractor {EXTRACTOR} --keep_evaluated"
 RUNS = (
     real_run("horse2zebra", "AttentionGAN II", "attentiongan", "attentiongan"),
     real_run("horse2zebra", "CycleGAN", "cyclegan", "cyclegan"),
@@ -203,8 +212,19 @@ RUNS = (
     finer_run("AttentionGAN II", "attentiongan", "attentiongan"),
     finer_run("CycleGAN", "cyclegan", "cyclegan"),
     finer_run("AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 0"),  # it has had its curriculum
+    real_run("horse2zebra", "AttentionGAN II, a tenth held out", "attentiongan_long", "attentiongan", 64, HELD_OUT),
+    gpu_run(128, "19,216 pairs at 64 × 64", "attentiongan_long", "--n_epochs 20 --decay_epoch 10"),
+    gpu_run(256, "19,216 at 64 × 64, 26,640 at 128", "attentiongan_long_128", "--n_epochs 10 --decay_epoch 5"),
     *(real_run(dataset, "AttentionGAN II", "attentiongan", "attentiongan") for dataset in [*REAL_SETS][1:]),
 )
+
+LONG = "results_horse2zebra_attentiongan_long"
+STORY = {
+    f"{LONG}/kept/00009608": "9,608 pairs at 64 x 64",
+    LONG: "19,216 pairs at 64 x 64",
+    f"{LONG}_128": "and 26,640 at 128 x 128",
+    f"{LONG}_256": "and 13,320 at 256 x 256",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -408,7 +428,7 @@ RESULTS = (  # each has a heading, and so a column even where nothing is known
     figure("IoU")._replace(heading="attention IoU"),
     *(figure(name)._replace(heading=name) for name in ("background error", "change", "cycle error")),
     Figure("pairs", form=",.0f", heading="pairs"),
-    Figure("hours", form=".1f", heading="hours"),
+    Figure("hours", form=".2g", heading="hours"),
     Figure("published", heading="published"),
 )
 
@@ -526,6 +546,14 @@ def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]
     return sheets
 
 
+def draw_story(root: Path) -> Image.Image:
+    """The first four test horses, and what the stages of ``STORY`` make of them, enlarged to the size of the last."""
+    parts = {title: translate(stage, "AtoB", root, 4, "input", "output") for stage, title in STORY.items()}
+    last = [*parts.values()][-1]["input"]
+    outputs = {title: F.interpolate(part["output"], size=last.shape[2:]) for title, part in parts.items()}
+    return record.draw_sheet({"input": last, **outputs})
+
+
 def save_sheet(picture: Image.Image, path: Path) -> None:
     with utils.replacing(path) as new:
         picture.save(new, quality=85, method=6)
@@ -605,6 +633,8 @@ def results(options: argparse.Namespace) -> int:
                     path = DOCS / f"{name}_{direction}{end}.webp"
                     if path.name in page.read_text(encoding="utf-8"):
                         save_sheet(picture, path)
+    if is_here(LONG) and is_here(f"{LONG}_256"):
+        save_sheet(draw_story(options.data_dir / "horse2zebra"), DOCS / f"{LONG}_story.webp")
     with utils.replacing(store) as new:
         new.write_text(json.dumps(known, indent=1) + "\n")
     write_block(page, "results", "python experiments.py results", table(result_rows(known), RESULTS, blank=""))

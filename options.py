@@ -93,7 +93,7 @@ class MachineOptions:
     n_cpu: int = option(2, "processes that decode what is not kept in memory; 0: the main one", least=0, most=1024)
     device: str = option("auto", "cuda, cuda:1, mps, cpu, or auto")
     compile: bool = option(False, "compile the networks first (torch.compile), for long runs")
-    cuda_graph: bool = option(False, "capture a step as a CUDA graph and replay it, on one GPU; never tried on one yet")
+    cuda_graph: bool = option(False, "capture a step as a CUDA graph and replay it, on one GPU")
     checkpoint_interval: int = option(1, "epochs between checkpoints; 0: only by time and at the end", least=0)
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints within an epoch; 0: none", least=0)
     inception: str | None = option(None, "file with the extractor's weights, instead of fetching them", type=str)

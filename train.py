@@ -156,7 +156,7 @@ def training_step(
         with autocast():
             losses = turn.losses(batch, fakes)
         update(optimizers[turn.player], losses)
-        shown |= losses
+        shown |= {name: loss.detach() for name, loss in losses.items()}  # their graph would live on into the next step
     system.after_step()
     return shown | system.measures(batch, fakes)
 
@@ -372,7 +372,7 @@ class CapturedStep:
         if self.factors != self.system.factors:
             self.capture()
         self.graph.replay()
-        return {name: value.detach().clone() for name, value in self.shown.items()}  # the next replay changes them
+        return {name: value.clone() for name, value in self.shown.items()}  # the next replay changes them
 
     def capture(self) -> None:
         """Record a step, which is not run. Afterwards the optimizers are as they were, and so are checkpoints."""

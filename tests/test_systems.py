@@ -555,6 +555,7 @@ def test_a_step_asks_for_no_value(name, monkeypatch):
         system, batch = build_in_single_precision(name)
         optimizers = adams(system)
         shown = training_step(system, optimizers, partial(torch.autocast, "cpu", torch.bfloat16), batch)
+        assert not any(value.requires_grad for value in shown.values())  # else CUDA graphs would meet an old graph
         for fetch in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.Tensor.cpu, torch.Tensor.numpy):
             with pytest.raises(RuntimeError):
                 fetch(next(iter(shown.values())))
