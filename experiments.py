@@ -4,7 +4,7 @@
     python experiments.py compare horses --seeds 0 1 2 --data_dir data --extractor efficientnet-lite0
     python experiments.py results                          # measure the finished runs on real pictures
     python experiments.py results --train results_horse2zebra_cyclegan
-    python experiments.py ship results_horse2zebra_attentiongan horse2zebra_attentiongan
+    python experiments.py ship results_horse2zebra_attentiongan_long_256 horse2zebra_attentiongan --best_size 320
 
 A run is an ordinary one, ``train.py`` with the flags that stand here. A finished run is kept, another one is resumed,
 and a run of other flags is refused. A table goes between the two marks of its name in a page, a sheet beside the page.
@@ -707,7 +707,7 @@ def make_parser() -> utils.Parser:
     add = command(results, "The table of runs on real pictures: measure those that are finished here.")
     names, what = [run.name for run in RUNS], "runs to train first, or to go on with (default: none)"
     add("--train", nargs="+", choices=names, default=[], metavar="RUN", help=what)
-    add = command(ship, "Write a run's generators in half precision to saved_models/pretrained, and their sheets.")
+    add = command(ship, "Write a run's networks in half precision to saved_models/pretrained, and their sheets.")
     add("run", metavar="RUN", help="a run of train.py")
     add("name", metavar="NAME", help="its name among the shipped weights")
     best = "longer sides in pixels at which AtoB and BtoA do best, by evaluate.py --size: translate.py's default"

@@ -70,7 +70,9 @@ class TrainingOptions:
         "auto", "auto: bf16 where the hardware multiplies it, else float32", choices=("auto", "float32", "bf16")
     )
     init_from: str | None = option(
-        None, f"start from the generators of a run, weights or folder; RUN/{CHECKPOINT}: from all networks", type=str
+        None,
+        f"start from a run, weights or folder (discriminators where they fit); RUN/{CHECKPOINT}: all networks",
+        type=str,
     )
     eval_interval: int = option(
         0,
