@@ -97,7 +97,7 @@ def test_shows_the_weights_of_this_repository_when_there_is_no_run(tmp_path, exe
     draw_built_in(tmp_path / "data" / "solid2striped", n_train=1, n_test=4)
     text, names = execute_here(N_PICTURES=1)
     assert "There is no demo run yet (make demo trains one). These are the horse2zebra weights" in text
-    assert text.count("from pretrained/horse2zebra_attentiongan\n") == 2 and "pictures of 128 x 128 pixels" in text
+    assert text.count("from pretrained/horse2zebra_attentiongan\n") == 2 and "pictures of 256 x 256 pixels" in text
     expected, _ = open_generators(PRETRAINED / "horse2zebra_attentiongan")["BtoA"]
     for name, weight in expected.state_dict().items():
         assert torch.equal(names["generators"]["BtoA"].state_dict()[name], weight)
