@@ -633,11 +633,11 @@ def results(options: argparse.Namespace) -> int:
                     path = DOCS / f"{name}_{direction}{end}.webp"
                     if path.name in page.read_text(encoding="utf-8"):
                         save_sheet(picture, path)
-    if is_here(LONG) and is_here(f"{LONG}_256"):
-        save_sheet(draw_story(options.data_dir / "horse2zebra"), DOCS / f"{LONG}_story.webp")
     with utils.replacing(store) as new:
         new.write_text(json.dumps(known, indent=1) + "\n")
     write_block(page, "results", "python experiments.py results", table(result_rows(known), RESULTS, blank=""))
+    if all(find_file(SAVED_MODELS / stage, "AtoB") for stage in STORY):
+        save_sheet(draw_story(options.data_dir / "horse2zebra"), DOCS / f"{LONG}_story.webp")
     print(f"{page} written")
     return 0
 

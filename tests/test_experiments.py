@@ -451,6 +451,24 @@ def test_sheets_show_what_a_run_paints_and_every_mask(three_runs, drawn):
                 assert sheets["_masks"].width > len(parts) * CELL
 
 
+def test_the_stages_of_a_run_stand_beside_each_other_in_one_size(three_runs, drawn, monkeypatch):
+    flags = RUNS[0].flags.split()
+    assert train.main([*flags, "--name", "two"]) == 0
+    later = ["--img_height", "32", "--img_width", "32", "--init_from", "two/checkpoint.pt"]
+    assert train.main([*flags, *later, "--name", "later"]) == 0
+    monkeypatch.setattr(experiments, "STORY", {"two": "at 16", "later": "at 32"})
+    drawn.clear()
+    experiments.draw_story(Path("data/solid2striped"))
+    ((columns, _),) = drawn
+    assert list(columns) == ["input", "at 16", "at 32"]
+    assert all(pictures.shape == (3, 3, 32, 32) for pictures in columns.values())
+    with torch.no_grad():
+        found = open_generator("later", "AtoB")[0].eval()(columns["input"]).image
+    torch.testing.assert_close(columns["at 32"], found)
+    early = columns["at 16"]
+    assert torch.equal(early, early[:, :, ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
 @pytest.mark.parametrize("generator", [AttentionGenerator(3, 4, 1, 3), SingleMaskGenerator(3, 4, 1)])
 def test_what_is_painted_and_the_input_make_the_output(generator):
     inputs = torch.rand(2, 3, 16, 16) * 2 - 1
