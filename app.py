@@ -299,9 +299,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
                 weights = gr.Dropdown(label="What it has learned (weights)", elem_id="weights")
                 file = gr.File(label="Weights: AtoB.pt of a run, or an official file", visible=False, elem_id="file")
                 direction = gr.Radio([], label="Direction", elem_id="direction")
-                info = "Larger pictures are shrunk to it for the network; the result has the size of your picture "
-                info += f"(at most {LARGEST})."
                 label = "Size at which the network sees it: the longer side, in pixels"
+                info = f"The result has the size of your picture (at most {LARGEST})."
                 size = gr.Radio([], label=label, info=info, elem_id="size")
                 with gr.Tab("One picture"):
                     given = dict(type="filepath", sources=["upload", "webcam", "clipboard"], height=300, elem_id="one")

@@ -109,7 +109,7 @@ def find_file(folder: Path, *directions: str) -> Path | None:
 
 def known_names() -> list[str]:
     """Runs below the working directory, and shipped weights."""
-    runs = sorted(p.name for p in SAVED_MODELS.glob("*") if p.is_dir() and p.name != "pretrained")
+    runs = sorted(p.name for p in SAVED_MODELS.glob("*") if find_file(p, *FILES))
     shipped = sorted({p.name for folder in (SAVED_MODELS / "pretrained", PRETRAINED) for p in folder.glob("*/")})
     return runs + [f"pretrained/{name}" for name in shipped]
 
@@ -472,7 +472,10 @@ def init_from(system: Any, where: str) -> None:
     try:
         init_networks(system, path, names)
     except InputError as error:
-        print0(f"{', '.join(names)} start anew: {error}")
+        print0(
+            f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means. "
+            f"Expected --ndf and --n_layers_D of the run that they come from: {error}"
+        )
 
 
 def init_generators(system: Any, where: str) -> None:
@@ -483,12 +486,14 @@ def init_generators(system: Any, where: str) -> None:
                 f"--init_from {where} translates only {', '.join(opened)}, expected a run or folder with a generator "
                 f"for {direction}"
             )
-        source, _ = opened[direction]
+        source, about = opened[direction]
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
+            options = about.get("options", {})
+            others = "".join(f" --{flag} {options[flag]}" for flag in ("ndf", "n_layers_D") if flag in options)
             raise InputError(
                 f"--init_from {where} holds another {type(source).__name__} for {direction} than this run's "
-                f"{type(network).__name__}; these flags fit: {fitting_flags(source)}"
+                f"{type(network).__name__}; these flags fit: {fitting_flags(source)}{others}"
             )
         network.load_state_dict(source.state_dict())
         print0(f"{name} starts from {where}")
@@ -538,6 +543,8 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
     where it holds both. Raises FileNotFoundError, or ValueError that names the field when the file holds no generator.
     """
     content = read_weights(path)
+    if "networks" in content:
+        raise ValueError(f"{path}: networks of a training, expected a generator's file, such as AtoB.pt beside it")
     if "generator" not in content:
         generator = load_official(path, direction, content)
         about: dict[str, Any] = {}

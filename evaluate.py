@@ -44,7 +44,7 @@ from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import TASKS, find_side
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
 from models import Generator, fixed_size_message
-from pictures import Picture, normalise, quantise, to_picture, unaugmented
+from pictures import Picture, normalise, quantise, scale, to_picture, unaugmented
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
 
@@ -358,11 +358,6 @@ def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
     )
     paired = system is not None and system.game.data == "paired"
     return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
-
-
-def scale(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """A size (height, width) with ``longest`` as its longer side."""
-    return round(size[0] * longest / max(size)), round(size[1] * longest / max(size))
 
 
 def at_size(entry: Entry, longest: int) -> Entry:

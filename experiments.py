@@ -48,7 +48,7 @@ from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
 from models import NOISE
 from options import MACHINE, all_options, parse_options, stored_options, unknown_options
-from pictures import Picture, normalise, quantise
+from pictures import Picture, normalise, quantise, scale
 from prepare import draw_built_in
 from record import find_block, write_block
 from systems import SYSTEMS
@@ -357,7 +357,7 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
 def find_reading(about: Mapping[str, Any]) -> Reading:
     """How a run sees pictures outside training."""
     reading = evaluate.find_reading(about["options"], about["options"]["channels"])
-    return reading._replace(size=evaluate.scale(reading.size, about.get("best_size", max(reading.size))))
+    return reading._replace(size=scale(reading.size, about.get("best_size", max(reading.size))))
 
 
 def find_tests(

@@ -240,6 +240,11 @@ def unreadable(pictures: Sequence[Picture]) -> dict[Path, str]:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def scale(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A size (height, width) of the same shape with ``longest`` pixels on its longer side."""
+    return max(1, round(size[0] * longest / max(size))), max(1, round(size[1] * longest / max(size)))
+
+
 def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     """Bicubic resize to (height, width). "squash" changes the aspect, as the official code does; "short_side" keeps it
     and covers the size, so that one side may come out longer.

@@ -4,8 +4,8 @@
     python translate.py --checkpoint latest_net_G_A.pth --input horse.jpg --output out
     python translate.py --checkpoint horse2zebra_attentiongan --export horse2zebra.onnx
 
-Pictures may have any size, and an output has the size of its input. A generator sees larger pictures shrunk to the size
-at which it does best (``--size``); what it left alone is as sharp as in the input. Outputs have the names of their
+Pictures may have any size, and an output has the size of its input. A generator sees every picture in the size at
+which it does best (``--size``); what it left alone is as sharp as in the input. Outputs have the names of their
 inputs, and an input is never overwritten. A file that cannot be read is reported, and all others are translated. With
 ``--masks``, ``before_after.jpg`` shows the first pictures of a folder beside their translations.
 """
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from checkpoints import best_size, open_generator
 from datasets import HALVES, TASKS, as_input, takes_grey
 from models import Generator, translate_any_size
-from pictures import Picture, find_pictures, normalise, quantise, resize, to_picture, to_tensor
+from pictures import Picture, find_pictures, normalise, quantise, resize, scale, to_picture, to_tensor
 from record import draw_sheet
 
 MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
@@ -149,12 +149,6 @@ def mask_folder(target: Path) -> Path:
     return target.with_name(f"{target.stem}_masks")
 
 
-def shrink(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
-    """A size (height, width), shrunk to a longer side of ``longest`` where it is larger; None leaves it."""
-    scale = 1.0 if longest is None else min(1.0, longest / max(size))
-    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
-
-
 def plan(
     pictures: Sequence[Picture],
     targets: Sequence[Path],
@@ -163,17 +157,21 @@ def plan(
     only_size: tuple[int, int] | None,
     failed: dict[Path, str],
 ) -> list[Task]:
-    """Make the tasks from the sizes of the pictures: outputs of at most ``max_size``, seen at ``longest`` at most.
+    """Make the tasks from the sizes of the pictures: outputs of at most ``max_size`` pixels on their longer side.
 
-    A generator with an ``only_size`` sees them all in this size, whatever their shape. A picture whose size cannot be
-    read goes to ``failed`` with the reason.
+    The generator sees a picture with ``longest`` pixels on its longer side, for None in the size of the output; with an
+    ``only_size`` it sees them all in this size, whatever their shape. A picture whose size cannot be read goes to
+    ``failed`` with the reason.
     """
     tasks = []
     for picture, target in zip(pictures, targets, strict=True):
         try:
             height, width = picture.size()
-            output_size = shrink((height, width // 2 if picture.half else width), max_size)
-            tasks.append(Task(picture, only_size or shrink(output_size, longest), output_size, target))
+            output_size = height, width // 2 if picture.half else width
+            if max_size is not None and max(output_size) > max_size:
+                output_size = scale(output_size, max_size)
+            seen = output_size if longest is None else scale(output_size, longest)
+            tasks.append(Task(picture, only_size or seen, output_size, target))
         except Exception as error:  # decoders raise what they like
             failed[picture.path] = str(error) or type(error).__name__
     return tasks
@@ -485,8 +483,8 @@ def make_parser() -> utils.Parser:
     add("--recursive", action="store_true", help=deeper)
     masks = "also write attention, overlay, every mask and content to NAME_masks, and a sheet of the folder"
     add("--masks", action="store_true", help=masks)
-    seen = "pictures with a longer side than N are shrunk to it for the generator, and the output is brought back to "
-    seen += "the input's size; native: they are not (default: where the weights do best, else their training size)"
+    seen = "the generator sees pictures with N pixels on their longer side, and the output is brought back to the "
+    seen += "input's size; native: it sees them as they are (default: where it does best, else its training size)"
     add("--size", type=size, metavar="N|native", help=seen)
     max_size = "shrink pictures whose longer side is longer than this; the translations are as small"
     add("--max_size", type=utils.at_least(1), help=max_size)
@@ -584,10 +582,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 for path, reason in failed.items():
                     print(f"not translated: {path}: {reason}", file=sys.stderr)
-        print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures translated into {options.output}")
+        done, direction = len(pictures) - len(failed), about["direction"]
+        print(f"{done} of {len(pictures)} pictures translated ({direction}) into {options.output}")
         if any(task.size != task.output_size for task in tasks):
             seen = f"{only_size[0]} x {only_size[1]}, its only size" if only_size else f"{longest} pixels (--size)"
-            print(f"the generator saw larger ones at {seen}; outputs have the size of their inputs")
+            most = f", at most {options.max_size} pixels (--max_size)" if options.max_size else ""
+            print(f"the generator saw them at {seen}; outputs have the size of their inputs{most}")
         return 1 if failed else 0
 
     return utils.run_script("translate.py", work)

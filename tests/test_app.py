@@ -81,7 +81,7 @@ def test_an_answer_has_the_size_of_the_picture_and_is_what_the_generators_make(m
     assert (to_tensor(answer.contents[3][0]) == quantise(there.content[0, 3])).all()
     assert sum(float(label.split(": ")[1].rstrip("%")) for _, label in answer.masks) == pytest.approx(100, abs=5)
     assert answer.remark == "a.png: 64 × 40 pixels; the network saw it at 32 × 20."
-    own = app.translate(weights, "BtoA", Path("a.png"), 80, CPU)  # nothing is enlarged
+    own = app.translate(weights, "BtoA", Path("a.png"), 64, CPU)
     with torch.inference_mode():
         there = translate_any_size(weights.generators["BtoA"], normalise(to_tensor(picture))[None])
         shown = normalise(quantise(there.image))

@@ -443,9 +443,13 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
         same(checkpoint("first")["networks"][network], checkpoint("second")["networks"][network])
     out = capsys.readouterr().out
     assert "G_AB starts from first" in out and "D_A, D_B start from saved_models/first/checkpoint.pt" in out
+    with pytest.raises(ValueError, match=r"first/checkpoint.pt: networks of a training, expected .* AtoB.pt"):
+        load_generator("saved_models/first/checkpoint.pt")
     assert run(f"{QUICK} --n_epochs 1 --ndf 8 --name wider --init_from first") == 0
     why = "--init_from saved_models/first/checkpoint.pt: D_A: layers.0.weight has shape (4, 3, 4, 4), expected (8, 3,"
-    assert f"D_A, D_B start anew: {why}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "D_A, D_B start anew: docs/training.md" in out
+    assert f"Expected --ndf and --n_layers_D of the run that they come from: {why}" in out
     shutil.copytree("saved_models/first", "bare")
     for path in Path("bare").glob("checkpoint*.pt"):
         path.unlink()
@@ -454,10 +458,13 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name third --n_masks 4 --init_from first") == 2
     message = (
         r"first holds another AttentionGenerator for AtoB .*; these flags fit: --system attentiongan .*--n_masks 3 "
+        r".*--ndf 4 --n_layers_D \d"
     )
     assert re.search(message, capsys.readouterr().err)
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
-    assert "nowhere: no generator for AtoB found" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "nowhere: no generator for AtoB found" in err
+    assert Path("saved_models/third").exists() and "first, fresh, second, wider" in err  # refused ones are no runs
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from saved_models/first/AtoB.pt") == 2
     assert "AtoB.pt translates only AtoB, expected a run or folder with a generator for BtoA" in capsys.readouterr().err
     Path("bad").mkdir()

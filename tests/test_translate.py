@@ -51,13 +51,15 @@ def net():
     return generator
 
 
-def run(command: str) -> int:
-    return translate.main(["--checkpoint", "net", "--device", "cpu", "--precision", "float32", *command.split()])
+def run(command: str, native: bool = True) -> int:
+    """Translate; where the command does not say how large pictures are seen, they are seen as they are."""
+    seen = ["--size", "native"] if native and not ("--export" in command or "--size" in command) else []
+    return translate.main(["--checkpoint", "net", "--device", "cpu", "--precision", "float32", *seen, *command.split()])
 
 
-def printed(capsys, command: str) -> str:
+def printed(capsys, command: str, native: bool = True) -> str:
     """What is said of a translation of everything."""
-    assert run(command) == 0
+    assert run(command, native) == 0
     return capsys.readouterr().out
 
 
@@ -135,7 +137,7 @@ def test_pictures_of_any_size_and_name_keep_both(net, capsys):
     save(noise(7), Path("in/sub/deeper.png"))
     before = below(Path("in"))
     assert run("--input in --output new/out --size native") == 0
-    assert capsys.readouterr() == ("3 of 3 pictures translated into new/out\n", "")
+    assert capsys.readouterr() == ("3 of 3 pictures translated (AtoB) into new/out\n", "")
     assert below(Path("new/out")).keys() == {f"{Path(name).stem}.png" for name in sizes}
     assert below(Path("in")) == before
     for name, size in sizes.items():
@@ -156,7 +158,7 @@ def test_what_cannot_be_read_or_written_is_named_and_the_others_are_done(net, ca
     Path("out/taken.png").mkdir(parents=True)
     assert run(f"--input in --output out --batch_size {batch_size}") == 1
     out, err = capsys.readouterr()
-    assert out == "3 of 7 pictures translated into out\n"
+    assert out == "3 of 7 pictures translated (AtoB) into out\n"
     assert sorted(line.split(": ")[1] for line in err.splitlines()) == [f"in/{name}" for name in bad]
     assert all(re.match(r"not translated: in/\w+\.\w+: \[?\w+ ", line) for line in err.splitlines())
     assert below(Path("out")).keys() == {*good, "taken.png"}
@@ -164,7 +166,9 @@ def test_what_cannot_be_read_or_written_is_named_and_the_others_are_done(net, ca
         assert_shows(f"out/{name}", by_hand(net, Path("in") / name))
     assert run("--input in/notes.jpg --output out") == 1
     out, err = capsys.readouterr()
-    assert out == "0 of 1 pictures translated into out\n" and "not translated: in/notes.jpg: cannot identify" in err
+    assert (
+        out == "0 of 1 pictures translated (AtoB) into out\n" and "not translated: in/notes.jpg: cannot identify" in err
+    )
 
 
 def test_outputs_have_the_places_and_names_of_their_inputs_or_keep_the_endings_that_tell_them_apart(net):
@@ -220,16 +224,18 @@ def stand_in(monkeypatch, generator, **about):
         ("", {"options": {"img_height": 64, "img_width": 64}, "best_size": 96}, (96, 48)),
         ("--size 72", {"best_size": 96}, (72, 36)),
         ("--size native", {"best_size": 96}, (400, 200)),
-        ("--size 512", {}, (400, 200)),  # nothing is enlarged
+        ("--size 512", {}, (512, 256)),
         ("--size 72 --max_size 200", {}, (72, 36)),
     ],
 )
-def test_larger_pictures_are_seen_at_a_size_and_brought_back_sharp(monkeypatch, capsys, flags, about, seen):
+def test_pictures_are_seen_at_a_size_and_brought_back_sharp(monkeypatch, capsys, flags, about, seen):
     generator, image = KeepsLeft(), noise(0, (400, 200))
     stand_in(monkeypatch, generator, **about)
     save(image, Path("in/a.png"))
-    told = f"the generator saw larger ones at {seen[0]} pixels (--size); outputs have the size of their inputs\n"
-    assert printed(capsys, f"--input in --output out {flags}").endswith(told) == (seen != (400, 200))
+    most = ", at most 200 pixels (--max_size)" if "max_size" in flags else ""
+    told = f"the generator saw them at {seen[0]} pixels (--size); outputs have the size of their inputs{most}\n"
+    said = printed(capsys, f"--input in --output out {flags}", native=False)
+    assert said.endswith(told) == (seen != (400, 200))
     assert generator.seen == [seen]
     made, wanted = read("out/a.png"), tensor(image if "max_size" not in flags else resize(image, (100, 200), "squash"))
     assert made.shape == wanted.shape
@@ -411,9 +417,9 @@ def test_the_full_u_gat_it_sees_every_picture_in_its_size(capsys):
     sizes = [(24, 16), (48, 32), (16, 24)]
     for i, size in enumerate(sizes):
         save(noise(i, size), Path(f"in/{i}.png"))
-    told = "the generator saw larger ones at 16 x 24, its only size; outputs have the size of their inputs\n"
+    told = "the generator saw them at 16 x 24, its only size; outputs have the size of their inputs\n"
     out = printed(capsys, "--input in --output out --masks")
-    assert out == "3 of 3 pictures translated into out\n" + told
+    assert out == "3 of 3 pictures translated (AtoB) into out\n" + told
     assert_shows("out/0.png", by_hand(generator, Path("in/0.png")))
     for i, size in enumerate(sizes[1:], 1):  # what it keeps is not known, so its whole answer is enlarged
         small = by_hand(generator, resize(noise(i, size), (16, 24), "squash"))[None]
@@ -502,7 +508,7 @@ def test_an_output_inside_the_input_is_no_input_and_not_overwritten(net, capsys,
     save(noise(0), Path("in/a.png"))
     save(noise(1), Path("in/sub/b.png"))
     n, command = len(outputs), f"--input in --output in/out{flag}"
-    assert printed(capsys, command) == f"{n} of {n} pictures translated into in/out\n"
+    assert printed(capsys, command) == f"{n} of {n} pictures translated (AtoB) into in/out\n"
     after = below(Path("in"))
     assert [name for name, content in after.items() if content and name.startswith("out/")] == outputs
     message = "in/out: lies in --input in and holds pictures (in/out/a.png), which --recursive would translate and over"
@@ -566,7 +572,7 @@ def test_what_does_not_fit_in_memory_is_tried_singly_and_named(net, monkeypatch,
     assert run("--input in --output out --batch_size 2") == 1
     assert seen == [(2, 16, 16), (1, 16, 16), (1, 16, 16), (1, 16, 16), (1, 32, 40)]
     out, err = capsys.readouterr()
-    assert out == "3 of 4 pictures translated into out\n"
+    assert out == "3 of 4 pictures translated (AtoB) into out\n"
     assert err == "not translated: in/0.png: out of memory at 40 x 32 pixels; --size or --max_size shrink\n"
     assert below(Path("out")).keys() == {path.name for path in small}
     for path in small:
@@ -587,7 +593,7 @@ def test_sub_folders_are_not_opened_without_recursive(net, monkeypatch, capsys):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert printed(capsys, "--input in --output out") == "1 of 1 pictures translated into out\n"
+    assert printed(capsys, "--input in --output out") == "1 of 1 pictures translated (AtoB) into out\n"
     assert "Permission denied: 'in/lost+found'" in refused(capsys, "--input in --output out2 --recursive")
 
 
