@@ -523,21 +523,27 @@ def check_options(options: argparse.Namespace) -> None:
 def choose_half(pictures: Sequence[Picture], half: str, about: Mapping[str, Any]) -> list[Picture]:
     """The half of each picture that ``--half`` means (see there)."""
     if half == "auto":
-        half = HALVES[about["direction"][0]] if about.get("halves") and are_pairs(pictures, about) else "none"
-        if half != "none":
-            print(f"{len(pictures)} pictures side by side: translating the {half} halves (--half none: all of each)")
+        half = "none"
+        if pairs := count_pairs(pictures, about) if about.get("halves") else 0:
+            seen = f"{pairs} of {len(pictures)} pictures look like two side by side"
+            if pairs == len(pictures):
+                half = HALVES[about["direction"][0]]
+                print(f"{seen}: translating the {half} halves (--half none: all of each)")
+            else:
+                print(f"{seen}: translating all of each (--half left or right: a half of each)")
     return [picture if half == "none" else picture._replace(half=half) for picture in pictures]
 
 
-def are_pairs(pictures: Sequence[Picture], about: Mapping[str, Any]) -> bool:
-    """Whether all pictures are about twice as wide as those of training."""
+def count_pairs(pictures: Sequence[Picture], about: Mapping[str, Any]) -> int:
+    """How many pictures are about twice as wide as those of training; all, where all that can be read are."""
     wanted = 2 * about["options"]["img_width"] / about["options"]["img_height"]
     aspects = []
     for picture in pictures:
         with suppress(Exception):  # decoders raise what they like; ``plan`` names the picture
             height, width = picture.size()
             aspects.append(width / height)
-    return bool(aspects) and all(0.8 < aspect / wanted < 1.25 for aspect in aspects)
+    pairs = sum(0.8 < aspect / wanted < 1.25 for aspect in aspects)
+    return len(pictures) if aspects and pairs == len(aspects) else pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

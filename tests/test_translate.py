@@ -288,12 +288,22 @@ def test_pictures_side_by_side_are_known_by_their_shape(size, halves, flags, tak
     save_generators(about={"halves": halves, "options": {"img_height": 32, "img_width": 32}}, **generators)
     image = noise(0, size)
     save(image, Path("in/a.png"))
-    told = f"1 pictures side by side: translating the {taken} halves (--half none: all of each)"
+    told = f"1 of 1 pictures look like two side by side: translating the {taken} halves (--half none: all of each)"
     out = printed(capsys, f"--input in --output out --size native {flags}")
     assert (told in out) == (halves and taken is not None)
     left = 32 if taken == "right" else 0
     half = image if taken is None else image.crop((left, 0, left + 32, 32))
     assert_shows("out/a.png", by_hand(generators["BtoA" if "BtoA" in flags else "AtoB"], half))
+
+
+def test_pictures_of_which_only_some_are_side_by_side_are_taken_whole(capsys):
+    generator = tiny()
+    save_generators(about={"halves": True, "options": {"img_height": 32, "img_width": 32}}, AtoB=generator)
+    for i, size in enumerate([(64, 32), (64, 32), (32, 32)]):
+        save(noise(i, size), Path(f"in/{i}.png"))
+    told = "2 of 3 pictures look like two side by side: translating all of each (--half left or right: a half of each)"
+    assert told in printed(capsys, "--input in --output out")
+    assert_shows("out/0.png", by_hand(generator, noise(0, (64, 32))))
 
 
 def test_a_sheet_and_an_overlay_show_where_it_paints(monkeypatch):
