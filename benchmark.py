@@ -35,6 +35,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from itertools import islice, product
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -138,12 +139,9 @@ def ladder(kind: str, device: torch.device, with_textbook: bool) -> list[Variant
         variants.append(variants[-1]._replace(name="+ channels_last", channels_last=True))
     if utils.has_bf16(device):
         variants.append(variants[-1]._replace(name="+ bf16", precision="bf16"))
-    last = variants[-1]
+    variants.append(variants[-1]._replace(name="+ compile", compile=True))
     if kind == "step" and device.type == "cuda":
-        variants.append(last._replace(name="+ CUDA graph", cuda_graph=True))
-    variants.append(
-        last._replace(name="+ compile, no CUDA graph" if variants[-1].cuda_graph else "+ compile", compile=True)
-    )
+        variants.append(variants[-1]._replace(name="CUDA graph instead", compile=False, cuda_graph=True))
     return variants
 
 
@@ -166,9 +164,8 @@ def make_work(variant: Variant, options: argparse.Namespace, device: torch.devic
     batch = {side: (torch.rand(shape, device=device) * 2 - 1).contiguous(memory_format=layout) for side in "AB"}
     if variant.kind == "textbook" and isinstance(system, TwoWay):
         return lambda: textbook_step(system, optimizers, batch)
-    if variant.cuda_graph:
-        captured = train.CapturedStep(system, optimizers, autocast)
-        return lambda: captured(batch)
+    if variant.kind == "step" and variant.cuda_graph:
+        return partial(train.CapturedStep(system, optimizers, autocast), batch)
     if variant.kind == "step":
         return lambda: train.training_step(system, optimizers, autocast, batch)
     generator = system.generator(next(iter(system.generators)))
@@ -249,7 +246,8 @@ def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, devic
         if utils.is_out_of_memory(error):
             pipe.send({"trouble": "out of memory"})
         else:
-            traceback.print_exc()
+            if not isinstance(error, InputError):
+                traceback.print_exc()
             pipe.send({"trouble": f"failed: {utils.first_line(error)}"})
 
 
@@ -536,6 +534,8 @@ def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
             raise InputError(f"{flag} would be ignored here, expected {instead[flag]}")
+        if flag == "--cuda_graph" and own.inference:
+            raise InputError("--cuda_graph would be ignored by --inference: it captures training steps")
     if own.own and (own.loader or own.translate):
         other = "--loader" if own.loader else "--translate"
         raise InputError(f"--own would be ignored by {other}, expected one of the two")

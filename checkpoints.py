@@ -460,7 +460,7 @@ def init_from(system: Any, where: str) -> None:
             raise InputError(f"--init_from {where}: no such checkpoint")
         init_networks(system, path, system.trained())
         return
-    init_generators(system, where)
+    about = init_generators(system, where)
     folder, names = find_generator(where, None).parent, sorted({*system.trained()} - {*system.generators.values()})
     if not names:  # pix2pix by L1 alone
         return
@@ -474,11 +474,12 @@ def init_from(system: Any, where: str) -> None:
     except InputError as error:
         print0(
             f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means. "
-            f"Expected --ndf and --n_layers_D of the run that they come from: {error}"
+            f"Those beside the generators come from a run with{discriminator_flags(about)}; {error}"
         )
 
 
-def init_generators(system: Any, where: str) -> None:
+def init_generators(system: Any, where: str) -> dict[str, Any]:
+    """Returns what the generators' files say of themselves."""
     opened = open_generators(where, noise=NOISE in system.generators)
     for direction, name in system.generators.items():
         if direction not in opened:
@@ -489,14 +490,19 @@ def init_generators(system: Any, where: str) -> None:
         source, about = opened[direction]
         network = system.get_submodule(name)
         if type(source) is not type(network) or source.settings != network.settings:
-            options = about.get("options", {})
-            others = "".join(f" --{flag} {options[flag]}" for flag in ("ndf", "n_layers_D") if flag in options)
             raise InputError(
                 f"--init_from {where} holds another {type(source).__name__} for {direction} than this run's "
-                f"{type(network).__name__}; these flags fit: {fitting_flags(source)}{others}"
+                f"{type(network).__name__}; these flags fit: {fitting_flags(source)}{discriminator_flags(about)}"
             )
         network.load_state_dict(source.state_dict())
         print0(f"{name} starts from {where}")
+    return about
+
+
+def discriminator_flags(about: Mapping[str, Any]) -> str:
+    """The flags of the run's discriminators, each after a space, as far as a generator file says."""
+    options = about.get("options", {})
+    return "".join(f" --{flag} {options[flag]}" for flag in ("ndf", "n_layers_D") if flag in options)
 
 
 def fitting_flags(generator: Generator) -> str:

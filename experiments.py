@@ -357,7 +357,7 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
 def find_reading(about: Mapping[str, Any]) -> Reading:
     """How a run sees pictures outside training."""
     reading = evaluate.find_reading(about["options"], about["options"]["channels"])
-    return reading._replace(size=scale(reading.size, about.get("best_size", max(reading.size))))
+    return reading._replace(size=scale(reading.size, checkpoints.best_size(about)))
 
 
 def find_tests(

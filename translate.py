@@ -523,14 +523,13 @@ def check_options(options: argparse.Namespace) -> None:
 def choose_half(pictures: Sequence[Picture], half: str, about: Mapping[str, Any]) -> list[Picture]:
     """The half of each picture that ``--half`` means (see there)."""
     if half == "auto":
-        half = "none"
-        if pairs := count_pairs(pictures, about) if about.get("halves") else 0:
-            seen = f"{pairs} of {len(pictures)} pictures look like two side by side"
-            if pairs == len(pictures):
-                half = HALVES[about["direction"][0]]
-                print(f"{seen}: translating the {half} halves (--half none: all of each)")
-            else:
-                print(f"{seen}: translating all of each (--half left or right: a half of each)")
+        pairs = count_pairs(pictures, about) if about.get("halves") else 0
+        half, what = "none", "all of each (--half left or right: a half of each)"
+        if pairs == len(pictures):
+            half = HALVES[about["direction"][0]]
+            what = f"the {half} halves (--half none: all of each)"
+        if pairs:
+            print(f"{pairs} of {len(pictures)} pictures look like two side by side: translating {what}")
     return [picture if half == "none" else picture._replace(half=half) for picture in pictures]
 
 

@@ -69,6 +69,15 @@ def test_one_optimisation_more_each_time():
         assert len(changed) == 2 and changed[0] == "name"
 
 
+def test_on_cuda_the_last_step_is_a_graph(monkeypatch):
+    """Which is not compiled; and a generator alone is not captured."""
+    monkeypatch.setattr(utils, "has_bf16", lambda device: True)
+    *before, compiled, captured = benchmark.ladder("step", torch.device("cuda"), True)
+    assert compiled.compile and captured == compiled._replace(name=captured.name, compile=False, cuda_graph=True)
+    inference = benchmark.ladder("inference", torch.device("cuda"), False)
+    assert not any(variant.cuda_graph for variant in (*before, compiled, *inference))
+
+
 def test_operations_are_counted_as_published():
     """56.94 G multiplications and additions, each, in the generator at 256 pixels; 2.15 T operations in a step."""
     full = parse_options(["--dataset_name", "solid2striped"])
@@ -326,6 +335,8 @@ def test_tables_are_written_as_they_are_ready_and_to_no_others_file(monkeypatch,
         ("--loader --img_width 64", "--img_width would be ignored here, expected --sizes"),
         ("--precision bf16", "--precision would be ignored here, expected --own with it"),
         ("--inference --compile", "--compile would be ignored here, expected --own with it"),
+        ("--cuda_graph", "--cuda_graph would be ignored here, expected --own with it"),
+        ("--own --inference --cuda_graph", "--cuda_graph would be ignored by --inference"),
         ("--loader --own", "--own would be ignored by --loader"),
         ("--systems cyclegan dcgan", "--systems: invalid choice: 'dcgan'"),  # translates nothing
     ],
