@@ -33,7 +33,7 @@ from datasets import BUILT_IN, TASKS, as_input, find_side
 from models import Generator
 from pictures import to_picture, to_tensor
 from prepare import draw_scene
-from translate import Decoded, Painted, decode, enlarge, fit, overlay, plan, translate_batch
+from translate import Decoded, Painted, decode, fit, overlay, plan, to_full_size, translate_batch
 
 DOCS = Path(__file__).resolve().parent / "docs"
 FIRST = "pretrained/horse2zebra_attentiongan"  # what the page starts with, if it is there
@@ -133,10 +133,10 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
         raise InputError(f"{path.name} cannot be read as a picture: {reason}.")
 
     def paint(generator: Generator, decoded: Decoded) -> tuple[Painted, Image.Image]:
-        (painted,) = translate_batch(generator, decoded.small[None], device, nullcontext, True)
+        (painted,) = translate_batch(generator, decoded.seen[None], device, nullcontext, True)
         if isinstance(painted, str):
             raise InputError(f"{path.name} does not fit into the memory at this size. Choose a smaller one.")
-        return painted, to_picture(enlarge(painted, decoded))
+        return painted, to_picture(to_full_size(painted, decoded))
 
     painted, after = paint(generator, decoded)
     back, other = None, weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])

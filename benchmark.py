@@ -128,7 +128,9 @@ class Variant(NamedTuple):
 
 
 def ladder(kind: str, device: torch.device, with_textbook: bool) -> list[Variant]:
-    """From the textbook step to all that ``train.py`` does here, one optimisation more each time."""
+    """From the textbook step to what ``train.py`` does here by default, one optimisation more each time; then
+    ``--compile`` and ``--cuda_graph``.
+    """
     variants = []
     if kind == "step":
         if with_textbook:
@@ -514,7 +516,8 @@ def make_parser() -> utils.Parser:
     what.add_argument("--memory", action="store_true", help="find what fits: the peak memory of train.py's own step")
     add, number = parser.add_argument, utils.at_least(1)
     add("--own", action="store_true", help="measure no variants, but what train.py does by --precision and --compile")
-    translating = sorted(name for name in SYSTEMS if SYSTEMS[name].game.data != "plain")  # the other draws from noise
+    # The other draws from noise.
+    translating = sorted(name for name in SYSTEMS if SYSTEMS[name].system_class.data != "plain")
     add("--systems", nargs="+", choices=translating, default=["attentiongan"], help="systems to measure")
     sizes = "sides of the pictures, pixels; one list of squares, since --img_height and --img_width are of one size"
     add("--sizes", type=number, nargs="+", default=[128, 256], help=sizes)

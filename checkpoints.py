@@ -450,9 +450,9 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
 
 def init_from(system: Any, where: str) -> None:
     """Give a new run the weights at ``where``: all networks of a checkpoint; or the generators of a run, shipped
-    weights, a folder or a file, and of the first two the discriminators where they fit.
+    weights, a folder or a file, and the discriminators where there are some beside them that fit.
 
-    Raises InputError where the others do not fit.
+    Raises InputError where the generators, or networks of a checkpoint, do not fit.
     """
     if Path(where).name == CHECKPOINT:
         path = next((place for place in candidate_paths(where) if place.is_file()), None)

@@ -386,6 +386,7 @@ class PictureDataset(Dataset, ABC):
             return self.decode(picture)
 
     def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """Crop (channels, H, W) to ``size`` at a random place, and mirror one picture in two."""
         height, width = self.size
         top = int(rng.integers(image.shape[1] - height + 1))
         left = int(rng.integers(image.shape[2] - width + 1))

@@ -356,7 +356,7 @@ def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
         (options.get("img_height", 256), options.get("img_width", 256)),
         SYSTEMS.get(options.get("system", "")),
     )
-    paired = system is not None and system.game.data == "paired"
+    paired = system is not None and system.system_class.data == "paired"
     return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
 
 

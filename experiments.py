@@ -188,9 +188,7 @@ def real_run(dataset: str, title: str, name: str, own: str, size: int = 64, sche
 
 
 def finer_run(title: str, name: str, own: str) -> Run:
-    """At 64 x 64 the stripes of AttentionGAN II came out as checks, perhaps because they are narrower than the 4 x 4
-    pixels of a feature.
-    """
+    """A run at 128 × 128 that begins with all networks of the run ``name`` at 64 × 64."""
     schedule = f"--lr 0.0001 --n_epochs 12 --decay_epoch 1 --init_from results_horse2zebra_{name}/{CHECKPOINT}"
     return real_run("horse2zebra", f"{title}, after 18,676 pairs at 64 × 64", f"{name}_128", own, 128, schedule)
 
@@ -381,7 +379,7 @@ def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[st
 
     The runs take turns, so that a machine which drifts, or has other work, harms none.
     """
-    games = {}
+    steps_of = {}
     for run in runs:
         options = parse_options(shlex.split(run.flags))
         device = utils.pick_device(options.device)
@@ -389,10 +387,10 @@ def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[st
         shape = options.batch_size, options.channels, options.img_height, options.img_width
         shapes = {**dict.fromkeys(("A", "B", "image"), shape), "noise": (options.batch_size, getattr(options, "nz", 0))}
         batch = {key: torch.rand(shape, device=device) * 2 - 1 for key, shape in shapes.items()}
-        games[run.title] = partial(train.training_step, system, optimizers, autocast, batch)
-    seconds: dict[str, list[float]] = {title: [] for title in games}
+        steps_of[run.title] = partial(train.training_step, system, optimizers, autocast, batch)
+    seconds: dict[str, list[float]] = {title: [] for title in steps_of}
     for _ in range(rounds + 1):  # the first one warms up
-        for title, step in games.items():
+        for title, step in steps_of.items():
             begun = time.perf_counter()
             for _ in range(steps):
                 shown = step()
@@ -575,7 +573,7 @@ def compare(options: argparse.Namespace) -> int:
     """Train a comparison's runs, measure them, write its table and sheet. Returns the exit status; or InputError."""
     name, seeds, extractor = options.comparison, options.seeds, options.extractor
     shared, runs, page = parse_options(shlex.split(SHARED[name])), compared_runs(name, seeds), PAGES[name]
-    root, from_noise = options.data_dir / shared.dataset_name, SYSTEMS[shared.system].game.data == "plain"
+    root, from_noise = options.data_dir / shared.dataset_name, SYSTEMS[shared.system].system_class.data == "plain"
     if from_noise and extractor == "none":
         raise InputError("--extractor none: samples are compared by their features, expected an extractor")
     check(page, name, extractor)

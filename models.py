@@ -31,8 +31,8 @@ class Translation(NamedTuple):
     """What a generator made of a batch of pictures. Parts that it does not have are None.
 
     image: (B, channels, H, W) in [-1, 1], the translated pictures.
-    attention: (B, n_masks, H, W), each pixel's masks sum to 1, the last one is the background unless every mask has
-        a content.
+    attention: (B, n_masks, H, W) in [0, 1], each pixel's masks sum to 1, the last one is the background unless every
+        mask has a content.
     content: (B, n_masks - 1, channels, H, W) in [-1, 1], one picture per foreground mask.
     cam_logits: (B, 2), the verdicts of a class activation map's classifiers (average and maximum pooling) on whether
         the input is of the source domain.
@@ -47,7 +47,7 @@ class Translation(NamedTuple):
 
     @property
     def foreground(self) -> Tensor | None:
-        """(B, 1, H, W) in [0, 1]: where the generator paints; None where nothing tells.
+        """(B, 1, H, W) in [0, 1]: where the generator paints, or looks; None where nothing tells.
 
         1 - background mask, or the heat map of a generator without masks.
         """
@@ -95,10 +95,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 def varies(variance: Tensor, eps: float = 1e-5) -> Tensor:
-    """Where a channel is more than rounding noise: bool, of the shape of its variances. Norms leave others at zero.
+    """Where a channel is more than rounding noise: bool, of the shape of its variances.
 
     A norm divides by √(variance + ε). In a channel of one value (a black frame, a blank scan) that makes noise and
-    gradients 316 times larger, norm by norm, until float32 overflows, where the exact gradient before it is zero.
+    gradients 316 times larger, norm by norm, until float32 overflows. U-GAT-IT's norms make such channels zero.
     """
     return variance > 1e-4 * eps
 
@@ -133,7 +133,7 @@ def norm_relu(dim: int, norm: type[nn.Module] = InstanceNorm2d) -> list[nn.Modul
 def encoder(channels: int, ngf: int, n_residual_blocks: int, reflect: bool = False) -> nn.Sequential:
     """c7s1-ngf, d(2 ngf), d(4 ngf), R(4 ngf) × n: (B, channels, H, W) to (B, 4 ngf, H/4, W/4).
 
-    ``reflect``: so pad the two convolutions of stride 2, else with zeros.
+    ``reflect`` (U-GAT-IT): reflection padding in the convolutions of stride 2 too, and norms for flat pictures.
     """
     down = ReflectionConv2d if reflect else partial(nn.Conv2d, padding=1)
     norm = FlatSafeInstanceNorm2d if reflect else InstanceNorm2d
@@ -354,7 +354,7 @@ def check_size(x: Tensor, multiple: int, least: int) -> None:
 
 
 class Generator(nn.Module):
-    """Takes pictures (B, channels, H, W) in [-1, 1], unless it draws from noise; returns a ``Translation``.
+    """Takes pictures (B, channels, H, W) in [-1, 1] and returns a ``Translation``; from noise see ``DCGANGenerator``.
 
     H and W are multiples of ``size_multiple`` and at least ``min_size``, in pixels (ValueError otherwise). For
     ``upsample`` see ``enlarge``.

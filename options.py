@@ -285,7 +285,7 @@ def check_options(options: argparse.Namespace) -> System:
         raise InputError(f"--{flag} is for evaluations during training, expected --eval_interval with it")
     if options.eval_interval and options.extractor == "none":
         raise InputError("--extractor none: --eval_interval compares features, expected an extractor")
-    if SYSTEMS[options.system].game.data == "plain":
+    if SYSTEMS[options.system].system_class.data == "plain":
         if options.eval_interval:
             raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
         if options.task != TASKS[0]:

@@ -120,8 +120,8 @@ def open_image(path: Path) -> Image.Image:
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Any of Pillow's modes to "L" or "RGB", in sRGB: 16 bits are scaled to 8, transparency is laid on white.
 
-    The range of whole numbers of 32 bits and of fractions is read from the values: 0 to 1, -1 to 1, 0 to 255 or 0 to
-    65535, the first that holds them all. Raises ValueError for others.
+    The range of fractions is read from the values: 0 to 1, -1 to 1, 0 to 255 or 0 to 65535, the first that holds them
+    all; that of whole numbers of 32 bits is one of the last two. Raises ValueError for others.
     """
     profile, alpha = image.info.get("icc_profile"), None
     space = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"

@@ -314,7 +314,8 @@ def import_pictures(
     """Make a data set of two folders of pictures: links (or copies), a seeded test share split off.
 
     Unreadable files are left out by name, as are all but the first of files with equal bytes, on either side (they
-    could stand in train and test at once). At least one picture a side stays in train.
+    could stand in train and test at once). At least one picture a side stays in train. Raises InputError where
+    ``target`` exists, ``test_share`` is not in [0, 1), or a side has no picture that can be read.
     """
     if target.exists():
         raise InputError(f"{target} stands already; choose another --dataset_name or remove it")

@@ -320,9 +320,9 @@ def thin(items: Sequence[Any], most: int) -> list[Any]:
 
 # The columns of sheets in words, by the first part of their names.
 WORDS = {
-    "real": "the input",
+    "real": "a real picture: the input, or what the output should be",
     "fake": "its translation",
-    "attention": "where the generator paints: white is painted anew, black is kept",
+    "attention": "where the generator paints: white is painted anew, black is kept (U-GAT-IT: where it looks)",
     "recovered": "there and back: the translation translated back, which should be the input again",
     "global": "where the global discriminator looks",
     "local": "where the local discriminator looks",

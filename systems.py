@@ -1,4 +1,4 @@
-"""How networks train one another: the loss terms, one class per kind of game, its options, and the table ``SYSTEMS``.
+"""How networks train one another: the loss terms, one class per kind of system, its options, and the table ``SYSTEMS``.
 
 A system owns its networks and computes the losses of each player's turn. It knows no optimizer, device, file or rank.
 
@@ -59,7 +59,7 @@ class Turn(NamedTuple):
 
 
 class System(nn.Module, ABC):
-    """A game as the loop sees it. Children with parameters are equal on all ranks, others (replay buffers) are not."""
+    """What the loop sees. Children with parameters are equal on all ranks, others (replay buffers) are not."""
 
     data: ClassVar[str] = "unpaired"  # the kind of samples it learns from: a key of ``datasets.KINDS``
     generators: dict[str, str]  # direction ("AtoB", "BtoA" or ``NOISE``) to the name of its generator
@@ -99,7 +99,7 @@ class System(nn.Module, ABC):
 
     def symptoms(self, values: Mapping[str, Any]) -> list[str]:
         """Signs that training collapses, in words, from the means of losses and measures (lists for vectors)."""
-        weak = sorted(name for name, value in values.items() if name.startswith("D") and value < 0.01)
+        weak = sorted(name for name, value in values.items() if "D" in name.split("_") and value < 0.01)
         return [f"the discriminators' losses {', '.join(weak)} are below 0.01"] if weak else []
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,9 +117,9 @@ class System(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """Options of every system. A subclass is a row of ``SYSTEMS``: the game, and its flags, each declared once."""
+    """Options of every system. A subclass is a row of ``SYSTEMS``: the class, and its flags, each declared once."""
 
-    game: ClassVar[type[System]]
+    system_class: ClassVar[type[System]]
     presets: ClassVar[Mapping[str, Any]] = {}  # defaults of train.py's own options, where this system has others
 
     channels: int = option(3, "colour channels of the pictures: 3 RGB, 1 grey", choices=(1, 3))
@@ -131,10 +131,10 @@ class NetworkOptions:
 
         ``seed`` is the key of the replay buffers' randomness. Raises InputError for options that do not fit together.
         """
-        return self.game(self, size, seed)
+        return self.system_class(self, size, seed)
 
 
-# Options of several games, which may differ in the default.
+# Options of several systems, which may differ in the default.
 N_RESIDUAL_BLOCKS = partial(option, help="residual blocks of each generator", least=0, most=256)
 N_LAYERS_D = partial(option, help="PatchGAN's stride-2 layers; 3 judges 70 x 70 pixels, 2 34 x 34", least=1, most=12)
 UPSAMPLE = partial(
@@ -193,12 +193,12 @@ def split(both: Translation) -> tuple[Translation, Translation]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  The two-way games: CycleGAN, AttentionGAN I and II
+#  The two-way systems: CycleGAN, AttentionGAN I and II
 # ----------------------------------------------------------------------------------------------------------
 
 
 class BothDirections(System):
-    """What the games with a generator for each direction, ``G_AB`` and ``G_BA``, show of themselves."""
+    """What the systems with a generator for each direction, ``G_AB`` and ``G_BA``, show of themselves."""
 
     G_AB: Generator
     G_BA: Generator
@@ -378,10 +378,10 @@ class TwoWay(BothDirections):
 
 @dataclass(frozen=True, kw_only=True)
 class TwoWayOptions(NetworkOptions, ABC):
-    """Options of all two-way games."""
+    """Options of all two-way systems."""
 
-    game = TwoWay
-    # Of the games that do not have these as options.
+    system_class = TwoWay
+    # Of the systems that do not have these as options.
     attn_disc, attn_real, attn_grad = "none", "own", "both"
     lambda_gan, curriculum_epochs = 1.0, 0
     lambda_id = lambda_pixel = lambda_tv = 0.0
@@ -409,7 +409,7 @@ class CycleGANOptions(TwoWayOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedOptions(TwoWayOptions, ABC):
-    """Options of the games that can have attention-guided discriminators."""
+    """Options of the systems that can have attention-guided discriminators."""
 
     attn_disc: str = option(
         "none",
@@ -452,7 +452,7 @@ class AttentionGAN1Options(GuidedOptions):
     lambda_pixel: float = option(1.0, "weight of each direction's |output - input|", least=0)
     lambda_tv: float = option(1e-6, "weight of each mask's total variation, a sum over its pixels", least=0)
     curriculum_epochs: int = option(
-        10, "epochs in which the adversarial terms lead (0.99 to 0.01), then 0.5 to 0.5; 0: plain weights", least=0
+        10, "epochs with factors 0.99 (GAN, TV) and 0.01 (cycle, pixel); later all 0.5; 0: no factors", least=0
     )
 
     def generator(self) -> SingleMaskGenerator:
@@ -567,7 +567,7 @@ class UGATIT(BothDirections):
 class UGATITOptions(NetworkOptions):
     """U-GAT-IT, full or light."""
 
-    game = UGATIT
+    system_class = UGATIT
     # 294 epochs of selfie2anime's 3,400 pictures are 999,600 steps, the official 1,000,000 in whole epochs.
     presets: ClassVar[Mapping[str, Any]] = {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"}
 
@@ -662,7 +662,7 @@ class Paired(System):
 class Pix2PixOptions(NetworkOptions):
     """pix2pix."""
 
-    game = Paired
+    system_class = Paired
 
     unet_depth: int = option(
         0, "halvings of the U-Net; both sides are multiples of 2 to that; 0: log2 of the smaller one", least=0, most=12
@@ -738,7 +738,7 @@ class DCGAN(System):
 class DCGANOptions(NetworkOptions):
     """DCGAN."""
 
-    game = DCGAN
+    system_class = DCGAN
     presets: ClassVar[Mapping[str, Any]] = dict(  # the epochs of pytorch/examples
         img_height=64, img_width=64, resize="short_side", n_epochs=25, batch_size=128, decay_by="never"
     )

@@ -52,7 +52,8 @@ def set_up(
 ) -> tuple[System, dict[str, torch.optim.Optimizer], partial[torch.autocast]]:
     """What ``training_step`` takes: the system on its device, each player's optimizer, a maker of autocast contexts.
 
-    Raises InputError for ``cuda_graph`` where a step cannot be captured.
+    Seeds PyTorch, and sets for the whole process what makes it faster. Raises InputError for ``cuda_graph`` where a
+    step cannot be captured.
     """
     if options.cuda_graph:
         if device.type != "cuda" or options.compile or utils.world_size() > 1:
@@ -78,7 +79,7 @@ def set_up(
 
 
 def build_dataset(options: argparse.Namespace) -> PictureDataset:
-    make = KINDS[SYSTEMS[options.system].game.data]
+    make = KINDS[SYSTEMS[options.system].system_class.data]
     given = {**vars(options), "root": data_folder(options), "size": (options.img_height, options.img_width)}
     given |= {"how": options.resize, "hold_out": options.eval_interval > 0}
     return make(**{key: given[key] for key in inspect.signature(make).parameters})
@@ -148,7 +149,7 @@ def empty_run_folders(options: argparse.Namespace) -> None:
 def training_step(
     system: System, optimizers: dict[str, torch.optim.Optimizer], autocast: Callable[[], Any], batch: Batch
 ) -> dict[str, Tensor]:
-    """One step of the game: the generators run once, then each player takes its turn. Returns what to log."""
+    """One training step: the generators run once, then each player takes its turn. Returns what to log."""
     with autocast():
         fakes = system(batch)
     shown: dict[str, Tensor] = {}

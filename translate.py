@@ -64,7 +64,7 @@ class Task(NamedTuple):
 class Decoded(NamedTuple):
     """A picture, uint8 (channels, height, width), in both sizes of its task, and its alpha (1, height, width)."""
 
-    small: Tensor
+    seen: Tensor
     full: Tensor
     alpha: Tensor | None
 
@@ -202,9 +202,9 @@ def decode(task: Task, channels: int, keep_alpha: bool) -> Decoded | str:
     try:
         image = task.picture.open(channels)
         full = to_tensor(fit(image, task.output_size))
-        small = full if task.size == task.output_size else to_tensor(fit(image, task.size))
+        seen = full if task.size == task.output_size else to_tensor(fit(image, task.size))
         alpha = task.picture.alpha() if keep_alpha else None
-        return Decoded(small, full, None if alpha is None else to_tensor(fit(alpha, task.output_size)))
+        return Decoded(seen, full, None if alpha is None else to_tensor(fit(alpha, task.output_size)))
     except Exception as error:  # decoders raise what they like
         return str(error) or type(error).__name__
 
@@ -270,15 +270,15 @@ def translate_batch(
     return [result for results in singles for result in results]
 
 
-def enlarge(painted: Painted, decoded: Decoded) -> Tensor:
+def to_full_size(painted: Painted, decoded: Decoded) -> Tensor:
     """The output, uint8 (channels, H, W), in the full size of a picture.
 
-    Where the generator saw another size, what it painted is enlarged, and what it kept comes from the input.
+    Where the generator saw another size, what it painted is resized, and what it kept comes from the input.
     """
-    if decoded.small.shape == decoded.full.shape:
+    if decoded.seen.shape == decoded.full.shape:
         return painted.image
     kept = torch.zeros_like(painted.image[:1]) if painted.background is None else painted.background
-    added = normalise(painted.image) - kept / 255 * normalise(decoded.small)
+    added = normalise(painted.image) - kept / 255 * normalise(decoded.seen)
     both = torch.cat([added, kept / 255])[None]
     large = F.interpolate(both, decoded.full.shape[-2:], mode="bicubic", antialias=True)[0]
     return quantise(large[:-1] + large[-1:] * normalise(decoded.full))
@@ -302,7 +302,7 @@ def write(task: Task, decoded: Decoded, painted: Painted, with_masks: bool, show
     and every mask and content in the size in which the generator saw the picture. Returns the thumbnails by column of
     what is ``shown`` on the sheet.
     """
-    output = to_picture(enlarge(painted, decoded))
+    output = to_picture(to_full_size(painted, decoded))
     pictures = {"input": to_picture(decoded.full), "translation": output}
     if painted.foreground is not None:
         pictures["attention"] = fit(to_picture(painted.foreground), task.output_size)
@@ -378,8 +378,8 @@ def translate(
         utils.Progress(total=sum(map(len, batches)), desc="translating", unit="picture") as bar,
     ):
         for tasks, decoded in ahead(readers, read, batches):
-            small = [picture.small for picture in decoded]
-            results = translate_batch(generator, torch.stack(small), device, autocast, with_masks) if small else []
+            seen = [picture.seen for picture in decoded]
+            results = translate_batch(generator, torch.stack(seen), device, autocast, with_masks) if seen else []
             for task, picture, result in zip(tasks, decoded, results, strict=True):
                 if isinstance(result, str):
                     failed[task.picture.path] = result

@@ -1,4 +1,4 @@
-"""The machine and the border: device and precision, ranks, signals, command-line options, errors that users can mend.
+"""Device and precision, ranks, signals, command-line options, and errors that users can mend.
 
 Nothing here knows a network, a data set or the layout of a file.
 """
@@ -369,7 +369,7 @@ class Parser(argparse.ArgumentParser):
 
 
 # ----------------------------------------------------------------------------------------------------------
-#  Errors at the border
+#  Errors of the user
 # ----------------------------------------------------------------------------------------------------------
 
 

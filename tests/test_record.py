@@ -107,7 +107,7 @@ def test_a_resumed_run_still_says_what_its_sheets_show():
     run.sheet({name: torch.zeros(1, 3, 8, 8) for name in ("real A", "fake B", "real B", "fake A")})
     make_record(start=1).page(final=True)
     (words,) = re.findall("<dl>(.*)</dl>", Path("images/r/index.html").read_text())
-    assert words == "<dt>real<dd>the input<dt>fake<dd>its translation"
+    assert words == f"<dt>real<dd>{record.WORDS['real']}<dt>fake<dd>its translation"
 
 
 def test_the_page_is_drawn_as_the_run_goes_on(monkeypatch):
@@ -252,7 +252,7 @@ def test_the_page_in_a_browser_from_the_first_step_to_the_last(browse, monkeypat
     look("0 of 60", "", [])
     go_on(20)
     look("20 of 60", "after step 20", ["00000020.png", "curves.png"])
-    assert page.locator("dl").inner_text().split("\n") == ["real", "the input"]
+    assert page.locator("dl").inner_text().split("\n") == ["real", record.WORDS["real"]]
     go_on(10)
     look("30 of 60", "after step 30", ["00000030.png", "curves.png"])
     page.fill("#slider", "0")  # which stays while the run goes on

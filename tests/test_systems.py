@@ -417,7 +417,14 @@ def test_signs_of_a_collapse_are_told():
         assert weak == ["the discriminators' losses D_A, D_B are below 0.01"]
         assert system.symptoms({**sound, "mask_BA_mean": [0.009, 0.991]}) == [copies]
     assert build("attentiongan", no_background=True).symptoms({"mask_BA_mean": [0.009, 0.991]}) == []
-    for name, value in (("cyclegan", "D_A"), ("ugatit", "D_A"), ("pix2pix", "D"), ("dcgan", "D_fake")):
+    values = (
+        ("cyclegan", "D_A"),
+        ("attentiongan1", "guided_D_B"),
+        ("ugatit", "D_A"),
+        ("pix2pix", "D"),
+        ("dcgan", "D_fake"),
+    )
+    for name, value in values:
         assert build(name).symptoms({value: 0.02, "G": 0.0}) == []
         assert build(name).symptoms({value: 0.001}) == [f"the discriminators' losses {value} are below 0.01"]
 
