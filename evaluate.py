@@ -484,17 +484,17 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
 
 
 def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put rows into ``evaluation.json``, in place of those of the same data set, extractor, direction and weights."""
+    """Put rows into ``evaluation.json``, in place of those of the same data, extractor, direction, weights and size."""
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in ("dataset", "extractor", "direction", "weights"))
+        names = ("dataset", "extractor", "direction", "weights")
+        return *(row[name] for name in names), *row["protocol"]["size"]
 
-    try:
-        before = [row for row in json.loads(path.read_text())["rows"] if "dataset" in row]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is no report
-        before = []
     fresh = {key(row) for row in rows}
-    kept = [row for row in before if key(row) not in fresh]
+    try:
+        kept = [row for row in json.loads(path.read_text())["rows"] if key(row) not in fresh]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is no report
+        kept = []
     with utils.name_file(path):
         path.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
 

@@ -319,7 +319,9 @@ def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, About]
     known = {}
     for run in runs:
         rows = json.loads((record.IMAGES / run.name / "evaluation.json").read_text())["rows"]
-        known[run.name] = {"rows": [r for r in rows if (r["dataset"], r["extractor"]) == (root.name, extractor)]}
+        found = [row for row in rows if (row["dataset"], row["extractor"]) == (root.name, extractor)]
+        newest = {(row["direction"], row["weights"]): row for row in found}  # those of other sizes stand before them
+        known[run.name] = {"rows": [*newest.values()]}
     return known
 
 

@@ -772,6 +772,9 @@ def test_a_report_keeps_the_rows_of_other_evaluations(small_set):
     assert kinds() == [*others, ("small", "none", "AtoB", 5), ("small", "none", "BtoA", 5)]
     assert row(dataset="small", extractor="none")["figures"]["change"] != first["figures"]["change"]
     assert row(dataset="other") == before
+    assert run("net --direction AtoB --size 64") == 0
+    sizes = [r["protocol"]["size"] for r in report()["rows"] if (r["dataset"], r["extractor"]) == ("small", "none")]
+    assert sizes == [[32, 32], [32, 32], [64, 64]]
 
 
 def test_the_best_by_validation_has_a_row_of_its_own(small_set, capsys):

@@ -17,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 import checkpoints
+import evaluate
 import experiments
 import record
 import train
@@ -370,7 +371,9 @@ def test_the_table_shows_what_evaluate_says_and_how_it_came_about(three_runs):
     ways = [f"two_{way}{kind}" for way in ("AtoB", "BtoA") for kind in ("", "_judged", "_masks")]
     assert {path.stem for path in sheets} == {*ways, "cycle_AtoB"}
 
-    # What is measured stays, wherever the run is; and is measured anew where it is here.
+    # What is measured stays, wherever the run is; and is measured anew, in its own size, where it is here.
+    other_size = "--dataset_name solid2striped --checkpoint cycle --extractor none --size 32"
+    assert evaluate.main(other_size.split()) == 0
     for path in Path("saved_models/two").iterdir():
         path.unlink()
     known = json.loads(Path("docs/results.json").read_text())
