@@ -530,8 +530,8 @@ def make_parser() -> utils.Parser:
 
 def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
     """Raise InputError for flags that would be ignored."""
-    instead = {"--system": "--systems", "--img_height": "--sizes", "--img_width": "--sizes"}
-    instead["--batch_size"] = "--batch_sizes"
+    instead = {"--system": "--systems", "--batch_size": "--batch_sizes"}
+    instead |= dict.fromkeys(("--img_height", "--img_width", "--crop_size"), "--sizes")
     if not (own.memory or own.loader or own.own or own.translate):
         instead |= dict.fromkeys(("--precision", "--compile", "--cuda_graph"), "--own with it")
     for flag in (other.partition("=")[0] for other in others):

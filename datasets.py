@@ -232,12 +232,13 @@ def as_input(path: Path, task: str, direction: str) -> Picture:
 class PictureDataset(Dataset, ABC):
     """The common part of all kinds of data: finding, reading, caching and augmenting the pictures of each side.
 
-    Takes ``root`` (the folder of the data set), the training ``size`` (height, width), ``channels`` 1 or 3, ``how`` to
-    resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side (at least two pictures),
-    and the ``task`` (see ``find_side``). Raises InputError when a side is missing, empty or too small for that.
+    Takes ``root`` (the folder of the data set), the ``size`` (height, width) of pictures, ``channels`` 1 or 3, ``how``
+    to resize (see ``resize``), a ``seed``, whether to ``hold_out`` a seeded tenth of each side (at least two pictures),
+    the ``task`` (see ``find_side``), and ``crop_size``, the side of the squares that samples are (0: they are of
+    ``size``). Raises InputError when a side is missing, empty or too small for that.
 
     ``dataset[epoch, index]`` is a dict of uint8 (channels, height, width) by side, flipped at random. With ``jitter``
-    pictures are first resized to 1.12 × the size and cropped at random.
+    pictures are first resized to 1.12 × ``size`` and cropped at random.
     """
 
     # Width / height of a pair side by side: pairs of squares have 2, of 9:16 portraits 1.125; single squares and
@@ -257,7 +258,9 @@ class PictureDataset(Dataset, ABC):
         seed: int = 0,
         hold_out: bool = False,
         task: str = TASKS[0],
+        crop_size: int = 0,
     ):
+        self.crop = (crop_size, crop_size) if crop_size else size
         self.root, self.size, self.channels, self.how, self.seed, self.task = root, size, channels, how, seed, task
         self.scaled = (int(SCALE * size[0]), int(SCALE * size[1])) if self.jitter else size
         self.kept: dict[Picture, Tensor] = {}
@@ -386,8 +389,8 @@ class PictureDataset(Dataset, ABC):
             return self.decode(picture)
 
     def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """Crop (channels, H, W) to ``size`` at a random place, and mirror one picture in two."""
-        height, width = self.size
+        """Crop (channels, H, W) at a random place, and mirror one picture in two."""
+        height, width = self.crop
         top = int(rng.integers(image.shape[1] - height + 1))
         left = int(rng.integers(image.shape[2] - width + 1))
         image = image[:, top : top + height, left : left + width]

@@ -21,6 +21,7 @@ import checkpoints
 from checkpoints import CHECKPOINT, SAVED_MODELS
 from datasets import BUILT_IN, TASKS
 from metrics import EFFICIENTNET, INCEPTION, check_extractor
+from models import fixed_size_message
 from pictures import RESIZE
 from systems import SYSTEMS, System
 
@@ -40,8 +41,14 @@ class DataOptions:
         "colorization: the pictures of train (or trainB) and test (or testB) are B, their grey versions A",
         choices=TASKS,
     )
-    img_height: int = option(256, "height of the training pictures, pixels", least=1, most=2**14)
-    img_width: int = option(256, "width of the training pictures, pixels", least=1, most=2**14)
+    img_height: int = option(256, "height of the pictures, pixels", least=1, most=2**14)
+    img_width: int = option(256, "width of the pictures, pixels", least=1, most=2**14)
+    crop_size: int = option(
+        0,
+        "train on square crops of N pixels of such pictures, for less time and memory; 0: crops of their size",
+        least=0,
+        most=2**14,
+    )
     resize: str = option(
         "squash",
         "before the crop, resize both sides to 1.12 x the size as in the official code (squash), or keep the aspect",
@@ -128,7 +135,7 @@ FOREIGN = {
     "--dataroot": "here --data_dir (the folder above) and --dataset_name",
     **dict.fromkeys(("--gpu_ids", "--gpu"), "here --device cuda:0, or train_dist.py for several"),
     "--cuda": "here --device cuda",
-    **dict.fromkeys(("--img_size", "--image_size", "--crop_size"), "here --img_height and --img_width"),
+    **dict.fromkeys(("--img_size", "--image_size"), "here --img_height and --img_width"),
     "--n_epochs_decay": "here --n_epochs is the sum, and --decay_epoch where the rate begins to fall",
     "--load_size": "here 1.12 x --img_height and --img_width",
     "--continue_train": "here --resume",
@@ -290,15 +297,22 @@ def check_options(options: argparse.Namespace) -> System:
             raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
         if options.task != TASKS[0]:
             raise InputError(f"--task {options.task} is for translations, and pictures from noise are none")
+        if options.crop_size:
+            raise InputError(f"--crop_size {options.crop_size}: {options.system} crops no pictures, expected 0")
     if options.task == "colorization" and options.channels != 3:
         raise InputError(f"--task colorization makes colours: --channels {options.channels}, expected 3")
     system = build_system(options)
-    for key in ("img_height", "img_width"):
+    for key in ("img_height", "img_width", "crop_size") if options.crop_size else ("img_height", "img_width"):
         size = getattr(options, key)
         if size % system.size_multiple or size < system.min_size:
             raise InputError(
                 f"--{key} {size}: expected a multiple of {system.size_multiple}, at least {system.min_size}"
             )
+    if options.crop_size > (least := min(options.img_height, options.img_width)):
+        raise InputError(f"--crop_size {options.crop_size}: expected at most {least}, the size of the pictures")
+    fixed = system.generator(next(iter(system.generators))).settings.get("size")
+    if options.crop_size and fixed is not None:
+        raise InputError(f"--crop_size {options.crop_size}: {fixed_size_message(fixed)}")
     return system
 
 

@@ -249,10 +249,11 @@ def train(
         log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)
     first, done = divmod(restored["step"], len(loader))
     effective = options.batch_size * utils.world_size()
+    crops = f" in crops of {options.crop_size}" if options.crop_size else ""
     print0(
         f"{'resuming' if options.resume else 'training'} {options.name}: {options.system} on {options.dataset_name}, "
-        f"{options.img_height} x {options.img_width}, step {restored['step']} of {total}, batch {options.batch_size} x "
-        f"{utils.world_size()} process(es) = {effective}, {device.type}, "
+        f"{options.img_height} x {options.img_width}{crops}, step {restored['step']} of {total}, batch "
+        f"{options.batch_size} x {utils.world_size()} process(es) = {effective}, {device.type}, "
         f"{'bf16' if autocast.keywords['enabled'] else 'float32'}"
     )
     print0(dataset.describe())
@@ -407,8 +408,9 @@ def explain_out_of_memory(options: argparse.Namespace) -> Iterator[None]:
         if not utils.is_out_of_memory(error):
             raise
         raise InputError(
-            f"out of memory with --batch_size {options.batch_size}, --img_height {options.img_height} and "
-            f"--img_width {options.img_width}: lower these, or --ngf; saved checkpoints are kept"
+            f"out of memory with --batch_size {options.batch_size}, --img_height {options.img_height}, --img_width "
+            f"{options.img_width} and --crop_size {options.crop_size}: lower one of these, or --ngf; saved checkpoints "
+            "are kept"
         ) from error
 
 

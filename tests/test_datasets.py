@@ -246,6 +246,19 @@ def test_pictures_are_enlarged_before_the_crop_as_in_the_official_code(tmp_path)
     assert UnpairedDataset(make_set(tmp_path, 1, 1), (256, 128)).scaled == (286, 143)
 
 
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_crops_of_a_size_come_from_pictures_that_sheets_show_whole(tmp_path, limit):
+    data = UnpairedDataset(make_set(tmp_path, 1, 1, size=(40, 40)), (32, 32), crop_size=12)
+    assert data.load(limit) == bool(limit) and data.fixed_batch(1)["A"].shape == (1, 3, 32, 32)
+    whole = data.decode(data.sides["A"][0])
+    assert whole.shape == (3, 35, 35)
+    windows = whole.unfold(1, 12, 1).unfold(2, 12, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 12, 12)
+    samples = [data[epoch, 0]["A"] for epoch in range(40)]
+    for sample in samples:
+        assert any((windows == view).flatten(1).all(dim=1).any() for view in (sample, sample.flip(-1)))
+    assert len({sample.numpy().tobytes() for sample in samples}) > 30
+
+
 def test_a_damaged_picture_is_named_wherever_it_is_read(tmp_path):
     root = make_set(tmp_path, 2, 2)
     path = next((root / "trainA").iterdir())

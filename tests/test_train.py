@@ -76,6 +76,26 @@ def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     same(dict(generator.state_dict()), dict(checkpoint(name)["networks"]["G_AB"]))
 
 
+@pytest.mark.parametrize("system", ["attentiongan", "ugatit --light"])
+def test_a_run_on_crops_shows_and_measures_whole_pictures(small_set, monkeypatch, capsys, system):
+    shapes, step = set(), train.training_step
+
+    def spy(system, optimizers, autocast, batch):
+        shapes.update(images.shape for images in batch.values())
+        return step(system, optimizers, autocast, batch)
+
+    monkeypatch.setattr(train, "training_step", spy)
+    flags = f"{quick(system.split()[0])} --system {system} --img_height 32 --img_width 24 --crop_size 12 --name crops"
+    assert run(f"{flags} --n_epochs 1") == 0
+    assert shapes == {(1, 3, 12, 12)} and "32 x 24 in crops of 12, step 0 of 6" in capsys.readouterr().out
+    with Image.open("images/crops/00000006.png") as sheet:
+        assert (sheet.height - 18 - 2) % 2 == 0 and ((sheet.height - 20) // 2 - 2) % 32 == 0
+    about = load_generator("saved_models/crops/AtoB.pt")[1]
+    assert evaluate.find_reading(about["options"], 3).size == (32, 24)
+    assert run(f"{flags} --resume --crop_size 16") == 2
+    assert "--crop_size 16 differs from the run's 12" in capsys.readouterr().err
+
+
 def test_a_run_of_pix2pix_leaves_its_one_direction(pairs, capsys):
     assert run(f"{QUICK_PIX2PIX} --direction BtoA --n_epochs 2 --sample_interval 4") == 0
     entries = log("pairs_pix2pix")
@@ -700,6 +720,8 @@ REFUSED = {
     f"{QUICK} --n_epochs 2": [
         ("--img_height 14", r"--img_height 14: expected a multiple of 4, at least 12"),
         ("--img_width 8", r"--img_width 8: expected a multiple of 4, at least 12"),
+        ("--crop_size 8", r"--crop_size 8: expected a multiple of 4, at least 12"),
+        ("--crop_size 16", r"--crop_size 16: expected at most 12, the size of the pictures"),
         ("--n_epochs 3 --decay_epoch 4", r"--decay_epoch 4 lies beyond --n_epochs 3"),
         ("--decay_by never --decay_epoch 1", r"--decay_epoch: --decay_by never keeps the rate"),
         ("--extractor efficientnet-lite0", r"--extractor is for evaluations during training, expected --eval_interval"),
@@ -745,7 +767,10 @@ REFUSED = {
     f"{quick('attentiongan1')} --system attentiongan1": [
         ("--lambda_gan 0", "--lambda_gan 0: only a copy is left to train for")
     ],
-    f"{quick('ugatit')} --system ugatit": [("--init zero", "--init: invalid choice: 'zero'")],
+    f"{quick('ugatit')} --system ugatit": [
+        ("--init zero", "--init: invalid choice: 'zero'"),
+        ("--crop_size 12", "--crop_size 12: the full U-GAT-IT takes only pictures of its training size, 12 x 12"),
+    ],
     QUICK_PIX2PIX: [
         ("--dataset_name small", r"data/small: expected pairs, .*; found 1 without a partner, .* 5"),
         ("--img_height 48", r"--img_height 48: expected a multiple of 32, at least 32"),
@@ -764,6 +789,7 @@ REFUSED = {
         ("--img_height 256 --img_width 256", r"--img_height 256 --img_width 256: dcgan makes square pictures"),
         ("--nz 0", r"--nz 0: expected at least 1"),
         ("--task colorization", r"is for translations, and pictures from noise are none"),
+        ("--crop_size 16", r"--crop_size 16: dcgan crops no pictures, expected 0"),
         ("--eval_interval 1", r"--eval_interval measures translations, and pictures from noise are none; expected 0"),
         ("--dataset_name nothing", r"data/nothing: no such folder. Expected pictures in data/nothing/train"),
         ("--init_from AtoB.pt", r"AtoB.pt: translates AtoB, expected a generator that draws from noise"),
