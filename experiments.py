@@ -194,12 +194,15 @@ def finer_run(title: str, name: str, own: str) -> Run:
 
 
 def gpu_run(size: int, after: str, before: str, schedule: str) -> Run:
-    """A later stage of the run whose networks ship. Its pictures were re-encoded for the way to the GPU (WebP 75)."""
+    """A stage of the weights that ship. Its pictures were re-encoded for the way to the GPU (WebP, quality 75)."""
     schedule += f" --batch_size 4 --decay_by step --cuda_graph --init_from results_horse2zebra_{before}/{CHECKPOINT}"
     title = f"AttentionGAN II on a GPU, after {after}"
-    return real_run("horse2zebra", title, f"attentiongan_long_{size}", "attentiongan", size, schedule)
+    return real_run("horse2zebra", title, f"{LONG}_{size}", "attentiongan", size, schedule)
 
 
+LONG = "attentiongan_long"  # the weights that ship, in four stages
+CROPS = "--crop_size 128 --lr 0.0001 --n_epochs 4 --decay_epoch 2 --decay_by step --init_from "
+CROPS += f"results_horse2zebra_{LONG}_256/{CHECKPOINT}"
 LED = "attentiongan1 --attn_disc none --curriculum_epochs 14"
 HELD_OUT = f"--n_epochs 16 --decay_epoch 10 --eval_interval 4 --extractor {EXTRACTOR} --keep_evaluated"
 RUNS = (
@@ -210,18 +213,18 @@ RUNS = (
     finer_run("AttentionGAN II", "attentiongan", "attentiongan"),
     finer_run("CycleGAN", "cyclegan", "cyclegan"),
     finer_run("AttentionGAN I", "attentiongan1", "attentiongan1 --curriculum_epochs 0"),  # it has had its curriculum
-    real_run("horse2zebra", "AttentionGAN II, a tenth held out", "attentiongan_long", "attentiongan", 64, HELD_OUT),
-    gpu_run(128, "19,216 pairs at 64 × 64", "attentiongan_long", "--n_epochs 20 --decay_epoch 10"),
-    gpu_run(256, "19,216 at 64 × 64, 26,640 at 128", "attentiongan_long_128", "--n_epochs 10 --decay_epoch 5"),
+    real_run("horse2zebra", "AttentionGAN II, a tenth held out", LONG, "attentiongan", 64, HELD_OUT),
+    gpu_run(128, "19,216 pairs at 64 × 64", LONG, "--n_epochs 20 --decay_epoch 10"),
+    gpu_run(256, "19,216 at 64 × 64, 26,640 at 128", f"{LONG}_128", "--n_epochs 10 --decay_epoch 5"),
+    real_run("horse2zebra", "AttentionGAN II, the same, then on crops", f"{LONG}_crops", "attentiongan", 256, CROPS),
     *(real_run(dataset, "AttentionGAN II", "attentiongan", "attentiongan") for dataset in [*REAL_SETS][1:]),
 )
 
-LONG = "results_horse2zebra_attentiongan_long"
 STORY = {
-    f"{LONG}/kept/00009608": "9,608 pairs at 64 x 64",
-    LONG: "19,216 pairs at 64 x 64",
-    f"{LONG}_128": "and 26,640 at 128 x 128",
-    f"{LONG}_256": "and 13,320 at 256 x 256",
+    f"results_horse2zebra_{LONG}": "19,216 pairs at 64 x 64",
+    f"results_horse2zebra_{LONG}_128": "and 26,640 at 128 x 128",
+    f"results_horse2zebra_{LONG}_256": "and 13,320 at 256 x 256",
+    f"results_horse2zebra_{LONG}_crops": "and 5,336 on crops of 128 x 128",
 }
 
 
@@ -637,7 +640,7 @@ def results(options: argparse.Namespace) -> int:
         new.write_text(json.dumps(known, indent=1) + "\n")
     write_block(page, "results", "python experiments.py results", table(result_rows(known), RESULTS, blank=""))
     if all(find_file(SAVED_MODELS / stage, "AtoB") for stage in STORY):
-        save_sheet(draw_story(options.data_dir / "horse2zebra"), DOCS / f"{LONG}_story.webp")
+        save_sheet(draw_story(options.data_dir / "horse2zebra"), DOCS / "results_story.webp")
     print(f"{page} written")
     return 0
 
