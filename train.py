@@ -408,9 +408,9 @@ def explain_out_of_memory(options: argparse.Namespace) -> Iterator[None]:
         if not utils.is_out_of_memory(error):
             raise
         raise InputError(
-            f"out of memory with --batch_size {options.batch_size}, --img_height {options.img_height}, --img_width "
-            f"{options.img_width} and --crop_size {options.crop_size}: lower one of these, or --ngf; saved checkpoints "
-            "are kept"
+            f"out of memory with --batch_size {options.batch_size}, --img_height {options.img_height} and "
+            f"--img_width {options.img_width}: lower these, or --ngf, or train on smaller crops (--crop_size); saved "
+            "checkpoints are kept"
         ) from error
 
 
