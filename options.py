@@ -302,9 +302,9 @@ def check_options(options: argparse.Namespace) -> System:
     if options.task == "colorization" and options.channels != 3:
         raise InputError(f"--task colorization makes colours: --channels {options.channels}, expected 3")
     system = build_system(options)
-    for key in ("img_height", "img_width", "crop_size") if options.crop_size else ("img_height", "img_width"):
+    for key in ("img_height", "img_width", "crop_size"):
         size = getattr(options, key)
-        if size % system.size_multiple or size < system.min_size:
+        if size and (size % system.size_multiple or size < system.min_size):  # only a crop_size may be 0
             raise InputError(
                 f"--{key} {size}: expected a multiple of {system.size_multiple}, at least {system.min_size}"
             )
