@@ -466,16 +466,14 @@ def init_from(system: Any, where: str) -> None:
         return
     beside = (folder / DISCRIMINATORS, folder / CHECKPOINT)
     path = None if is_file(where) else next((place for place in beside if place.exists()), None)
-    if path is None:
-        print0(f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means")
-        return
-    try:
-        init_networks(system, path, names)
-    except InputError as error:
-        print0(
-            f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means. "
-            f"Those beside the generators come from a run with{discriminator_flags(about)}; {error}"
-        )
+    why = ""
+    if path is not None:
+        try:
+            init_networks(system, path, names)
+            return
+        except InputError as error:
+            why = f". Those beside the generators come from a run with{discriminator_flags(about)}; {error}"
+    print0(f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means{why}")
 
 
 def init_generators(system: Any, where: str) -> dict[str, Any]:
@@ -750,10 +748,8 @@ UGATIT_NAMES = {"AtoB": "genA2B", "BtoA": "genB2A"}
 NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def load_official(
-    path: str | Path, direction: str | None = None, content: Mapping[str, Any] | None = None
-) -> Generator:
-    """Open a generator of the official AttentionGAN, pytorch-CycleGAN-and-pix2pix or UGATIT-pytorch code.
+def load_official(path: str | Path, direction: str | None, content: Mapping[str, Any]) -> Generator:
+    """The generator in the ``content`` of a file of the official AttentionGAN, CycleGAN or UGATIT-pytorch code.
 
     Accepted: AttentionGAN's ``latest_net_G_A.pth`` (``conv1.weight`` … ``deconv3_attention.bias``), with a background
     mask or, as AttentionGAN-geo, without; the ``resnet_6blocks`` / ``resnet_9blocks`` generators of CycleGAN
@@ -763,10 +759,8 @@ def load_official(
     are dropped, so the network computes the same function. Where these biases are missing, the generator was trained
     without InstanceNorm (``--norm none``), and is refused.
 
-    ``content``: what ``read_weights`` has read already. Returns the generator in float32 on the CPU. Raises
-    FileNotFoundError, or ValueError that names the keys that were expected and those that were found.
+    In float32 on the CPU. Raises ValueError that names the keys that were expected and those that were found.
     """
-    content = read_weights(path) if content is None else content
     inner = content.get(UGATIT_NAMES[direction or "AtoB"], content)
     if not isinstance(inner, dict) or not all(isinstance(key, str) for key in inner):
         raise ValueError(f"{path}: expected weights by their names, found {describe(inner)}")

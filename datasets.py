@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -398,7 +397,7 @@ class PictureDataset(Dataset, ABC):
 
     def fixed_batch(self, n: int) -> dict[str, Tensor]:
         """The pictures that sheets show, always the same: ``n`` of each side (see the function of this name)."""
-        return fixed_batch(self.root, n, self.size, self.channels, self.how, self.task)
+        return fixed_batch(self.root, n, self.size, self.channels, self.how, self.task, self.paired)
 
 
 class UnpairedDataset(PictureDataset):
@@ -518,18 +517,25 @@ KINDS: dict[str, type[PictureDataset]] = {"unpaired": UnpairedDataset, "paired":
 
 
 def fixed_batch(
-    root: Path, n: int, size: tuple[int, int], channels: int = 3, how: str = "squash", task: str = TASKS[0]
+    root: Path,
+    n: int,
+    size: tuple[int, int],
+    channels: int = 3,
+    how: str = "squash",
+    task: str = TASKS[0],
+    paired: bool = False,
 ) -> dict[str, Tensor]:
     """The first ``n`` test pictures of both sides (training pictures where there are no test folders).
 
-    {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer than ``n`` where a side has fewer; see
-    ``unaugmented``. Raises InputError where a side has none.
+    {"A": uint8 (n, channels, height, width), "B": likewise}, with fewer than ``n`` where a side has fewer, ``paired``
+    with their partners; see ``unaugmented``. Raises InputError where a side has none, or a picture no partner.
     """
-    sides = {s: (find_side(root, "test", s, task) or find_side(root, "train", s, task))[:n] for s in "AB"}
+    sides = {s: find_side(root, "test", s, task) or find_side(root, "train", s, task) for s in "AB"}
     for side, pictures in sides.items():
         if not pictures:
             raise InputError(missing(root, side, task))
-    n = min(map(len, sides.values()))
+    sides = match_pairs(root, "test", sides) if paired else sides
+    n = min(n, *map(len, sides.values()))
     return {side: torch.stack([unaugmented(p, size, channels, how) for p in ps[:n]]) for side, ps in sides.items()}
 
 
@@ -592,7 +598,3 @@ def make_loader(
         generator=torch.Generator(),
         persistent_workers=n_cpu > 0,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(f"datasets.py only reads data sets now: python prepare.py {' '.join(sys.argv[1:])}".rstrip())

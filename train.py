@@ -283,8 +283,9 @@ def train(
                     with eager():
                         validate(validation, system, state, log, epoch, options.keep_evaluated)
                 enough = 0 < options.max_steps <= log.step < total
+                ends_interval = is_due(log.step, options.checkpoint_interval * len(loader), total)
                 stopped, save = utils.any_rank(
-                    [enough or stop.signal is not None, state.is_due(options.checkpoint_minutes)]
+                    [enough or stop.signal is not None, ends_interval or state.is_due(options.checkpoint_minutes)]
                 )
                 if stopped or save:
                     log.check_finite()
@@ -294,9 +295,6 @@ def train(
             if stopped:
                 break
             done = 0
-            if is_due(epoch + 1, options.checkpoint_interval, options.n_epochs):
-                log.check_finite()
-                state.save(log.step, log.state_dict())
         log.page(final=True)
         utils.barrier()  # no rank leaves before rank 0 has saved
     if log.step == total:

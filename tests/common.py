@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import train
 from checkpoints import pack_generator
 from metrics import Extractor
 from models import AttentionGenerator, UNetGenerator
+from pictures import Picture
 from systems import SYSTEMS
 
 # ----------------------------------------------------------------------------------------------------------
@@ -153,6 +155,14 @@ def plain(path, colour=RED, size=(8, 8)):
 
 def noise(seed, size=(40, 36)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def pixels(path, channels=3, half=None):
+    return np.asarray(Picture(path, half).open(channels)).tolist()
+
+
+def names_below(pictures, root):
+    return [str(picture.path.relative_to(root)) for picture in pictures]
 
 
 def below(folder):
@@ -373,6 +383,11 @@ def quick(system: str) -> str:
 
 def run(command: str) -> int:
     return train.main(command.split())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def script(command: str) -> list[str]:

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from common import CPU, noise, save
+from common import CPU, free_port, noise, save
 from conftest import ROOT
 from PIL import Image
 
@@ -240,11 +240,6 @@ for way in ways:
 # ----------------------------------------------------------------------------------------------------------
 #  The page
 # ----------------------------------------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

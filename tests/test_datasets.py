@@ -5,7 +5,6 @@ from utils import InputError
 import itertools
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import BLUE, RED, make_set, noise, plain, save
-from conftest import ROOT
+from common import BLUE, RED, make_set, names_below, noise, pixels, plain, save
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
@@ -36,14 +34,6 @@ from datasets import (
     true_translations,
 )
 from pictures import EXTENSIONS, RESIZE, Picture, resize, to_tensor, unaugmented
-
-
-def pixels(path, channels=3, half=None):
-    return np.asarray(Picture(path, half).open(channels)).tolist()
-
-
-def names_below(pictures, root):
-    return [str(picture.path.relative_to(root)) for picture in pictures]
 
 
 def same(a, b):
@@ -375,6 +365,8 @@ def test_equal_names_in_two_folders_are_pairs_whatever_their_endings(tmp_path):
     seeds = {"a.png": 0, "a.c.png": 1, "deep/a.png": 2}  # by their names with endings the two sides' orders differ
     order = [seeds[name] for name in names_below(dataset.sides["A"], tmp_path / "trainA")]
     assert_in_step(dataset, [noise(seed, (35, 35)) for seed in order])
+    shown = dataset.fixed_batch(3)
+    assert torch.equal(shown["B"], 255 - shown["A"]) and len(shown["A"].unique(dim=0)) == 3
 
 
 def test_single_photographs_are_no_pairs(tmp_path):
@@ -750,11 +742,3 @@ def test_workers_outlive_signals_to_the_group_and_end_when_their_parent_says_so(
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
-
-
-@pytest.mark.parametrize("given", [[], ["--dataset_name", "maps"]])
-def test_the_old_command_names_the_new_one(monkeypatch, given):
-    monkeypatch.setattr(sys, "argv", ["datasets.py", *given])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "datasets.py"), run_name="__main__")
-    assert ended.value.code == " ".join(["datasets.py only reads data sets now: python prepare.py", *given])

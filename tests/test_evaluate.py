@@ -807,15 +807,6 @@ def test_a_file_that_is_no_report_gives_way(small_set, before):
     assert [r["direction"] for r in report()["rows"]] == ["AtoB"]
 
 
-def test_reports_are_there_before_the_table(small_set, monkeypatch):
-    for seed, name in enumerate(("one", "two")):
-        store(name, AtoB=tiny(seed))
-    monkeypatch.setattr(evaluate, "print_table", lambda rows: pytest.fail("a terminal without ±"))
-    with pytest.raises(pytest.fail.Exception):
-        run("one two")
-    assert all(figures(name=name)["change"] > 0 for name in ("one", "two"))
-
-
 def test_the_spread_is_of_what_all_checkpoints_have_and_what_is_better_or_worse():
     lower = ("FID-x", "KID", "KID blocks of 10", "background attention", "background error", "L1", "cycle error")
     higher = ("zebra rate", "IoU", "AP", "change IoU", "change AP", "PSNR", "SSIM")
@@ -1091,11 +1082,3 @@ def test_weights_of_this_repository_and_a_run_of_their_name_have_folders_of_thei
     assert evaluate.output_name("saved_models/shipped") == "shipped"
     assert evaluate.output_name("pretrained/shipped") == "pretrained_shipped"
     assert "expected saved_models/shipped or pretrained/shipped" in refused(capsys, "shipped")
-
-
-def test_help_shows_defaults(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = " ".join(evaluate.make_parser().format_help().split())
-    for default in ("horse2zebra", "data", "inception-v3-compat", "5", "auto", "all a checkpoint has"):
-        assert f"(default: {default})" in shown
-    assert "(default: False)" not in shown and "(default: None)" not in shown

@@ -132,20 +132,6 @@ COMMANDS = dict.fromkeys((page.name, each) for page in [*PAGES, ROOT / "Makefile
 
 
 def test_commands_are_found_on_the_pages():
-    text = """
-```sh
-VAR=1 python a.py --x \\
-    1 && python3 b.py; make c
-nice -n 5 python d.py
-torchrun --nproc_per_node 8 train_dist.py --y 2  # many
-```
-Say `.venv/bin/python e.py
---z` or `f.py --w`.
-"""
-    page = Path("page.md")
-    page.write_text(text)
-    expected = ["a.py --x      1", "b.py", "train_dist.py --y 2", "e.py --z"]
-    assert [" ".join(c.split()) for c in commands_of(page)] == [" ".join(c.split()) for c in expected]
     assert {page for page, _ in COMMANDS} >= {"README.md", "Makefile", "training.md", "systems.md", "data.md"}
     assert {command.split()[0] for _, command in COMMANDS} == {f"{name}.py" for name in SCRIPTS}
 

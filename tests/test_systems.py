@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import train
 from models import ILN, AdaLIN, AttentionGenerator, NoiseDropout, ReplayBuffer
 from options import all_options, parse_options
-from systems import SYSTEMS, Turn, least_squares, mask_measures
+from systems import SYSTEMS, Turn, mask_measures
 from train import CapturedStep, trained_parameters, training_step, update
 
 
@@ -427,11 +427,6 @@ def test_signs_of_a_collapse_are_told():
     for name, value in values:
         assert build(name).symptoms({value: 0.02, "G": 0.0}) == []
         assert build(name).symptoms({value: 0.001}) == [f"the discriminators' losses {value} are below 0.01"]
-
-
-def test_least_squares_sums_over_maps():
-    maps = (torch.tensor([0.0, 2.0]), torch.tensor([3.0]))
-    assert least_squares(maps, 1.0) == 1.0 + 4.0
 
 
 def tensors(nested):

@@ -12,7 +12,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import statistics
 import sys
 import tarfile
@@ -32,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from common import QUICK, QUICK_PIX2PIX, below, checkpoint, make_set, noise, quick, run, same_run
+from common import QUICK, QUICK_PIX2PIX, below, checkpoint, free_port, make_set, noise, quick, run, same_run
 from conftest import ROOT
 from PIL import Image, features
 
@@ -235,12 +234,6 @@ def straight(small_set, pairs, monkeypatch):
 def command(kind, epochs, name="train"):
     launch = f" --n_procs 2 --port_num {free_port()}" if name == "train_dist" else ""
     return f"{RUNS[kind]} --n_epochs {epochs} --decay_epoch {epochs // 2}{launch}"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def disturb(kind, epochs, rng, count, n, act, straight, name="train", real=6):

@@ -1,5 +1,4 @@
 import utils
-from utils import InputError
 
 import json
 import os
@@ -23,13 +22,12 @@ from PIL import Image
 import evaluate
 import metrics
 import train
-import translate
 from checkpoints import load_generator, open_generators, pack_generator
 from datasets import UnpairedDataset
 from metrics import Features, kernel_distance
 from models import AttentionGenerator
 from options import SMALL, all_options, make_parser, option_groups, parse_options
-from pictures import Picture, normalise, quantise, unaugmented
+from pictures import normalise, quantise, unaugmented
 from systems import SYSTEMS
 
 # 3 steps an epoch: it takes the 6 pictures of trainA.
@@ -126,30 +124,6 @@ def test_unpaired_systems_colourise_from_disjoint_halves(pairs, system):
     assert checkpoint(f"pairs_{system}")["steps_per_epoch"] == 2
     opened = open_generators(f"pairs_{system}")
     assert {about["options"]["task"] for _, about in opened.values()} == {"colorization"}
-
-    # Measured: the test pictures against themselves.
-    command = f"--dataset_name pairs --checkpoint pairs_{system} --extractor none --device cpu"
-    assert evaluate.main(command.split()) == 0
-    report = json.loads(Path(f"images/pairs_{system}/evaluation.json").read_text())
-    figures = {row["direction"]: row["figures"] for row in report["rows"]}
-    tests = [Picture(pairs / "test" / f"{i}.png") for i in range(2)]
-    colour = normalise(torch.stack([unaugmented(p, (12, 12)) for p in tests]))
-    grey = normalise(torch.stack([unaugmented(p._replace(grey=True), (12, 12)) for p in tests]))
-    for direction, inputs, truths in (("AtoB", grey, colour), ("BtoA", colour, grey)):
-        with torch.no_grad():
-            outputs = normalise(quantise(opened[direction][0].eval()(inputs).image))
-        assert figures[direction]["L1"] == pytest.approx((outputs - truths).abs().mean().item(), rel=1e-5)
-
-    # In use: A is grey whatever the picture.
-    Path("in").mkdir()
-    with Image.open(pairs / "test" / "0.png") as image:
-        image.save("in/colour.png")
-        image.convert("L").save("in/grey.png")
-    for direction, greys in (("AtoB", True), ("BtoA", False)):
-        command = f"--checkpoint pairs_{system} --direction {direction} --input in --output {direction} --device cpu"
-        assert translate.main(command.split()) == 0
-        outputs = [np.asarray(Image.open(f"{direction}/{name}.png")) for name in ("colour", "grey")]
-        assert outputs[0].shape == (18, 40, 3) and np.array_equal(*outputs) == greys
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -735,12 +709,8 @@ REFUSED = {
         ("--name ..", r"--name ..: expected a plain name"),
         ("--name pretrained", r"--name pretrained: expected a plain name"),
         ("--b1 1.5", r"--b1 1.5: expected below 1$"),
-        ("--b1 -0.5", r"--b1 -0.5: expected at least 0$"),
-        ("--b2 nan", r"--b2 nan: expected at least 0"),
         ("--lr nan", r"--lr nan: expected at least 0"),
-        ("--lr inf", r"--lr inf: expected a finite number"),
         ("--weight_decay inf", r"--weight_decay inf: expected a finite number"),
-        ("--weight_decay -1", r"--weight_decay -1.0: expected at least 0"),
         ("--device meta", r"--device meta: not usable here \(expected cuda, mps or cpu\)"),
         ("--no_background --attn_disc concat", r"--attn_disc concat needs the background mask"),
         ("--attn_real partner", r"--attn_real partner needs --attn_disc concat or mask"),
@@ -777,10 +747,8 @@ REFUSED = {
         ("--img_height 48", r"--img_height 48: expected a multiple of 32, at least 32"),
         ("--unet_depth 7", r"--unet_depth 7: expected 2 to 6 at 64 x 64, or 0 for the most"),
         ("--lambda_gan 0 --lambda_L1 0", r"nothing to train by"),
-        ("--unet_depth 18", r"--unet_depth 18: expected at most 12"),
         ("--unet_depth 1", r"--unet_depth 1: expected 2 to 6 at 64 x 64"),
         ("--img_height 2", r"--img_height 2, --img_width \d+: expected at least 4"),
-        ("--lambda_L1 -1", r"--lambda_L1 -1.0: expected at least 0"),
         ("--task colorization --channels 1", r"colorization makes colours: --channels 1, expected 3"),
         ("--task colorization --dataset_name nothing", r"data/nothing: no such folder. Expected colour pictures"),
     ],
@@ -788,7 +756,6 @@ REFUSED = {
         ("--img_height 48", r"--img_height 48 --img_width 16: dcgan makes square pictures, .* 16, 32, 64, 128"),
         ("--img_height 24 --img_width 24", r"--img_height 24 --img_width 24: dcgan makes square pictures"),
         ("--img_height 256 --img_width 256", r"--img_height 256 --img_width 256: dcgan makes square pictures"),
-        ("--nz 0", r"--nz 0: expected at least 1"),
         ("--task colorization", r"is for translations, and pictures from noise are none"),
         ("--crop_size 16", r"--crop_size 16: dcgan crops no pictures, expected 0"),
         ("--eval_interval 1", r"--eval_interval measures translations, and pictures from noise are none; expected 0"),
@@ -808,38 +775,10 @@ def test_what_does_not_fit_is_named_in_one_line(small_set, pairs, capsys, comman
     assert not list(Path("saved_models").rglob("*.pt"))
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_bounds_of_weights_and_sizes_are_looked_at_before_anything_is_built(system):
-    weights = [name for name in all_options(system) if name.startswith("lambda_")]
-    assert weights or system == "dcgan"
-    values = {"-10": "at least 0", "nan": "at least 0", "inf": "a finite number"}
-    refused = [(name, value, expected) for name in weights for value, expected in values.items()]
-    refused += [(name, value, "at least 1") for name in ("img_height", "img_width") for value in ("0", "-8")]
-    for name, value, expected in refused:
-        with pytest.raises(InputError, match=rf"^--{name} {value}(\.0)?: expected {expected}$"):
-            parse_options(["--system", system, f"--{name}", value])
-
-
 def test_many_processes_need_the_other_script(small_set, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(QUICK) == 2
     assert "found WORLD_SIZE 2: expected train_dist.py" in capsys.readouterr().err
-
-
-def test_missing_data_says_what_to_do(capsys):
-    assert run("--dataset_name horse2zebra") == 2
-    error = capsys.readouterr().err
-    for part in ("data/horse2zebra", "trainA", "python prepare.py --dataset_name horse2zebra", "make demo"):
-        assert part in error
-    assert not Path("saved_models").exists()
-
-
-def test_a_damaged_picture_is_named_before_training(small_set, capsys):
-    path = small_set / "trainB" / "3.png"
-    os.truncate(path, path.stat().st_size // 2)
-    assert run(QUICK) == 2
-    assert "data/small/trainB/3.png" in capsys.readouterr().err
-    assert not Path("saved_models").exists()
 
 
 def test_out_of_memory_says_what_to_lower_and_no_other_error_is_hidden(small_set, capsys, monkeypatch):

@@ -15,20 +15,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import QUICK, QUICK_PIX2PIX, build, checkpoint, log, make_batch, quick, same_run, stop_at, wait_for_log
+from common import (
+    QUICK,
+    QUICK_PIX2PIX,
+    build,
+    checkpoint,
+    free_port,
+    log,
+    make_batch,
+    quick,
+    same_run,
+    stop_at,
+    wait_for_log,
+)
 from conftest import ROOT
 from torch import nn
 
 import train
 import train_dist
-from options import build_system, parse_options
+from options import parse_options
 from systems import System
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -345,15 +351,6 @@ def test_distribute_synchronises_batch_norm_on_cuda_in_place(monkeypatch):
     assert system.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(system.state_dict())
     assert torch.equal(system.sheet(batch)["sample 1"], plain.sheet(batch)["sample 1"])
-
-
-def test_ranks_have_buffers_of_their_own(monkeypatch):
-    options, seeds = parse_options(QUICK.split()), set()
-    for rank in range(2):
-        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
-        system = build_system(options)
-        seeds |= {system.pool_A.seed, system.pool_B.seed}
-    assert len(seeds) == 4
 
 
 def test_a_port_in_use_is_named(small_set, capsys):
