@@ -217,7 +217,8 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
             try:
                 return work(*arguments, **others)
             except (InputError, OSError) as error:
-                text = re.sub(rf"{folder.parent}/\w+/", "", str(error))  # the visitor's own file, in its name only
+                own = rf"{re.escape(str(folder.parent))}[\\/]\w+[\\/]"  # the visitor's file: only its name is shown
+                text = re.sub(own, "", str(error))
                 raise gr.Error(html.escape(text), duration=None, print_exception=False) from error
 
         return guarded

@@ -26,7 +26,6 @@ import math
 import multiprocessing
 import platform
 import re
-import resource
 import signal
 import statistics
 import sys
@@ -335,6 +334,8 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")  # on Linux getrusage counts the process that started this one, too
     if peak := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "", re.MULTILINE):
         return 1024 * int(peak[1])
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -327,7 +327,7 @@ def find_entries(where: str, wanted: Sequence[str] | None, device: torch.device)
     name = output_name(where)
     entries = entries_of(where, name, LAST, wanted, device)
     best = entries[0].folder / checkpoints.BEST
-    if best.is_dir() and not checkpoints.is_file(where):
+    if any(checkpoints.find_file(best, d) for d in DIRECTIONS) and not checkpoints.is_file(where):
         entries += entries_of(best, name, BEST, wanted, device)
     return entries
 
@@ -375,8 +375,8 @@ def at_size(entry: Entry, longest: int) -> Entry:
 def find_oracle(last: Sequence[Entry], device: torch.device, exam: Exam) -> list[Entry]:
     """Of the generators that ``--keep_evaluated`` kept beside a checkpoint's last, those that are best on the test set.
 
-    Best is the least sum over the directions of KID, or of L1 without an extractor. Raises InputError where nothing is
-    kept or nothing can be compared.
+    Best is the least sum over the directions of KID, or of L1 without an extractor, on pictures read as for ``last``.
+    Raises InputError where nothing is kept or nothing can be compared.
     """
     folder = last[0].folder / checkpoints.KEPT
     wanted = [entry.direction for entry in last]
@@ -394,7 +394,8 @@ def find_oracle(last: Sequence[Entry], device: torch.device, exam: Exam) -> list
         raise InputError("--oracle chooses by KID or L1: needs an --extractor or true translations")
 
     def open_kept(place: Path) -> list[Entry]:
-        return entries_of(place, last[0].name, ORACLE, wanted, device)
+        found = entries_of(place, last[0].name, ORACLE, wanted, device)
+        return [entry._replace(reading=last[0].reading) for entry in found]
 
     return open_kept(min(kept, key=lambda place: sum(map(distance, open_kept(place)))))
 
@@ -530,12 +531,12 @@ def evaluate(options: argparse.Namespace) -> None:
     root, classes = options.data_dir / options.dataset_name, {"A": options.class_A, "B": options.class_B}
     exam = Exam(root, extractor, options.mask_dir, options.dedup, classes, tasks[0])
     groups = [exam.measurable(group) for group in groups]
+    if options.size is not None:
+        groups = [[at_size(entry, options.size) for entry in group] for group in groups]
     entries = [entry for group in groups for entry in group]
     if options.oracle:
         for group in groups:
             entries += find_oracle([entry for entry in group if entry.weights == LAST], device, exam)
-    if options.size is not None:
-        entries = [at_size(entry, options.size) for entry in entries]
     check_entries(entries, exam, options)
 
     rows: list[Row] = []

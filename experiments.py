@@ -406,7 +406,7 @@ def time_steps(runs: Sequence[Run], rounds: int = 5, steps: int = 10) -> dict[st
 
 def hours_taken(log: Path, batch_size: int) -> float:
     """Hours that the training steps of an unpaired run took, by the speeds in its log."""
-    entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "images_per_s" in entry]
+    entries = [entry for _, entry in record.read_log(log) if "images_per_s" in entry]
     before = [0, *(entry["step"] for entry in entries)]
     pairs = [batch_size * (entry["step"] - step) for entry, step in zip(entries, before, strict=False)]
     return sum(2 * n / entry["images_per_s"] for entry, n in zip(entries, pairs, strict=True)) / 3600

@@ -298,13 +298,13 @@ class Record:
 
 
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a log, each with what it holds, up to the first that is damaged (by a kill while it was written)."""
+    """The lines of a log, each with what it holds, without those that are damaged (by a kill or a full disk)."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
             entry["step"] + 0  # a number
         except (ValueError, TypeError, KeyError):
-            return
+            continue
         yield line, entry
 
 

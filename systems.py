@@ -571,7 +571,7 @@ class UGATITOptions(NetworkOptions):
     # 294 epochs of selfie2anime's 3,400 pictures are 999,600 steps, the official 1,000,000 in whole epochs.
     presets: ClassVar[Mapping[str, Any]] = {"n_epochs": 294, "lr": 1e-4, "weight_decay": 1e-4, "decay_by": "step"}
 
-    n_residual_blocks: int = N_RESIDUAL_BLOCKS(4)
+    n_residual_blocks: int = N_RESIDUAL_BLOCKS(4, least=1)  # without one AdaLIN's parameters would get no gradient
     light: bool = option(False, "small generators, whose MLP reads averages; they later take pictures of any size")
     init: str = option(
         "normal",

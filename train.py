@@ -111,6 +111,9 @@ def refuse_existing_run(options: argparse.Namespace) -> None:
     """Raise InputError where a run of this name exists."""
     for folder in run_folders(options):
         kept = [p for p in sorted(folder.rglob("*")) if not p.is_dir() and not TRACES.fullmatch(p.name)]
+        if options.auto_resume:  # killed before its first checkpoint, the run may have evaluated itself already
+            evaluated = folder / checkpoints.BEST, folder / checkpoints.KEPT
+            kept = [p for p in kept if not any(p.is_relative_to(place) for place in evaluated)]
         if kept:
             go_on = "go on with it (--resume), " if checkpoints.CheckpointFiles(folder).exist() else ""
             raise InputError(

@@ -39,8 +39,9 @@ from models import Generator, translate_any_size
 from pictures import Picture, find_pictures, normalise, quantise, resize, scale, to_picture, to_tensor
 from record import draw_sheet
 
-MOST_PIXELS = 2**20  # in a batch: about 1 GB for the default networks
-FORMATS = ("png", "jpg", "webp")
+MOST_PIXELS = 2**20  # that the generator sees in a batch: about 1 GB for the default networks
+MOST_WRITTEN = 2**25  # pixels of a batch's outputs: about 0.4 GB for each batch that is decoded or waits to be written
+FORMATS = {"png": 2**31 - 1, "jpg": 65_500, "webp": 16_383}  # by ending, the most pixels that a side may have
 QUALITY = 95  # of JPEG and WebP
 SHOWN, THUMBNAIL = 12, (224, 224)  # pictures on the sheet, and the size of each
 SHEET = "before_after.jpg"
@@ -125,6 +126,8 @@ def name_outputs(
             for place in (target, mask_folder(target)) if with_masks else (target,):
                 if place.exists():
                     raise InputError(f"--output {output}: {place} exists already, expected a folder of its own")
+    if with_masks and source.is_dir() and str(output / SHEET).casefold() in counts:
+        raise InputError(f"--masks: {output / SHEET} is the sheet's, expected another name for a picture of {source}")
     # By inode, because one file can have several paths: by links, and by letter case on macOS and Windows.
     inputs = {identity(p.path) for p in pictures} - {None}
     folders = {path.parent.resolve() for path in (*targets, *(p.path for p in pictures))}
@@ -160,8 +163,8 @@ def plan(
     """Make the tasks from the sizes of the pictures: outputs of at most ``max_size`` pixels on their longer side.
 
     The generator sees a picture with ``longest`` pixels on its longer side, for None in the size of the output; with an
-    ``only_size`` it sees them all in this size, whatever their shape. A picture whose size cannot be read goes to
-    ``failed`` with the reason.
+    ``only_size`` it sees them all in this size, whatever their shape. A picture whose size cannot be read, or be
+    written in the format of its target, goes to ``failed`` with the reason.
     """
     tasks = []
     for picture, target in zip(pictures, targets, strict=True):
@@ -171,6 +174,8 @@ def plan(
             if max_size is not None and max(output_size) > max_size:
                 output_size = scale(output_size, max_size)
             seen = output_size if longest is None else scale(output_size, longest)
+            if max(output_size) > (most := FORMATS[target.suffix[1:]]):
+                raise ValueError(f"{target.suffix[1:]} has at most {most} pixels a side, expected --max_size {most}")
             tasks.append(Task(picture, only_size or seen, output_size, target))
         except Exception as error:  # decoders raise what they like
             failed[picture.path] = str(error) or type(error).__name__
@@ -178,7 +183,7 @@ def plan(
 
 
 def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
-    """Batches of one size, with at most ``batch_size`` pictures and ``MOST_PIXELS`` pixels, but at least one picture.
+    """Batches of one size, of at most ``batch_size`` pictures, but at least one; see ``MOST_PIXELS``, ``MOST_WRITTEN``.
 
     The largest pictures come last, so that all others are done if these run out of memory.
     """
@@ -187,7 +192,8 @@ def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
         groups[task.size].append(task)
     batches = []
     for (height, width), group in sorted(groups.items(), key=lambda item: item[0][0] * item[0][1]):
-        n = max(1, min(batch_size, MOST_PIXELS // (height * width)))
+        largest = max(task.output_size[0] * task.output_size[1] for task in group)
+        n = max(1, min(batch_size, MOST_PIXELS // (height * width), MOST_WRITTEN // largest))
         batches += [group[i : i + n] for i in range(0, len(group), n)]
     return batches
 
@@ -279,9 +285,14 @@ def to_full_size(painted: Painted, decoded: Decoded) -> Tensor:
         return painted.image
     kept = torch.zeros_like(painted.image[:1]) if painted.background is None else painted.background
     added = normalise(painted.image) - kept / 255 * normalise(decoded.seen)
-    both = torch.cat([added, kept / 255])[None]
-    large = F.interpolate(both, decoded.full.shape[-2:], mode="bicubic", antialias=True)[0]
-    return quantise(large[:-1] + large[-1:] * normalise(decoded.full))
+
+    def enlarge(channel: Tensor) -> Tensor:
+        return F.interpolate(channel[None, None], decoded.full.shape[-2:], mode="bicubic", antialias=True)[0, 0]
+
+    kept = enlarge(kept[0] / 255)
+    # One channel after another: a photograph in float32 is large.
+    channels = zip(added, decoded.full, strict=True)
+    return torch.stack([quantise(enlarge(new) + kept * normalise(full)) for new, full in channels])
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -365,6 +376,11 @@ def translate(
             if error.errno not in NAME_ERRORS:
                 raise OSError(f"{task.target}: could not be written ({error})") from error
             failed[task.picture.path] = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not utils.is_out_of_memory(error):
+                raise
+            height, width = task.output_size
+            failed[task.picture.path] = f"out of memory while writing {height} x {width} pixels; --max_size shrinks"
 
     def read(batch: Sequence[Task]) -> tuple[list[Task], list[Decoded]]:
         """The tasks whose pictures can be decoded."""
@@ -491,7 +507,7 @@ def make_parser() -> utils.Parser:
     half = "for pictures that hold A and B side by side: the half to translate (auto: the input's, where the weights "
     half += "were trained on such pictures and all of these look like them)"
     add("--half", choices=("auto", "left", "right", "none"), default="auto", help=half)
-    add("--format", choices=FORMATS, default=FORMATS[0], help="of the translations")
+    add("--format", choices=FORMATS, default="png", help="of the translations")
     add("--keep_alpha", action="store_true", help="keep transparency, which otherwise is laid on white")
     precision = "auto: bf16 where the hardware multiplies it natively, else float32"
     add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=precision)
@@ -506,8 +522,9 @@ def make_parser() -> utils.Parser:
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
     if options.export is not None:
-        of_translating = "input", "output", "masks", "recursive", "size", "max_size", "keep_alpha", "batch_size"
-        others = [name for name in of_translating if getattr(options, name) not in (None, False)]
+        defaults = vars(make_parser().parse_args(["--checkpoint", options.checkpoint]))
+        used = "checkpoint", "direction", "export", "device"
+        others = [name for name, value in vars(options).items() if name not in used and value != defaults[name]]
         if others:
             raise InputError(f"--export writes a model, --{others[0]} is for translating; expected one of the two")
         if options.export.suffix != ".onnx" or not options.export.parent.is_dir():

@@ -884,6 +884,14 @@ def test_the_oracle_is_the_kept_generator_that_is_best_in_sum_of_all_wanted_dire
             assert not Path("images/run", folder).exists()
 
 
+def test_the_oracle_is_chosen_at_the_size_that_is_measured(kept, monkeypatch):
+    sizes = set()
+    translate_all = evaluate.translate_all
+    monkeypatch.setattr(evaluate, "translate_all", lambda g, x, d: sizes.add(x.shape[2:]) or translate_all(g, x, d))
+    assert run("run --oracle --size 24") == 0
+    assert len(sizes) == 1 and max(sizes.pop()) == 24
+
+
 def test_an_oracle_needs_something_to_choose_from_and_by(kept, capsys):
     for path in Path("saved_models/run/kept").glob("*/BtoA.pt"):
         path.unlink()

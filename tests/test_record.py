@@ -36,6 +36,22 @@ def test_a_full_disk_is_told_once_with_the_file_and_ends_nothing(capsys):
     record.close()
 
 
+def test_a_damaged_line_of_the_log_costs_no_other_but_the_one_glued_to_it():
+    record = make_record()
+    add(record, 5)
+    with open(record.log, "r+") as file:
+        lines = file.read().splitlines(keepends=True)
+        file.truncate(sum(map(len, lines[:2])) + 10)  # a disk was full amid the third line
+        file.seek(0, 2)
+        file.writelines(lines[3:])
+    record.close()
+    assert [entry["step"] for _, entry in read_log(record.log)] == [1, 2, 5]
+    resumed = make_record(start=5)
+    add(resumed)
+    resumed.close()
+    assert [json.loads(line)["step"] for line in record.log.read_text().splitlines()] == [1, 2, 5, 6]
+
+
 @pytest.mark.parametrize("interval", [3, 100])
 def test_values_that_are_not_finite_are_named_with_their_steps(interval):
     record = make_record(interval=interval)

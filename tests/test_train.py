@@ -686,6 +686,15 @@ def drain(descriptor: int) -> bytes:
         return b""
 
 
+def test_a_run_killed_after_its_first_evaluation_starts_again_by_the_same_command(small_set, capsys):
+    Path("saved_models/r/best").mkdir(parents=True)
+    Path("saved_models/r/best/AtoB.pt").touch()
+    assert run(f"{QUICK} --name r --max_steps 1") == 2
+    assert "a run named r exists already (saved_models/r/best/AtoB.pt)" in capsys.readouterr().err
+    assert run(f"{QUICK} --name r --max_steps 1 --auto_resume") == 0
+    assert checkpoint("r")["step"] == 1 and not Path("saved_models/r/best").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------
 #  What cannot be used is named
 # ----------------------------------------------------------------------------------------------------------
@@ -740,6 +749,7 @@ REFUSED = {
     ],
     f"{quick('ugatit')} --system ugatit": [
         ("--init zero", "--init: invalid choice: 'zero'"),
+        ("--n_residual_blocks 0", "--n_residual_blocks 0: expected at least 1"),
         ("--crop_size 12", "--crop_size 12: the full U-GAT-IT takes only pictures of its training size, 12 x 12"),
     ],
     QUICK_PIX2PIX: [

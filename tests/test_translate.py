@@ -53,8 +53,9 @@ def net():
 
 def run(command: str, native: bool = True) -> int:
     """Translate; where the command does not say how large pictures are seen, they are seen as they are."""
-    seen = ["--size", "native"] if native and not ("--export" in command or "--size" in command) else []
-    return translate.main(["--checkpoint", "net", "--device", "cpu", "--precision", "float32", *seen, *command.split()])
+    how = [] if "--export" in command else ["--precision", "float32"]
+    how += ["--size", "native"] if native and how and "--size" not in command else []
+    return translate.main(["--checkpoint", "net", "--device", "cpu", *how, *command.split()])
 
 
 def printed(capsys, command: str, native: bool = True) -> str:
@@ -559,6 +560,37 @@ def test_a_batch_has_no_more_than_a_million_pixels(size, batch_size, lengths):
     assert [task for batch in batches for task in batch] == tasks
 
 
+def test_a_batch_of_photographs_is_small_however_small_the_generator_sees_them():
+    tasks = [task._replace(output_size=(3000, 4000)) for task in tasks_of(*[(64, 64)] * 5)]
+    assert [len(batch) for batch in make_batches(tasks, 8)] == [2, 2, 1]
+
+
+def test_what_a_format_cannot_hold_or_memory_while_writing_is_named_and_the_others_are_done(monkeypatch, capsys):
+    stand_in(monkeypatch, KeepsLeft())
+    save(noise(0, (17000, 8)), Path("in/wide.png"))
+    save(noise(1, (40, 32)), Path("in/large.png"))
+    save(noise(2, (16, 16)), Path("in/small.png"))
+
+    def write(task, *others):
+        if task.picture.path.name == "large.png":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(task, *others)
+
+    original = translate.write
+    monkeypatch.setattr(translate, "write", write)
+    assert run("--input in --output out --format webp --size 16") == 1
+    err = capsys.readouterr().err
+    assert "in/wide.png: webp has at most 16383 pixels a side, expected --max_size 16383" in err
+    assert "in/large.png: out of memory while writing 32 x 40 pixels; --max_size shrinks" in err
+    assert below(Path("out")).keys() == {"small.webp"}
+
+
+def test_a_picture_has_not_the_name_of_the_sheet(net, capsys):
+    save(noise(0), Path("in/Before_After.png"))
+    assert "is the sheet's, expected another name" in refused(capsys, "--input in --output out --format jpg --masks")
+    assert run("--input in --output out --format jpg") == run("--input in --output out --masks") == 0
+
+
 def limit_memory(monkeypatch, generator, most, error):
     """A generator that runs out of memory above ``most`` pixels at once; returns the shapes that it is given."""
     seen, forward = [], generator.forward
@@ -637,6 +669,8 @@ def test_other_errors_of_the_generator_are_not_hidden(net, monkeypatch):
         ("--export m.onnx --input in", "--export writes a model, --input is for translating"),
         ("--export m.onnx --output out", "--export writes a model, --output is for translating"),
         ("--export m.onnx --batch_size 8", "--export writes a model, --batch_size is for translating"),
+        ("--export m.onnx --precision bf16", "--export writes a model, --precision is for translating"),
+        ("--export m.onnx --size native", "--export writes a model, --size is for translating"),
         ("--export m.pt", "--export m.pt: expected a name ending in .onnx, in a folder that exists"),
         ("--export nowhere/m.onnx", "--export nowhere/m.onnx: expected a name ending in .onnx, in a folder that"),
         ("--input in --output out --batch_size 0", "--batch_size: expected at least 1, found 0"),
