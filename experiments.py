@@ -200,9 +200,13 @@ def gpu_run(size: int, after: str, before: str, schedule: str) -> Run:
     return real_run("horse2zebra", title, f"{LONG}_{size}", "attentiongan", size, schedule)
 
 
-LONG = "attentiongan_long"  # the weights that ship, in four stages
-CROPS = "--crop_size 128 --lr 0.0001 --n_epochs 4 --decay_epoch 2 --decay_by step --init_from "
-CROPS += f"results_horse2zebra_{LONG}_256/{CHECKPOINT}"
+def crops_run(title: str, name: str, before: str, schedule: str) -> Run:
+    """A stage on crops of 128 from pictures of 256 × 256."""
+    schedule += f" --crop_size 128 --lr 0.0001 --decay_by step --init_from results_horse2zebra_{before}/{CHECKPOINT}"
+    return real_run("horse2zebra", f"AttentionGAN II, the same, {title}", name, "attentiongan", 256, schedule)
+
+
+LONG = "attentiongan_long"  # the weights that ship, in four stages, and one more
 LED = "attentiongan1 --attn_disc none --curriculum_epochs 14"
 HELD_OUT = f"--n_epochs 16 --decay_epoch 10 --eval_interval 4 --extractor {EXTRACTOR} --keep_evaluated"
 RUNS = (
@@ -216,7 +220,8 @@ RUNS = (
     real_run("horse2zebra", "AttentionGAN II, a tenth held out", LONG, "attentiongan", 64, HELD_OUT),
     gpu_run(128, "19,216 pairs at 64 × 64", LONG, "--n_epochs 20 --decay_epoch 10"),
     gpu_run(256, "19,216 at 64 × 64, 26,640 at 128", f"{LONG}_128", "--n_epochs 10 --decay_epoch 5"),
-    real_run("horse2zebra", "AttentionGAN II, the same, then on crops", f"{LONG}_crops", "attentiongan", 256, CROPS),
+    crops_run("then on crops", f"{LONG}_crops", f"{LONG}_256", "--n_epochs 4 --decay_epoch 2"),
+    crops_run("and on crops again", f"{LONG}_crops_again", f"{LONG}_crops", "--n_epochs 10 --decay_epoch 6"),
     *(real_run(dataset, "AttentionGAN II", "attentiongan", "attentiongan") for dataset in [*REAL_SETS][1:]),
 )
 
