@@ -40,7 +40,7 @@ from pictures import Picture, find_pictures, normalise, quantise, resize, scale,
 from record import draw_sheet
 
 MOST_PIXELS = 2**20  # that the generator sees in a batch: about 1 GB for the default networks
-MOST_WRITTEN = 2**25  # pixels of a batch's outputs: about 0.4 GB for each batch that is decoded or waits to be written
+MOST_WRITTEN = 2**25  # pixels of a batch's outputs: photographs are large, however small the generator sees them
 FORMATS = {"png": 2**31 - 1, "jpg": 65_500, "webp": 16_383}  # by ending, the most pixels that a side may have
 QUALITY = 95  # of JPEG and WebP
 SHOWN, THUMBNAIL = 12, (224, 224)  # pictures on the sheet, and the size of each

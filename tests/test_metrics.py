@@ -52,11 +52,33 @@ def test_psnr_is_by_its_formula_on_a_range_of_two():
     assert metrics.peak_signal_to_noise(images[:1], images[:1]).tolist() == [math.inf]
 
 
-def test_ssim_is_of_each_picture_by_intensities_from_0_to_1():
+def ssim_by_windows(x, y):
+    """Wang et al. (2004): windows of 11 pixels about every pixel, weighted by a Gaussian of 1.5; edges mirror.
+
+    For intensities from 0 to 1.
+    """
+    bell = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights = np.outer(bell, bell) / np.outer(bell, bell).sum()
+    first, second = 0.01**2, 0.03**2
+    values = []
+    for a, b in zip(x.double().numpy(), y.double().numpy(), strict=True):
+        a, b = (np.lib.stride_tricks.sliding_window_view(np.pad(f, 5, "reflect"), (11, 11)) for f in (a, b))
+
+        def mean(f):
+            return (f * weights).sum(axis=(-1, -2))
+
+        variances = mean(a**2) - mean(a) ** 2 + mean(b**2) - mean(b) ** 2
+        light = (2 * mean(a) * mean(b) + first) / (mean(a) ** 2 + mean(b) ** 2 + first)
+        values.append(light * (2 * (mean(a * b) - mean(a) * mean(b)) + second) / (variances + second))
+    return np.mean(np.stack(values), axis=(1, 2)).tolist()
+
+
+def test_ssim_is_by_its_formula_for_each_picture():
     x = drawn(2, 1, 24, 20).clamp(-1, 1)
     y = x.clone()
     y[0] = (0.7 * x[0] + 0.3 * drawn(1, 24, 20, seed=1)).clamp(-1, 1)
     found = metrics.structural_similarity(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)).tolist()
+    assert found == pytest.approx(ssim_by_windows((x[:, 0] + 1) / 2, (y[:, 0] + 1) / 2), abs=1e-4)
     assert found[1] == pytest.approx(1) and 0.3 < found[0] < 0.9
     dark, light = (torch.full((1, 1, 16, 16), level / 127.5 - 1) for level in (100, 155))
     luminance = (2 * 100 * 155 + 2.55**2) / (100**2 + 155**2 + 2.55**2)  # mid-grey is no zero
@@ -175,6 +197,18 @@ def test_the_interval_is_the_same_each_time_and_as_wide_as_its_level():
     # Among three, one draw in nine is one vector three times, which says nothing of a distance.
     low, high = metrics.kernel_distance_interval(drawn(3, 4), drawn(3, 4, seed=1))
     assert math.isfinite(low) and math.isfinite(high) and low < high
+
+
+def test_draws_with_replacement_are_not_biased():
+    """Copies that were compared with themselves would add a twentieth of the mean k(x, x) for each of the sets."""
+    x, y = drawn(20, 6), drawn(20, 6, seed=1)
+    estimate, n = metrics.kernel_distance(x, y), 4000
+    rng = np.random.default_rng(0)
+    counts = [torch.from_numpy(rng.multinomial(20, np.full(20, 1 / 20), n)).double() for _ in range(2)]
+    bias = sum(k(a, a) for f in (x, y) for a in f) / 20 / 20
+    assert abs(metrics.weighted_kernel_distance(x, y, *counts).mean().item() - estimate) < 0.05 * bias
+    middle = metrics.kernel_distance_interval(x, y, level=0.0, n_draws=n)
+    assert middle[0] == middle[1] and abs(middle[0] - estimate) < 0.2 * bias
 
 
 # ----------------------------------------------------------------------------------------------------------
