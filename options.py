@@ -232,6 +232,8 @@ def parse_options(
     given = {key: value for key, value in vars(namespace).items() if value is not unset}
     if resumed is not None and not known.resume:  # the command that started the run: what was for the start is over
         given |= {"resume": True, "overwrite": False, "init_from": own.get("init_from")}
+    if resumed is None and restarted:  # by torchrun, too, which does not add the flag
+        given["auto_resume"] = True
 
     for key in ("init_from", "overwrite"):
         if known.resume and given.get(key):

@@ -686,12 +686,14 @@ def drain(descriptor: int) -> bytes:
         return b""
 
 
-def test_a_run_killed_after_its_first_evaluation_starts_again_by_the_same_command(small_set, capsys):
+@pytest.mark.parametrize("flag, restarts", [("--auto_resume", "0"), ("", "1")])
+def test_a_run_killed_after_its_first_evaluation_starts_again(small_set, capsys, monkeypatch, flag, restarts):
     Path("saved_models/r/best").mkdir(parents=True)
     Path("saved_models/r/best/AtoB.pt").touch()
     assert run(f"{QUICK} --name r --max_steps 1") == 2
     assert "a run named r exists already (saved_models/r/best/AtoB.pt)" in capsys.readouterr().err
-    assert run(f"{QUICK} --name r --max_steps 1 --auto_resume") == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)  # as torchrun does
+    assert run(f"{QUICK} --name r --max_steps 1 {flag}") == 0
     assert checkpoint("r")["step"] == 1 and not Path("saved_models/r/best").exists()
 
 
