@@ -18,6 +18,7 @@ from __future__ import annotations
 import utils
 from utils import InputError, Option, first_line, print0
 
+import copy
 import inspect
 import math
 import os
@@ -292,7 +293,8 @@ def describe(value: Any) -> str:
 
 
 def find_run(name: str) -> dict[str, Any] | None:
-    """The newest checkpoint of a run, None where it has none, for ``is_finished``.
+    """A run's options, pictures (see ``PictureDataset.digest``) and processes, and whether it is finished: has taken
+    all steps and written its generators, which come last in a save. None where it has no checkpoint.
 
     Raises InputError for one that cannot be read.
     """
@@ -300,12 +302,10 @@ def find_run(name: str) -> dict[str, Any] | None:
     if not files.exist():
         return None
     state = files.load(quiet=True)
-    return {**state, "killed_save": files.loaded == files.fresh}
-
-
-def is_finished(state: Mapping[str, Any]) -> bool:
-    """Whether a run has taken all its steps and written its generators, which come last in a save."""
-    return state["step"] == state["options"]["n_epochs"] * state["steps_per_epoch"] and not state.get("killed_save")
+    last = state["options"]["n_epochs"] * state["steps_per_epoch"]
+    finished = state["step"] == last and files.loaded != files.fresh
+    processes = len(state["ranks"])
+    return {"options": state["options"], "pictures": state["pictures"], "processes": processes, "finished": finished}
 
 
 class RunState:
@@ -380,8 +380,11 @@ class RunState:
         self.save_generators(step)
         self.files.rotate()
 
-    def load(self) -> dict[str, Any]:
-        """Restore everything except the record. Returns the checkpoint. Raises InputError where it does not fit."""
+    def load(self) -> tuple[int, Mapping[str, Any]]:
+        """Restore everything except the record. Returns the step and the ``record`` that this rank gave ``save``.
+
+        Keeps nothing of the file, which Windows could not replace then. Raises InputError where it does not fit.
+        """
         state = self.files.load()
         for what, found in (("processes", utils.world_size()), ("steps per epoch", self.steps_per_epoch)):
             expected = len(state["ranks"]) if what == "processes" else state["steps_per_epoch"]
@@ -414,7 +417,7 @@ class RunState:
         if utils.rank() == 0 and self.files.loaded == self.files.fresh:
             self.save_generators(state["step"])  # a killed save is finished here
             self.files.rotate()
-        return state
+        return state["step"], copy.deepcopy(own["record"])
 
     def is_due(self, minutes: float) -> bool:
         """Whether the last save was ``minutes`` ago, by rank 0's clock; never for 0."""
@@ -441,6 +444,7 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     # the wrong elements.
     for parameter, own in optimizer.state.items():
         own |= {name: torch.empty_like(parameter).copy_(own[name]) for name in ("exp_avg", "exp_avg_sq")}
+        own["step"] = own["step"].clone()  # else it is a part of the mapped file
 
 
 # ----------------------------------------------------------------------------------------------------------

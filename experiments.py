@@ -42,7 +42,7 @@ import datasets
 import evaluate
 import record
 import train
-from checkpoints import CHECKPOINT, DIRECTIONS, SAVED_MODELS, find_file, find_run, is_finished, open_generators
+from checkpoints import CHECKPOINT, DIRECTIONS, SAVED_MODELS, find_file, find_run, open_generators
 from datasets import BUILT_IN, find_plain, find_side, fixed_noise
 from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
@@ -247,11 +247,11 @@ def train_all(runs: Sequence[Run], jobs: int, data_dir: Path) -> int:
     """
     data = ["--data_dir", str(data_dir)]
     flags = {run.name: [*shlex.split(run.flags), *data] for run in runs}
-    standing = {name: state for name in flags if (state := find_run(name)) is not None}
-    changed = [change for name, state in standing.items() if (change := differs(name, state, flags[name]))]
+    standing = {name: found for name in flags if (found := find_run(name)) is not None}
+    changed = [change for name, found in standing.items() if (change := differs(name, found, flags[name]))]
     if changed:
         raise InputError("\n".join(changed))
-    waiting = [name for name in flags if name not in standing or not is_finished(standing[name])]
+    waiting = [name for name in flags if name not in standing or not standing[name]["finished"]]
     environment = {"OMP_NUM_THREADS": str(max(1, utils.usable_cores() // jobs)), **os.environ}
     running: dict[str, subprocess.Popen] = {}
     failures, handed_on = [], False
@@ -287,14 +287,14 @@ def train_all(runs: Sequence[Run], jobs: int, data_dir: Path) -> int:
     return stop.signal or 0
 
 
-def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | None:
+def differs(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> str | None:
     """In which options, or pictures, the run that stands is not one of these flags, and what to do; None where it is.
 
     An option that the run does not know had its default, as ``train.py --resume`` has it, too. Raises InputError.
     """
     options = parse_options(flags)
     wanted, root = stored_options(options), Path(options.data_dir) / options.dataset_name
-    known = {key: each.default for key, each in all_options(options.system).items()} | state["options"]
+    known = {key: each.default for key, each in all_options(options.system).items()} | found["options"]
     if known["system"] == options.system:
         keys = sorted(wanted.keys() - set(MACHINE))
         changes = [f"--{k} {known[k]} (expected {wanted[k]})" for k in keys if known[k] != wanted[k]]
@@ -304,7 +304,7 @@ def differs(name: str, state: Mapping[str, Any], flags: Sequence[str]) -> str | 
     if not changes:
         if options.dataset_name == BUILT_IN:
             draw_built_in(root)
-        if train.build_dataset(options).digest() != state["pictures"]:
+        if train.build_dataset(options).digest() != found["pictures"]:
             changes = [f"pictures of other names than those in {root}"]
     folder = SAVED_MODELS / name
     return f"{folder}: trained with {', '.join(changes)}; remove it to train it anew" if changes else None
@@ -652,8 +652,8 @@ def results(options: argparse.Namespace) -> int:
 
 def is_here(name: str) -> bool:
     """Whether the generators of a run are on this machine, and not those of a training that goes on."""
-    state = find_run(name)
-    return find_file(SAVED_MODELS / name, "AtoB") is not None and (state is None or is_finished(state))
+    found = find_run(name)
+    return find_file(SAVED_MODELS / name, "AtoB") is not None and (found is None or found["finished"])
 
 
 def result_rows(known: Mapping[str, About]) -> list[Row]:

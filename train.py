@@ -230,10 +230,10 @@ def train(
         dataset=dataset,
         device=device,
     )
-    restored: dict[str, Any] = state.load() if options.resume else {"step": 0}
+    first_step, logged = state.load() if options.resume else (0, {})
     total = options.n_epochs * len(loader)
-    if 0 < options.max_steps <= restored["step"] < total:
-        print0(f"--max_steps {options.max_steps}: the run is at step {restored['step']} already")
+    if 0 < options.max_steps <= first_step < total:
+        print0(f"--max_steps {options.max_steps}: the run is at step {first_step} already")
         return 0
     if not options.resume:
         empty_run_folders(options)
@@ -243,19 +243,19 @@ def train(
         settings=vars(options),
         total_steps=total,
         interval=options.log_interval,
-        start=restored["step"],
+        start=first_step,
         defaults={name: each.default for name, each in all_options(options.system, options.preset).items()},
         symptoms=system.symptoms,
         last_step=min(options.max_steps, total),
     )
     if options.resume:
-        log.load_state_dict(restored["ranks"][utils.rank()]["record"], device)
-    first, done = divmod(restored["step"], len(loader))
+        log.load_state_dict(logged, device)
+    first_epoch, done = divmod(first_step, len(loader))
     effective = options.batch_size * utils.world_size()
     crops = f" in crops of {options.crop_size}" if options.crop_size else ""
     print0(
         f"{'resuming' if options.resume else 'training'} {options.name}: {options.system} on {options.dataset_name}, "
-        f"{options.img_height} x {options.img_width}{crops}, step {restored['step']} of {total}, batch "
+        f"{options.img_height} x {options.img_width}{crops}, step {first_step} of {total}, batch "
         f"{options.batch_size} x {utils.world_size()} process(es) = {effective}, {device.type}, "
         f"{'bf16' if autocast.keywords['enabled'] else 'float32'}"
     )
@@ -267,7 +267,7 @@ def train(
     captured = CapturedStep(wrapped, optimizers, autocast) if options.cuda_graph else None
     start = time.perf_counter()
     with nullcontext(listening) if listening else utils.StopSignals(SAVING) as stop, closing(log):
-        for epoch in range(first, options.n_epochs):
+        for epoch in range(first_epoch, options.n_epochs):
             sampler.epoch, sampler.start = epoch, done * options.batch_size
             for batch in utils.to_device(loader, device, normalise):
                 lr = learning_rate(options, log.step, len(loader))
@@ -277,7 +277,7 @@ def train(
                 images = sum(len(value) for value in batch.values() if value.ndim == 4)  # noise is no picture
                 shown = captured(batch) if captured else training_step(wrapped, optimizers, autocast, batch)
                 log.add(shown, images, epoch, lr)
-                if options.compile and log.step == restored["step"] + 1:
+                if options.compile and log.step == first_step + 1:
                     print0(f"compiled, and took the first step, in {time.perf_counter() - start:.0f} s")
                 if utils.rank() == 0 and sheet_is_due(log.step, options.sample_interval, total):
                     with eager(), autocast():

@@ -181,8 +181,8 @@ def count_processes(options: argparse.Namespace) -> int:
         raise InputError(f"--device {options.device} names one device; expected cuda or cpu, or --n_procs 1 with it")
     gpus = torch.cuda.device_count() if pick_kind(options) == "cuda" else 0
     n_procs = options.n_procs
-    if options.resume and not n_procs and (state := checkpoints.find_run(options.name)) is not None:
-        n_procs = len(state["ranks"])  # as many as before
+    if options.resume and not n_procs and (found := checkpoints.find_run(options.name)) is not None:
+        n_procs = found["processes"]  # as many as before
     if gpus and n_procs > gpus:
         raise InputError(f"--n_procs {n_procs}: this machine has {gpus} GPU(s), one process each")
     if not gpus and not n_procs:

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,6 @@ from checkpoints import (
     CheckpointFiles,
     find_generator,
     find_run,
-    is_finished,
     load_generator,
     open_generator,
     open_generators,
@@ -287,6 +287,22 @@ def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
     assert "checkpoint format 99, this code reads format 2" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_resumed_run_keeps_nothing_of_its_file_which_windows_could_not_replace(small_set, monkeypatch):
+    assert run(f"{QUICK} --n_epochs 1 --log_interval 4 --max_steps 3 --name r") == 0
+    maps = Path("/proc/self/maps")
+
+    def look(files, state, save=CheckpointFiles.save):
+        assert "saved_models/r/checkpoint" not in maps.read_text()
+        return save(files, state)
+
+    state = CheckpointFiles(Path("saved_models/r")).load()
+    assert "saved_models/r/checkpoint" in maps.read_text()
+    del state
+    monkeypatch.setattr(CheckpointFiles, "save", look)
+    assert run("--name r --resume") == 0
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing handles it."""
 
@@ -316,13 +332,13 @@ def test_a_run_killed_within_a_save_is_resumed_as_if_undisturbed(small_set, monk
         patch.setattr(owner, function, killed)
         with pytest.raises(Killed):
             run(f"{command} --name killed")
-    assert not is_finished(find_run("killed"))  # even where it has taken its last step
+    assert not find_run("killed")["finished"]  # even where it has taken its last step
     assert run(f"{command} --name killed") == 2
     assert "a run named killed exists already" in (error := capsys.readouterr().err) and "(--resume)" in error
     assert run("--name killed --resume") == 0
     same_run("straight", "killed")
     straight, resumed = Path("saved_models/straight"), Path("saved_models/killed")
-    assert {p.name for p in resumed.iterdir()} >= {"AtoB.pt", "BtoA.pt"} and is_finished(find_run("killed"))
+    assert {p.name for p in resumed.iterdir()} >= {"AtoB.pt", "BtoA.pt"} and find_run("killed")["finished"]
     assert not [*resumed.glob("checkpoint_fresh.pt"), *resumed.glob(".*")]
     for name in ("AtoB.pt", "BtoA.pt"):
         (one, about), (other, about_other) = (load_generator(folder / name) for folder in (straight, resumed))

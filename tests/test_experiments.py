@@ -21,7 +21,7 @@ import evaluate
 import experiments
 import record
 import train
-from checkpoints import find_run, is_finished, load_generator, open_generator, open_generators, pack_generator
+from checkpoints import find_run, load_generator, open_generator, open_generators, pack_generator
 from datasets import fixed_noise
 from experiments import Run
 from metrics import Features, kernel_distance
@@ -313,7 +313,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(two_settings, monkeyp
     assert "compare_systems_good_0: done" in shown.out and "compare_systems_bad_0: failed" in shown.out
     assert "2 of 3 runs failed" in shown.err and "--n_layers_D 0: expected at least 1" in shown.err
     assert "compare_systems_none_0: data/none: no such folder" in shown.err
-    assert is_finished(find_run("compare_systems_good_0")) and two_settings.read_text() == before
+    assert find_run("compare_systems_good_0")["finished"] and two_settings.read_text() == before
 
 
 def test_sigterm_is_handed_to_the_runs_which_save(two_settings):

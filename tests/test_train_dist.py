@@ -404,7 +404,7 @@ def test_the_number_of_processes(monkeypatch, capsys):
         count("--n_procs 3", gpus=2)
     options = parse_options([], train_dist.add_launch_flags)
     options.resume = True  # a run of three ranks
-    monkeypatch.setattr(train_dist.checkpoints, "find_run", lambda name: {"ranks": [{}, {}, {}]})
+    monkeypatch.setattr(train_dist.checkpoints, "find_run", lambda name: {"processes": 3})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert train_dist.count_processes(options) == 3
     with pytest.raises(InputError, match="--device cuda:1 names one device"):
