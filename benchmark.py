@@ -533,8 +533,9 @@ def refuse_ignored(own: argparse.Namespace, others: Sequence[str]) -> None:
     """Raise InputError for flags that would be ignored."""
     instead = {"--system": "--systems", "--batch_size": "--batch_sizes"}
     instead |= dict.fromkeys(("--img_height", "--img_width", "--crop_size"), "--sizes")
-    if not (own.memory or own.loader or own.own or own.translate):
-        instead |= dict.fromkeys(("--precision", "--compile", "--cuda_graph"), "--own with it")
+    if not (own.memory or own.own):
+        without = own.loader or own.translate
+        instead |= dict.fromkeys(("--precision", "--compile", "--cuda_graph"), "none" if without else "--own with it")
     for flag in (other.partition("=")[0] for other in others):
         if flag in instead:
             raise InputError(f"{flag} would be ignored here, expected {instead[flag]}")

@@ -27,7 +27,7 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -538,7 +538,18 @@ def evaluate(options: argparse.Namespace) -> None:
         for group in groups:
             entries += find_oracle([entry for entry in group if entry.weights == LAST], device, exam)
     check_entries(entries, exam, options)
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    with ExitStack() as locks:  # another process would write to the same files
+        for name in names:
+            locks.enter_context(utils.lock_folder(IMAGES / name, "measure another checkpoint"))
+        rows = measure(entries, exam, options, device)
+    print_table(rows)
+    print(exam.describe())
+    print("written: evaluation.json, sheets and translations in", ", ".join(str(IMAGES / name) for name in names))
 
+
+def measure(entries: Sequence[Entry], exam: Exam, options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Measure the entries and write their files. Returns the rows of the table."""
     rows: list[Row] = []
     reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
     comparable = defaultdict(list)  # entries that share a reference
@@ -560,42 +571,37 @@ def evaluate(options: argparse.Namespace) -> None:
             rows.append(Row(f"{label}{at}", direction, judged.figures, {}))
             if entry.weights == LAST:
                 last.append(rows[-1])
-            reports[entry.name].append(
-                {
-                    "dataset": options.dataset_name,
-                    "extractor": options.extractor,
-                    "direction": direction,
-                    "weights": entry.weights,
-                    "step": entry.step,
-                    "figures": for_json(judged.figures),
-                    "untranslated": for_json(copy),
-                    "floor": floor,
-                    "floor_deviation": deviation,
-                    "protocol": {
-                        "size": list(reading.size),
-                        "resize": reading.how,
-                        "translated": len(reference.inputs),
-                        "target": len(exam.tests[direction[-1]]),
-                        "masks": int(reference.masked.sum()),
-                        "also_in_train": exam.n_in_train,
-                        "on_both_sides_of_train": exam.n_on_both_sides,
-                        "dedup": options.dedup,
-                        "floor_draws": options.floor_draws,
-                        "inception_sha256": options.inception and sha256(options.inception),
-                        "sheet_ordered_by": judged.rule,
-                        "versions": versions(),
-                        "date": date.today().isoformat(),
-                    },
-                }
-            )
+            figures = {"figures": for_json(judged.figures), "untranslated": for_json(copy)}
+            figures |= {"floor": floor, "floor_deviation": deviation}
+            how = {**protocol(exam, direction, reading, options), "sheet_ordered_by": judged.rule}
+            of = {"dataset": options.dataset_name, "extractor": options.extractor, "direction": direction}
+            of |= {"weights": entry.weights, "step": entry.step}
+            reports[entry.name].append({**of, **figures, "protocol": how})
         if options.spread and len(last) > 1:
             rows += spread_rows(last)
     for name, report in reports.items():
         add_to_report(IMAGES / name / "evaluation.json", report)
         update_links(IMAGES / name)
-    print_table(rows)
-    print(exam.describe())
-    print("written: evaluation.json, sheets and translations in", ", ".join(str(IMAGES / name) for name in reports))
+    return rows
+
+
+def protocol(exam: Exam, direction: str, reading: Reading, options: argparse.Namespace) -> dict[str, Any]:
+    """How a row of ``evaluation.json`` was measured."""
+    reference = exam.reference(direction, reading)
+    return {
+        "size": list(reading.size),
+        "resize": reading.how,
+        "translated": len(reference.inputs),
+        "target": len(exam.tests[direction[-1]]),
+        "masks": int(reference.masked.sum()),
+        "also_in_train": exam.n_in_train,
+        "on_both_sides_of_train": exam.n_on_both_sides,
+        "dedup": options.dedup,
+        "floor_draws": options.floor_draws,
+        "inception_sha256": options.inception and sha256(options.inception),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+    }
 
 
 def check_entries(entries: Sequence[Entry], exam: Exam, options: argparse.Namespace) -> None:

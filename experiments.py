@@ -624,9 +624,9 @@ def results(options: argparse.Namespace) -> int:
     """
     page, store = DOCS / "results.md", DOCS / "results.json"
     check(page, "results", EXTRACTOR)
+    known = read_known(store)
     if stopped := train_all([run for run in RUNS if run.name in options.train], 1, options.data_dir):
         return utils.exit_status(stopped)
-    known = json.loads(store.read_text()) if store.exists() else {}
     for group in dict.fromkeys(run.group for run in RUNS):
         root = options.data_dir / group.partition(",")[0]
         here = [run for run in RUNS if run.group == group and is_here(run.name)]
@@ -648,6 +648,18 @@ def results(options: argparse.Namespace) -> int:
         save_sheet(draw_story(options.data_dir / "horse2zebra"), DOCS / "results_story.webp")
     print(f"{page} written")
     return 0
+
+
+def read_known(store: Path) -> dict[str, About]:
+    """What ``results`` has measured before, by run. Raises InputError where the file holds something else."""
+    if not store.exists():
+        return {}
+    try:
+        known = json.loads(store.read_text())
+        table(result_rows(dict(known)), RESULTS, blank="")  # it must do without what is trained in between
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{store}: not the figures of an earlier experiments.py results ({error!r})") from error
+    return known
 
 
 def is_here(name: str) -> bool:
@@ -675,6 +687,8 @@ def ship(options: argparse.Namespace) -> int:
     """
     run, name = options.run, options.name
     utils.check_name("NAME", name)
+    if len(options.best_size) > 2:
+        raise InputError(f"--best_size: expected one size, or one for each direction, found {len(options.best_size)}")
     opened, roots = open_generators(run), {}
     for direction, (_, about) in opened.items():
         if "dataset_name" not in about.get("options", {}):
@@ -719,7 +733,7 @@ def make_parser() -> utils.Parser:
     add("run", metavar="RUN", help="a run of train.py")
     add("name", metavar="NAME", help="its name among the shipped weights")
     best = "longer sides in pixels at which AtoB and BtoA do best, by evaluate.py --size: translate.py's default"
-    add("--best_size", type=utils.at_least(8), nargs="+", metavar="N", help=best)
+    add("--best_size", type=utils.at_least(8), nargs="+", default=[], metavar="N", help=best)
     return parser
 
 

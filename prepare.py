@@ -380,10 +380,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         name, root = options.dataset_name, options.data_dir / options.dataset_name
         check_name("--dataset_name", name)
-        others = ("mirror",) if options.from_A is not None else ("test_share", "seed", "copy")
-        for flag in (flag for flag in others if getattr(options, flag) != parser.get_default(flag)):
-            needed = "goes with fetching a public set" if flag == "mirror" else "needs --from_A and --from_B"
-            raise InputError(f"--{flag} {needed}")
+        needed = dict.fromkeys(("test_share", "seed", "copy"), "needs --from_A and --from_B")
+        if options.from_A is not None:
+            needed = {}
+        if options.from_A is not None or name == BUILT_IN:
+            needed["mirror"] = "goes with fetching a public set"
+        for flag in (flag for flag in needed if getattr(options, flag) != parser.get_default(flag)):
+            raise InputError(f"--{flag} {needed[flag]}")
         if (options.from_A is None) != (options.from_B is None):
             raise InputError("--from_A and --from_B: expected both or neither")
         if options.from_A is not None:

@@ -1,5 +1,6 @@
 """Checkpoints measured on the test pictures: the protocol, the figures, the table and what is written."""
 
+import utils
 from utils import InputError
 
 import hashlib
@@ -805,6 +806,16 @@ def test_a_file_that_is_no_report_gives_way(small_set, before):
     path.write_text(before)
     assert run("net") == 0
     assert [r["direction"] for r in report()["rows"]] == ["AtoB"]
+
+
+def test_two_processes_do_not_measure_one_checkpoint_at_once(small_set, monkeypatch, capsys):
+    store(AtoB=tiny())
+    monkeypatch.setattr(utils, "LOCK_SECONDS", 0)
+    with utils.lock_folder(Path("images/net")):
+        assert run("net") == 2
+        expected = "images/net: another process works here; wait for its end, or measure another checkpoint"
+        assert expected in capsys.readouterr().err
+    assert not any(Path("images/net").iterdir()) and run("net") == 0
 
 
 def test_the_spread_is_of_what_all_checkpoints_have_and_what_is_better_or_worse():

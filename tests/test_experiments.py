@@ -534,6 +534,7 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(three_runs, drawn
         ("ship two", "the following arguments are required: NAME"),
         ("ship two a/b", "NAME a/b: expected a plain name"),
         ("ship nothing small", "nothing: no generator"),
+        ("ship two small --best_size 64 32 16", "--best_size: expected one size, or one for each direction, found 3"),
         ("compare nothing", "invalid choice: 'nothing'"),
         ("compare systems --jobs 0", "--jobs: expected at least 1, found 0"),
     ],
@@ -559,6 +560,15 @@ def test_a_page_without_room_for_the_table_is_refused_before_anything_trains(
     assert experiments.main(arguments) == 2
     marks = f"a line <!-- begin {name} --> and, below it, a line <!-- end {name} -->"
     assert f"error: {page}: expected {marks}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", ["", "[1]", '{"two": 3}', '{"two": {"rows": [{}]}}'])
+def test_a_file_that_holds_no_figures_is_refused_before_anything_trains(three_runs, before, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "train_all", None)
+    Path("docs/results.json").write_text(before)
+    assert experiments.main(["results"]) == 2
+    assert "docs/results.json: not the figures of an earlier experiments.py results (" in capsys.readouterr().err
+    assert Path("docs/results.json").read_text() == before
 
 
 def test_every_run_has_flags_that_train_takes_and_a_name_of_its_own():

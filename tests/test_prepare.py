@@ -694,6 +694,7 @@ KNOWN = ", ".join((*PUBLIC_SETS, *prepare.BY_HAND))
         ("--test_share 0.2", "--test_share needs --from_A and --from_B"),
         ("--seed 3", "--seed needs --from_A and --from_B"),
         ("--from_A a --from_B b --mirror here", "--mirror goes with fetching a public set"),
+        ("--dataset_name solid2striped --mirror here", "--mirror goes with fetching a public set"),
         ("--from_A a --from_B b --seed -1", "--seed: expected at least 0, found -1"),
         ("--from_A a", "--from_A and --from_B: expected both or neither"),
         ("--from_B a", "--from_A and --from_B: expected both or neither"),
