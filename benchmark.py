@@ -203,7 +203,7 @@ def count_flop(kind: str, options: argparse.Namespace) -> int:
 def serve(pipe: Connection, variant: Variant, options: argparse.Namespace, device_name: str) -> None:
     """The process of a variant: sent True it warms up, then takes a turn each time; sent False it ends.
 
-    It answers with its figures so far, in seconds and MiB, named as in ``FORMATS``, and with "seconds": those of one
+    It answers with its figures so far, in seconds and MiB, named as in ``UNITS``, and with "seconds": those of one
     step in each turn. After an error the only figure is "trouble", the reason.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
@@ -447,7 +447,7 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
-FORMATS: dict[str, Callable[[Any], str]] = {  # of columns; others have two decimals, or are whole numbers and words
+UNITS: dict[str, Callable[[Any], str]] = {  # of columns; others have two decimals, or are whole numbers and words
     "median (least–most)": seconds,
     "pairs/s: median (least–most)": "{:,.0f}".format,
     "TFLOP/s": "{:.3f}".format,
@@ -462,7 +462,7 @@ def cell(column: str, value: Any) -> str:
     """A figure as text; a list has a figure for every round."""
     if isinstance(value, list):
         return f"{cell(column, statistics.median(value))} ({cell(column, min(value))}–{cell(column, max(value))})"
-    return FORMATS.get(column, "{:.2f}".format if isinstance(value, float) else str)(value)
+    return UNITS.get(column, "{:.2f}".format if isinstance(value, float) else str)(value)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

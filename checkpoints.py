@@ -53,8 +53,15 @@ DIRECTIONS = ("AtoB", "BtoA")
 CHECKPOINT, DISCRIMINATORS = "checkpoint.pt", "discriminators.pt"
 # The names that a generator's file may have in a folder: ours, and the official one.
 FILES = {"AtoB": ("AtoB.pt", "latest_net_G_A.pth"), "BtoA": ("BtoA.pt", "latest_net_G_B.pth"), NOISE: (f"{NOISE}.pt",)}
-KINDS = (AttentionGenerator, SingleMaskGenerator, ResNetGenerator, UNetGenerator, UGATITGenerator, DCGANGenerator)
-GENERATORS: dict[str, type[Generator]] = {kind.__name__: kind for kind in KINDS}
+MADE_BY = {  # kinds of generators, and the system that makes each
+    AttentionGenerator: "attentiongan",
+    SingleMaskGenerator: "attentiongan1",
+    ResNetGenerator: "cyclegan",
+    UNetGenerator: "pix2pix",
+    UGATITGenerator: "ugatit",
+    DCGANGenerator: "dcgan",
+}
+GENERATORS: dict[str, type[Generator]] = {kind.__name__: kind for kind in MADE_BY}
 
 # ----------------------------------------------------------------------------------------------------------
 #  Names: what a user may write where a checkpoint is asked for
@@ -509,9 +516,7 @@ def discriminator_flags(about: Mapping[str, Any]) -> str:
 
 def fitting_flags(generator: Generator) -> str:
     """The flags of train.py that make such a generator."""
-    systems = {"AttentionGenerator": "attentiongan", "SingleMaskGenerator": "attentiongan1"}
-    systems |= {"ResNetGenerator": "cyclegan", "UNetGenerator": "pix2pix", "UGATITGenerator": "ugatit"}
-    flags = {"system": systems.get(type(generator).__name__, "dcgan"), **generator.settings}
+    flags = {"system": MADE_BY[type(generator)], **generator.settings}
     if not flags.pop("background", True):
         flags["no_background"] = ""
     if "depth" in flags:

@@ -571,12 +571,20 @@ def measure(entries: Sequence[Entry], exam: Exam, options: argparse.Namespace, d
             rows.append(Row(f"{label}{at}", direction, judged.figures, {}))
             if entry.weights == LAST:
                 last.append(rows[-1])
-            figures = {"figures": for_json(judged.figures), "untranslated": for_json(copy)}
-            figures |= {"floor": floor, "floor_deviation": deviation}
-            how = {**protocol(exam, direction, reading, options), "sheet_ordered_by": judged.rule}
-            of = {"dataset": options.dataset_name, "extractor": options.extractor, "direction": direction}
-            of |= {"weights": entry.weights, "step": entry.step}
-            reports[entry.name].append({**of, **figures, "protocol": how})
+            reports[entry.name].append(
+                {
+                    "dataset": options.dataset_name,
+                    "extractor": options.extractor,
+                    "direction": direction,
+                    "weights": entry.weights,
+                    "step": entry.step,
+                    "figures": for_json(judged.figures),
+                    "untranslated": for_json(copy),
+                    "floor": floor,
+                    "floor_deviation": deviation,
+                    "protocol": protocol(exam, direction, reading, options) | {"sheet_ordered_by": judged.rule},
+                }
+            )
         if options.spread and len(last) > 1:
             rows += spread_rows(last)
     for name, report in reports.items():

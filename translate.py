@@ -39,9 +39,9 @@ from models import Generator, translate_any_size
 from pictures import Picture, find_pictures, normalise, quantise, resize, scale, to_picture, to_tensor
 from record import draw_sheet
 
-MOST_PIXELS = 2**20  # that the generator sees in a batch: about 1 GB for the default networks
+MOST_SEEN = 2**20  # pixels that the generator sees in a batch: about 1 GB for the default networks
 MOST_WRITTEN = 2**25  # pixels of a batch's outputs: photographs are large, however small the generator sees them
-FORMATS = {"png": 2**31 - 1, "jpg": 65_500, "webp": 16_383}  # by ending, the most pixels that a side may have
+LARGEST_SIDE = {"png": 2**31 - 1, "jpg": 65_500, "webp": 16_383}  # by ending, the most pixels that a side may have
 QUALITY = 95  # of JPEG and WebP
 SHOWN, THUMBNAIL = 12, (224, 224)  # pictures on the sheet, and the size of each
 SHEET = "before_after.jpg"
@@ -174,7 +174,7 @@ def plan(
             if max_size is not None and max(output_size) > max_size:
                 output_size = scale(output_size, max_size)
             seen = output_size if longest is None else scale(output_size, longest)
-            if max(output_size) > (most := FORMATS[target.suffix[1:]]):
+            if max(output_size) > (most := LARGEST_SIDE[target.suffix[1:]]):
                 raise ValueError(f"{target.suffix[1:]} has at most {most} pixels a side, expected --max_size {most}")
             tasks.append(Task(picture, only_size or seen, output_size, target))
         except Exception as error:  # decoders raise what they like
@@ -183,7 +183,7 @@ def plan(
 
 
 def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
-    """Batches of one size, of at most ``batch_size`` pictures, but at least one; see ``MOST_PIXELS``, ``MOST_WRITTEN``.
+    """Batches of one size, of at most ``batch_size`` pictures, but at least one; see ``MOST_SEEN``, ``MOST_WRITTEN``.
 
     The largest pictures come last, so that all others are done if these run out of memory.
     """
@@ -193,7 +193,7 @@ def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
     batches = []
     for (height, width), group in sorted(groups.items(), key=lambda item: item[0][0] * item[0][1]):
         largest = max(task.output_size[0] * task.output_size[1] for task in group)
-        n = max(1, min(batch_size, MOST_PIXELS // (height * width), MOST_WRITTEN // largest))
+        n = max(1, min(batch_size, MOST_SEEN // (height * width), MOST_WRITTEN // largest))
         batches += [group[i : i + n] for i in range(0, len(group), n)]
     return batches
 
@@ -507,7 +507,7 @@ def make_parser() -> utils.Parser:
     half = "for pictures that hold A and B side by side: the half to translate (auto: the input's, where the weights "
     half += "were trained on such pictures and all of these look like them)"
     add("--half", choices=("auto", "left", "right", "none"), default="auto", help=half)
-    add("--format", choices=FORMATS, default="png", help="of the translations")
+    add("--format", choices=LARGEST_SIDE, default="png", help="of the translations")
     add("--keep_alpha", action="store_true", help="keep transparency, which otherwise is laid on white")
     precision = "auto: bf16 where the hardware multiplies it natively, else float32"
     add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=precision)
