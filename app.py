@@ -57,11 +57,10 @@ class Weights(NamedTuple):
 def list_weights() -> list[tuple[str, str]]:
     """The runs and shipped weights that translate pictures, as (label, what ``open_generators`` takes)."""
     found = []
-    for name in checkpoints.known_names():
+    for name in checkpoints.known_names(*DIRECTIONS):
         shipped = name.startswith("pretrained/")
         where = name if shipped else str(checkpoints.SAVED_MODELS / name)
-        if any(checkpoints.find_file(p, d) for p in checkpoints.candidate_paths(where) for d in DIRECTIONS):
-            found.append((f"{Path(name).name} ({'shipped' if shipped else 'a run'})", where))
+        found.append((f"{Path(name).name} ({'shipped' if shipped else 'a run'})", where))
     return sorted(found, key=lambda each: each[1] != FIRST)
 
 
@@ -126,7 +125,7 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
     generator = weights.generators[direction]
     failed: dict[Path, str] = {}
     picture = as_input(path, weights.task, direction)
-    tasks = plan([picture], [path], longest, LARGEST, weights.only_size, failed)
+    tasks = plan([picture], [path.with_suffix(".png")], longest, LARGEST, weights.only_size, failed)
     decoded = decode(tasks[0], generator.settings["channels"], False) if tasks else failed[path]
     if isinstance(decoded, str):
         reason = decoded.splitlines()[0].replace(str(path), path.name).rstrip(".")
@@ -157,34 +156,38 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
 
 
 def pack(answers: Sequence[Answer], path: Path) -> None:
-    """A zip with NAME.png, and NAME_attention.png where there is one; the file's place comes before equal names."""
+    """A zip with NAME.png, and NAME_attention.png where there is one; numbered where two would have one name."""
     stems = [Path(answer.name).stem for answer in answers]
+    names = [f"{stem}{end}".casefold() for stem in stems for end in ("", "_attention")]  # some disks ignore case
+    if len(set(names)) < len(names):
+        stems = [f"{i:02d}_{stem}" for i, stem in enumerate(stems, 1)]
     with zipfile.ZipFile(path, "w") as archive:
-        for i, (answer, stem) in enumerate(zip(answers, stems, strict=True), 1):
+        for answer, stem in zip(answers, stems, strict=True):
             for end, image in (("", answer.after), ("_attention", answer.foreground)):
                 if image is not None:
-                    name = stem if stems.count(stem) == 1 else f"{i:02d}_{stem}"
-                    with archive.open(f"{name}{end}.png", "w") as file:
+                    with archive.open(f"{stem}{end}.png", "w") as file:
                         image.save(file, "PNG")
 
 
 def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tuple[str, Image.Image]]:
-    """(name, picture) to try a direction with: inputs on the sheet in docs of shipped weights, test pictures in data,
-    those of the weights' own set first, and of the built-in set. What cannot be read is left out.
+    """(name, picture) to try a direction with: test pictures of the weights' own set; or the inputs on the sheet in
+    docs of shipped weights; or test pictures of all sets in data and drawn ones. What cannot be read is left out.
     """
-    side, sheet = direction[0], DOCS / f"{Path(where).name}_{direction}.webp"
-    roots = sorted(Path("data").glob("*/"), key=lambda root: (root.name != weights.dataset, root.name))
-    if where.startswith("pretrained/") and sheet.exists() and weights.dataset not in [root.name for root in roots]:
+    side, sheet, own = direction[0], DOCS / f"{Path(where).name}_{direction}.webp", Path("data", weights.dataset)
+    tests = {root: find_side(root, "test", side, weights.task) for root in sorted(Path("data").glob("*/"))}
+    if not tests.get(own) and where.startswith("pretrained/") and sheet.exists():
         with Image.open(sheet) as image:  # see record.draw_sheet: six inputs are the first row, right of its name
             step = (image.width - 60) // 6
             for i, left in enumerate(range(image.width - 6 * step, image.width, step), 1):
                 input_ = image.convert("RGB").crop((left, 20, left + step - 2, 20 + step - 2))
                 yield f"{weights.dataset} {side} {i}", input_
-    for root in roots:
-        for each in find_side(root, "test", side, weights.task)[: 6 if root.name == weights.dataset else 2]:
+        return
+    chosen = {own: tests[own][:6]} if tests.get(own) else {root: pictures[:2] for root, pictures in tests.items()}
+    for root, pictures in chosen.items():
+        for each in pictures:
             with suppress(InputError):
                 yield f"{root.name} {side} {each.path.stem}", each.read()
-    for i in range(3):
+    for i in range(0 if own in chosen else 3):
         yield f"{BUILT_IN} {side} {i}", draw_scene(np.random.default_rng((4, 1, "AB".index(side), i)))[side]
 
 
@@ -245,9 +248,11 @@ def make_page(gr: Any, device: torch.device, folder: Path) -> Any:
 
     @in_sentences
     def offer(where: str, file: str | None, direction: str) -> Any:
-        paths = {}
-        for name, image in find_examples(where, opened(where, file), direction):
-            paths[name] = folder / f"{name}.png"
+        weights, paths = opened(where, file), {}
+        place = folder / weights.task  # of which the same files give other examples
+        place.mkdir(exist_ok=True)
+        for name, image in find_examples(where, weights, direction):
+            paths[name] = place / f"{name}.png"
             if not paths[name].exists():
                 image.thumbnail((512, 512))
                 image.save(paths[name])

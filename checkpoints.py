@@ -103,10 +103,11 @@ def find_generator(where: str | Path, direction: str | None) -> Path:
                 )
             return found
     what = "noise" if direction == NOISE else " or ".join(wanted)
-    looked = ", ".join(dict.fromkeys(map(str, candidate_paths(where))))
+    places = {place.resolve(): place for place in reversed(candidate_paths(where))}  # without a place's second name
+    looked = ", ".join(map(str, reversed(places.values())))
     raise InputError(
         f"{where}: no generator for {what} found. Looked for a file, or {' or '.join(names)} in {looked}. "
-        f"There are: {', '.join(known_names()) or 'none'}"
+        f"There are: {', '.join(known_names(*wanted)) or 'none'}"
     )
 
 
@@ -115,11 +116,11 @@ def find_file(folder: Path, *directions: str) -> Path | None:
     return next((folder / n for d in directions for n in FILES[d] if (folder / n).is_file()), None)
 
 
-def known_names() -> list[str]:
-    """Runs below the working directory, and shipped weights."""
-    runs = sorted(p.name for p in SAVED_MODELS.glob("*") if find_file(p, *FILES))
-    shipped = sorted({p.name for folder in (SAVED_MODELS / "pretrained", PRETRAINED) for p in folder.glob("*/")})
-    return runs + [f"pretrained/{name}" for name in shipped]
+def known_names(*directions: str) -> list[str]:
+    """Runs below the working directory, and shipped weights, that have a generator for one of these directions."""
+    places = SAVED_MODELS, SAVED_MODELS / "pretrained", PRETRAINED
+    runs, *shipped = ({p.name for p in place.glob("*/") if find_file(p, *directions)} for place in places)
+    return sorted(runs) + [f"pretrained/{name}" for name in sorted(set().union(*shipped))]
 
 
 def is_file(where: str | Path) -> bool:
@@ -466,7 +467,7 @@ def init_from(system: Any, where: str) -> None:
     Raises InputError where the generators, or networks of a checkpoint, do not fit.
     """
     if Path(where).name == CHECKPOINT:
-        path = next((place for place in candidate_paths(where) if place.is_file()), None)
+        path = next((place for place in candidate_paths(where) if CheckpointFiles(place.parent).exist()), None)
         if path is None:
             raise InputError(f"--init_from {where}: no such checkpoint")
         init_networks(system, path, system.trained())
@@ -475,9 +476,12 @@ def init_from(system: Any, where: str) -> None:
     folder, names = find_generator(where, None).parent, sorted({*system.trained()} - {*system.generators.values()})
     if not names:  # pix2pix by L1 alone
         return
-    beside = (folder / DISCRIMINATORS, folder / CHECKPOINT)
-    path = None if is_file(where) else next((place for place in beside if place.exists()), None)
-    why = ""
+    path, why = None, ""
+    if (folder / DISCRIMINATORS).exists():
+        path = folder / DISCRIMINATORS
+    elif CheckpointFiles(folder).exist():
+        path = folder / CHECKPOINT
+    path = None if is_file(where) else path
     if path is not None:
         try:
             init_networks(system, path, names)

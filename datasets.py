@@ -70,13 +70,17 @@ def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[P
 
     A folder ``<split><side>`` comes first; failing that, the left (A) or right (B) halves of ``<split>``
     (pix2pix's ``val`` stands in for a missing ``test``). For the ``task`` "colorization" side B is all of ``<split>``
-    (or ``val``), failing that of ``<split>B``, and side A the same pictures in grey.
+    (or ``val``), failing that of ``<split>B``, and side A the same pictures in grey. Raises InputError for folders
+    ``<split>/A`` and ``<split>/B``, whose pictures are no pairs.
     """
     whole = (split, "val") if split == "test" else (split,)
     if task == "colorization":
         return [p._replace(grey=side == "A") for p in find_first(root, *whole, f"{split}B")]
     if (root / f"{split}{side}").is_dir():
         return find_pictures(root / f"{split}{side}")
+    for folder in (root / name for name in whole):
+        if (folder / "A").is_dir() and (folder / "B").is_dir():
+            raise InputError(f"{folder}: found folders A and B, expected {root / split}A and {root / split}B")
     return [p._replace(half=HALVES[side]) for p in find_first(root, *whole)]
 
 

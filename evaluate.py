@@ -57,7 +57,6 @@ RULES = {  # figures that may order a sheet, the first that is there
     "L1": "mean absolute error to the true translation",
     "IoU": "IoU of attention and object",
     "change IoU": "IoU of change and object",
-    "cycle error": "cycle error",
 }
 BY_NAME = "name"
 
@@ -207,13 +206,13 @@ class Exam:
     def describe(self) -> str:
         """What was measured, in a few lines: how many pictures, which of them are in train, masks, the extractor."""
         lines = []
-        left = "left out" if self.dedup else "among them"
+        left = "left out: also in train" if self.dedup else "of them also in train"
         for (direction, _), reference in self.references.items():
             side, target = direction[0], direction[-1]
             masks = f", object masks for {int(reference.masked.sum())}" if reference.masked.any() else ""
             lines.append(
                 f"{direction}: {len(reference.inputs)} pictures of {self.folders[side]} "
-                f"({self.n_in_train[side]} that are also in train {left}){masks}, "
+                f"({self.n_in_train[side]} {left}){masks}, "
                 f"against {len(self.tests[target])} of {self.folders[target]} ({self.n_in_train[target]} {left})"
                 if self.tests[target]
                 else f"{self.lacking(target)}, so only {direction} is measured, without FID, KID and class rate"
@@ -286,12 +285,13 @@ def judge(entry: Entry, reference: Reference, device: torch.device) -> Judged:
 def translate_all(generator: Generator, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """uint8 translations of uint8 pictures, and the foreground attention (or heat map), (N, 1, H, W), if any."""
     outputs, foregrounds = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), utils.Progress(total=len(images), desc="translating", leave=False) as bar:
         for batch in images.split(8):
             translation = generator(normalise(batch.to(device)))
             outputs.append(quantise(translation.image).cpu())
             if translation.foreground is not None:
                 foregrounds.append(translation.foreground.cpu())
+            bar.update(len(batch))
     return torch.cat(outputs), torch.cat(foregrounds) if foregrounds else None
 
 
@@ -466,7 +466,11 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
             to_picture(image).save(path)
     order = judged.scores.argsort(descending=True).tolist()
     n, k = len(order), min(3, len(order))
-    chosen = list(dict.fromkeys([*order[:k], *order[(n - k) // 2 :][:k], *order[n - k :]]))
+    words = ("first", "middle", "last") if judged.rule == BY_NAME else ("best", "median", "worst")
+    labels: dict[int, str] = {}
+    for word, start in zip(words, (0, (n - k) // 2, n - k), strict=True):
+        labels = {**dict.fromkeys(order[start : start + k], word), **labels}
+    labels = {i: labels[i] for i in order if i in labels}
     columns = {
         "input": normalise(reference.inputs),
         "output": normalise(judged.images),
@@ -474,9 +478,8 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
         "truth": None if reference.truths is None else normalise(reference.truths),
         "recovered": None if judged.recovered is None else normalise(judged.recovered),
     }
-    shown = {name: column[chosen] for name, column in columns.items() if column is not None}
-    which = "first, middle and last" if judged.rule == BY_NAME else "best, median and worst"
-    sheet = draw_sheet(shown, title=f"{which} by {judged.rule}")
+    shown = {name: column[[*labels]] for name, column in columns.items() if column is not None}
+    sheet = draw_sheet(shown, title=f"{words[0]}, {words[1]} and {words[2]} by {judged.rule}", rows=[*labels.values()])
     path = IMAGES / entry.name / f"evaluation_{slug}.png"
     with utils.name_file(path):
         sheet.save(path)
@@ -589,7 +592,8 @@ def measure(entries: Sequence[Entry], exam: Exam, options: argparse.Namespace, d
             rows += spread_rows(last)
     for name, report in reports.items():
         add_to_report(IMAGES / name / "evaluation.json", report)
-        update_links(IMAGES / name)
+        with suppress(OSError):  # a training that goes on writes its page itself, and may be doing so
+            update_links(IMAGES / name)
     return rows
 
 
@@ -629,6 +633,8 @@ def check_entries(entries: Sequence[Entry], exam: Exam, options: argparse.Namesp
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
     metrics.check_extractor(options.extractor, options.inception)
+    if options.extractor == "none" and options.floor_draws != make_parser().get_default("floor_draws"):
+        raise InputError("--floor_draws needs features, expected an --extractor with it")
     if options.spread and len(options.checkpoint) < 2:
         raise InputError("--spread: expected several checkpoints, found one")
     names: dict[str, str] = {}

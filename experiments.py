@@ -538,7 +538,8 @@ def draw_comparison(runs: Sequence[Run], direction: str, root: Path) -> Image.Im
 
 def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]:
     """The sheets of a run, by the ends of their names: what it makes of the first test pictures; its best, median and
-    worst translations, the sheet of ``evaluate.py``; every mask and content of the first picture.
+    worst translations, the sheet of ``evaluate.py``; every mask, brightened to its maximum, and every content of the
+    first picture.
     """
     wanted = "input", "attention", "content", "output", "recovered"
     parts = translate(run, direction, root, 6, *wanted, "masks", "contents")
@@ -548,8 +549,9 @@ def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]
     if "contents" in parts:
         masks, contents = parts["masks"][0], [*parts["contents"][0]]
         names = [f"{i}" for i in range(1, len(contents) + 1)] + ["background"] * (len(masks) - len(contents))
+        names = [f"{name} ≤ {mask.max():.2f}" for name, mask in zip(names, masks, strict=True)]
         kept = contents + [parts["input"][0]] * (len(masks) - len(contents))  # what the background mask keeps
-        shown = {name: 2 * mask[None] - 1 for name, mask in zip(names, masks, strict=True)}
+        shown = {name: 2 * mask[None] / mask.max() - 1 for name, mask in zip(names, masks, strict=True)}
         sheets["_masks"] = grid({"mask": shown, "content": dict(zip(names, kept, strict=True))})
     return sheets
 
@@ -695,14 +697,22 @@ def ship(options: argparse.Namespace) -> int:
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
         if options.best_size:
             about["best_size"] = options.best_size[0 if direction == "AtoB" else -1]
+            try:
+                checkpoints.check_about(f"--best_size {about['best_size']}", about)
+            except ValueError as error:
+                raise InputError(str(error)) from error
         roots[direction] = root = options.data_dir / about["options"]["dataset_name"]
         if not find_tests(root, direction, find_reading(about))[0]:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
     DOCS.mkdir(exist_ok=True)
+    folder = SAVED_MODELS / "pretrained" / name
+    if checkpoints.find_generator(run, None).parent.resolve() != folder.resolve():
+        for before in folder.glob("*.pt"):  # nothing of other weights stays beside these
+            before.unlink()
     for generator, about in opened.values():
-        path = checkpoints.save_generator(generator.half(), about, SAVED_MODELS / "pretrained" / name)
+        path = checkpoints.save_generator(generator.half(), about, folder)
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-    checkpoints.save_discriminators(run, SAVED_MODELS / "pretrained" / name)
+    checkpoints.save_discriminators(run, folder)
     for direction, root in roots.items():
         parts = translate(f"pretrained/{name}", direction, root, 6, "input", "output", "attention", "truth")
         numbered = {part: {f"{i}": picture for i, picture in enumerate(all_, 1)} for part, all_ in parts.items()}

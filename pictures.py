@@ -125,7 +125,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """
     profile, alpha = image.info.get("icc_profile"), None
     space = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32).clip(0, 65535)  # Pillow's own conversion clips at 255
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -247,15 +247,19 @@ def scale(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     """Bicubic resize to (height, width). "squash" changes the aspect, as the official code does; "short_side" keeps it
-    and covers the size, so that one side may come out longer.
+    and covers the size, so that one side may come out longer. Raises OSError for a picture that is too thin for it.
     """
     size = cover((image.height, image.width), size) if how == "short_side" else size
+    if size[0] * size[1] > MOST_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels: too thin, would become {size[1]} x {size[0]}")
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     """``resize``, and of what is longer than the size (height, width) the middle."""
-    return ImageOps.fit(resize(image, size, how), size[::-1])
+    image, (height, width) = resize(image, size, how), size
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
@@ -274,7 +278,8 @@ def unaugmented(picture: Picture, size: tuple[int, int], channels: int = 3, how:
 
     "short_side" keeps the middle of what is longer than ``size`` (height, width). InputError names a damaged file.
     """
-    return to_tensor(resize_and_crop(picture.read(channels), size, how))
+    with name_unreadable(picture.path):
+        return to_tensor(resize_and_crop(picture.open(channels), size, how))
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -182,7 +182,7 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
     archive, sha256, counts = PUBLIC_SETS[name]
     url = f"{mirror.rstrip('/')}/{archive}"
     if target.exists():
-        print(f"{target} stands already; remove it to fetch it again.")
+        print(f"{target} exists already; remove it to fetch it again.")
         report_counts(target, counts)
         return
     with atomic_folder(target) as partial:
@@ -318,7 +318,7 @@ def import_pictures(
     ``target`` exists, ``test_share`` is not in [0, 1), or a side has no picture that can be read.
     """
     if target.exists():
-        raise InputError(f"{target} stands already; choose another --dataset_name or remove it")
+        raise InputError(f"{target} exists already; choose another --dataset_name or remove it")
     if not 0 <= test_share < 1:
         raise InputError(f"--test_share {test_share}: expected a share from 0 to below 1")
     sides: dict[str, list[Path]] = {"A": [], "B": []}
@@ -351,7 +351,10 @@ def import_pictures(
             for split in ("train", "test"):
                 (folder / f"{split}{side}").mkdir()
             for i, path in enumerate(paths):
-                place = folder / f"{'test' if i in test else 'train'}{side}" / f"{i:05d}_{path.name}"
+                name = f"{i:05d}_{path.name}"
+                if len(os.fsencode(name)) > 255:  # the most that disks take
+                    name = f"{i:05d}{path.suffix}"
+                place = folder / f"{'test' if i in test else 'train'}{side}" / name
                 if copy:
                     shutil.copyfile(path, place)
                 else:

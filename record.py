@@ -79,7 +79,7 @@ class Record:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._cut_log(start)
-        self.bar = Progress(total=total_steps, initial=start, disable=rank() != 0, smoothing=0.05, unit="step")
+        self.bar = Progress(total=self.last_step, initial=start, disable=rank() != 0, smoothing=0.05, unit="step")
         self._shown = time.perf_counter()
         self._drawn = self._shown
         self._announced = False
@@ -273,7 +273,7 @@ class Record:
                 "words": words,
                 "curves": '<figure><img src="curves.png" class="curves" alt="loss curves"></figure>'
                 if (self.folder / "curves.png").exists()
-                else "<p>The curves come with the first lines of the log.",
+                else "<p>The curves come with the first line of the log (--log_interval).",
                 "links": links(self.folder),
                 "changed": tabulate(changed) if changed else "<p>All are the defaults.",
                 "settings": tabulate(self.settings),
@@ -316,7 +316,7 @@ def thin(items: Sequence[Any], most: int) -> list[Any]:
 
 # The columns of sheets in words, by the first part of their names.
 WORDS = {
-    "real": "a real picture: the input, or what the output should be",
+    "real": "a real picture: an input, or of a pair what the output should be",
     "fake": "its translation",
     "attention": "where the generator paints: white is painted anew, black is kept (U-GAT-IT: where it looks)",
     "recovered": "there and back: the translation translated back, which should be the input again",
@@ -474,6 +474,8 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
             labels = [name] if len(lines) == 1 else [str(k + 1) for k in range(len(lines))]
             for line, label in zip(lines, labels, strict=True):
                 line.set_label(label)
+            if name.startswith("mask"):
+                lines[-1].set(color="black", linewidth=2)  # the background's, which tells most
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))  # a rate's six decimals would not fit
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:

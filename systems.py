@@ -106,7 +106,7 @@ class System(nn.Module, ABC):
         """Called before each step, epochs counted from 0, for systems whose loss weights change during training."""
 
     def choose(self, batch: Batch) -> None:
-        """Let the replay buffers decide about the pictures of the next step ahead of it."""
+        """Let the replay buffers decide about the pictures of the next step ahead of it, for a CUDA graph."""
         for pool in self.children():
             if isinstance(pool, ReplayBuffer):
                 pool.choose(len(batch["A"]), batch["A"].device)
@@ -281,12 +281,12 @@ class TwoWay(BothDirections):
         for flag, value, default in (("attn_real", options.attn_real, "own"), ("attn_grad", options.attn_grad, "both")):
             if not self.guided and value != default:
                 raise InputError(f"--{flag} {value} needs --attn_disc concat or mask")
-        channels, judge = options.channels, (options.ndf, options.n_layers_D)
+        channels, shape = options.channels, (options.ndf, options.n_layers_D)
         self.G_AB, self.G_BA = options.generator(), options.generator()
-        self.D_A, self.D_B = (PatchDiscriminator(channels, *judge) for _ in "AB")
+        self.D_A, self.D_B = (PatchDiscriminator(channels, *shape) for _ in "AB")
         if self.guided:
             inputs = channels + 1 if options.attn_disc == "concat" else channels
-            self.guided_D_A, self.guided_D_B = (PatchDiscriminator(inputs, *judge) for _ in "AB")
+            self.guided_D_A, self.guided_D_B = (PatchDiscriminator(inputs, *shape) for _ in "AB")
         self.generators = {"AtoB": "G_AB", "BtoA": "G_BA"}
         self.pool_A = ReplayBuffer(options.pool_size, (*seed, 0))
         self.pool_B = ReplayBuffer(options.pool_size, (*seed, 1))
@@ -352,11 +352,11 @@ class TwoWay(BothDirections):
 
     def discriminators_losses(self, batch: Batch, fakes: TwoWayFakes) -> dict[str, Tensor]:
         losses = {}
-        for side, pooled, translated in (("A", fakes.pooled_A, fakes.fake_B), ("B", fakes.pooled_B, fakes.fake_A)):
+        for side, pooled, own_fake in (("A", fakes.pooled_A, fakes.fake_B), ("B", fakes.pooled_B, fakes.fake_A)):
             images, masks = pooled[:, : self.options.channels], pooled[:, self.options.channels :]
             losses[f"D_{side}"] = real_against_fake(self.get_submodule(f"D_{side}"), batch[side], images)
             if self.guided:
-                real_masks = mask_of(translated).detach() if self.options.attn_real == "own" else masks
+                real_masks = mask_of(own_fake).detach() if self.options.attn_real == "own" else masks
                 real = self.guide(batch[side], real_masks)
                 judge = self.get_submodule(f"guided_D_{side}")
                 losses[f"guided_D_{side}"] = real_against_fake(judge, real, self.guide(images, masks))
@@ -607,6 +607,8 @@ class Paired(System):
         super().__init__(options, size, seed)
         if not (options.lambda_gan or options.lambda_L1):
             raise InputError("--lambda_gan 0 --lambda_L1 0: nothing to train by, expected one of them above 0")
+        if not options.lambda_gan and options.gan_loss != "bce":
+            raise InputError(f"--gan_loss {options.gan_loss} needs an adversarial term, expected --lambda_gan above 0")
         most = int(math.log2(min(size)))
         if most < 2:
             raise InputError(f"--img_height {size[0]}, --img_width {size[1]}: expected at least 4")

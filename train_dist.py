@@ -154,7 +154,8 @@ def spawned(rank: int, options: argparse.Namespace, world_size: int, reports: Si
         reports.put((rank, utils.one_line(error) if expected else traceback.format_exc()))
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the group stands; ``launch`` hands it on as SIGTERM
-    number = join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", tell)
+    with utils.outlets():
+        number = join(options, rank, rank, world_size, f"tcp://127.0.0.1:{options.port_num}", tell)
     if number:
         reports.put((rank, number))
 

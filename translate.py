@@ -171,6 +171,8 @@ def plan(
         try:
             height, width = picture.size()
             output_size = height, width // 2 if picture.half else width
+            if not output_size[1]:
+                raise ValueError(f"{width} pixel wide, too narrow to be halved")
             if max_size is not None and max(output_size) > max_size:
                 output_size = scale(output_size, max_size)
             seen = output_size if longest is None else scale(output_size, longest)
@@ -523,7 +525,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
     if options.export is not None:
         defaults = vars(make_parser().parse_args(["--checkpoint", options.checkpoint]))
-        used = "checkpoint", "direction", "export", "device"
+        used = "checkpoint", "direction", "export"
         others = [name for name, value in vars(options).items() if name not in used and value != defaults[name]]
         if others:
             raise InputError(f"--export writes a model, --{others[0]} is for translating; expected one of the two")
@@ -552,7 +554,8 @@ def choose_half(pictures: Sequence[Picture], half: str, about: Mapping[str, Any]
 
 def count_pairs(pictures: Sequence[Picture], about: Mapping[str, Any]) -> int:
     """How many pictures are about twice as wide as those of training; all, where all that can be read are."""
-    wanted = 2 * about["options"]["img_width"] / about["options"]["img_height"]
+    trained = about.get("options", {})
+    wanted = 2 * trained.get("img_width", 256) / trained.get("img_height", 256)
     aspects = []
     for picture in pictures:
         with suppress(Exception):  # decoders raise what they like; ``plan`` names the picture

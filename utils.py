@@ -205,12 +205,56 @@ class Progress(tqdm):
 # ----------------------------------------------------------------------------------------------------------
 
 
+class Outlet:
+    """An output stream that outlives its reader (``| tee`` that was killed): what is written later goes nowhere."""
+
+    broken = False  # whether an outlet has lost its reader
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.outliving():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.outliving():
+            self.stream.flush()
+
+    @contextmanager
+    def outliving(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            Outlet.broken = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def outlets() -> Iterator[None]:
+    """Within the block ``print`` and progress write to ``Outlet``s, so that a lost reader costs no work."""
+    before, Outlet.broken = (sys.stdout, sys.stderr), False
+    sys.stdout, sys.stderr = map(Outlet, before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
 class StopSignals:
     """Within the block, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set ``signal``: a request to stop.
 
-    SIGUSR1, with which batch systems announce the end of the time, does the same. A second Ctrl-C interrupts at once. A
-    signal that was ignored before (nohup) stays ignored. ``message`` is printed at once. ``parent``: the end of this
-    process, which has started this one, is a request to stop too.
+    SIGUSR1, with which batch systems announce the end of the time, does the same, as does an ``Outlet`` that has lost
+    its reader. A second Ctrl-C interrupts at once. A signal that was ignored before (nohup) stays ignored. ``message``
+    is printed at once. ``parent``: the end of this process, which has started this one, is a request to stop too.
     """
 
     def __init__(self, message: str = "", parent: int | None = None) -> None:
@@ -235,6 +279,8 @@ class StopSignals:
         """The number of the signal that asks to stop, None without one."""
         if self._signal is None and self._parent is not None and os.getppid() != self._parent:
             self._signal = signal.SIGTERM
+        if self._signal is None and Outlet.broken:
+            self._signal = getattr(signal, "SIGHUP", signal.SIGTERM)
         return self._signal
 
     def _note(self, number: int, _frame: object) -> None:
@@ -380,15 +426,16 @@ def run_script(name: str, work: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without "×" must not end the script
             stream.reconfigure(errors="replace")
-    try:
-        return work()
-    except (InputError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun once on every machine
-            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted at once; what was saved before is kept", file=sys.stderr)
-        return exit_status(signal.SIGINT)
+    with outlets():
+        try:
+            return work()
+        except (InputError, OSError) as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun once on every machine
+                print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted at once; what was saved before is kept", file=sys.stderr)
+            return exit_status(signal.SIGINT)
 
 
 def import_optional(package: str, used_for: str, how: str = "pip install -r requirements-extras.txt") -> ModuleType:

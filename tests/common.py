@@ -38,7 +38,7 @@ SYSTEM_SETTINGS = {
     "pix2pix": dict(ngf=4, ndf=4, n_layers_D=2),
     "dcgan": dict(nz=5, ngf=4, ndf=4),
 }
-TWO_WAY = ("attentiongan", "attentiongan1", "cyclegan", "ugatit")
+BOTH_DIRECTIONS = ("attentiongan", "attentiongan1", "cyclegan", "ugatit")
 
 
 def build(name, seed=0, size=(16, 16), pool_seed=(0,), **settings):
@@ -69,20 +69,22 @@ def textbook_losses(
 ):
     """The objective as the papers and the official code have it: every call made singly.
 
-    Returns the generators' and the discriminators' terms (no replay buffer).
+    ``own``: a real picture comes with its own mask, else with that of the translation it is compared with.
+    ``through_mask``: gradients reach the generator through the mask, too. Returns the generators' and the
+    discriminators' terms (no replay buffer).
     """
     mse, l1 = nn.MSELoss(), nn.L1Loss()
     generators, discriminators = {}, {}
     for source, target in ("AB", "BA"):
-        G, F = getattr(system, f"G_{source}{target}"), getattr(system, f"G_{target}{source}")
+        G, back = getattr(system, f"G_{source}{target}"), getattr(system, f"G_{target}{source}")
         D = getattr(system, f"D_{target}")
         real, real_target = batch[source], batch[target]
         fake = G(real).image
         logits = D(fake)[0]
         generators[f"G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
-        generators[f"cycle_{source}"] = cyc * l1(F(fake).image, real)
+        generators[f"cycle_{source}"] = cyc * l1(back(fake).image, real)
         if identity:
-            generators[f"identity_{source}"] = identity * l1(F(real).image, real)
+            generators[f"identity_{source}"] = identity * l1(back(real).image, real)
         if pixel:
             generators[f"pixel_{source}{target}"] = pixel * l1(fake, real)
         on_real, on_fake = D(real_target)[0], D(fake.detach())[0]
@@ -91,17 +93,18 @@ def textbook_losses(
         if tv or attn_disc != "none":
             mask = 1 - G(real).attention[:, -1:]
         if tv:
-            places = [(m[0], i, j) for m in mask for i in range(16) for j in range(16)]
-            total = sum(abs(m[i + 1, j] - m[i, j]) for m, i, j in places if i < 15)
-            total += sum(abs(m[i, j + 1] - m[i, j]) for m, i, j in places if j < 15)
+            size = mask.shape[-1]
+            places = [(m[0], i, j) for m in mask for i in range(size) for j in range(size)]
+            total = sum(abs(m[i + 1, j] - m[i, j]) for m, i, j in places if i + 1 < size)
+            total += sum(abs(m[i, j + 1] - m[i, j]) for m, i, j in places if j + 1 < size)
             generators[f"tv_{source}{target}"] = tv * total / len(mask)
         if attn_disc != "none":
-            D = getattr(system, f"guided_D_{target}")
-            logits = D(guided_input(fake, mask if through_mask else mask.detach(), attn_disc))[0]
+            guided_D = getattr(system, f"guided_D_{target}")
+            logits = guided_D(guided_input(fake, mask if through_mask else mask.detach(), attn_disc))[0]
             generators[f"guided_G_{source}{target}"] = gan * mse(logits, torch.ones_like(logits))
-            real_mask = (1 - F(real_target).attention[:, -1:]) if own else mask
-            on_real = D(guided_input(real_target, real_mask.detach(), attn_disc))[0]
-            on_fake = D(guided_input(fake.detach(), mask.detach(), attn_disc))[0]
+            real_mask = (1 - back(real_target).attention[:, -1:]) if own else mask
+            on_real = guided_D(guided_input(real_target, real_mask.detach(), attn_disc))[0]
+            on_fake = guided_D(guided_input(fake.detach(), mask.detach(), attn_disc))[0]
             loss = mse(on_real, torch.ones_like(on_real)) + mse(on_fake, torch.zeros_like(on_fake))
             discriminators[f"guided_D_{target}"] = loss * 0.5
     return generators, discriminators

@@ -172,23 +172,31 @@ def test_only_weights_that_translate_are_offered():
 def test_equal_names_stay_apart_in_the_zip():
     weights = opened(save_run())
     Path("other").mkdir()
-    paths = [save(noise(i), Path(name)) for i, name in enumerate(["a.png", "other/a.png", "b.jpg"])]
+    paths = [save(noise(i), Path(name)) for i, name in enumerate(["a.png", "other/A.png", "a_attention.JPG"])]
     answers = [app.translate(weights, "AtoB", path, 32, CPU) for path in paths]
-    app.pack(answers, Path("all.zip"))
-    with zipfile.ZipFile("all.zip") as archive:
-        names = ["01_a", "01_a_attention", "02_a", "02_a_attention", "b", "b_attention"]
-        assert archive.namelist() == [f"{name}.png" for name in names]
-        image = Image.open(io.BytesIO(archive.read("02_a.png")))
-    assert (pixels(image) == pixels(answers[1].after)).all()
+    for chosen, stems in (([0], ["a"]), ([0, 1], ["01_a", "02_A"]), ([0, 2], ["01_a", "02_a_attention"])):
+        app.pack([answers[i] for i in chosen], Path("all.zip"))
+        with zipfile.ZipFile("all.zip") as archive:
+            assert archive.namelist() == [f"{stem}{end}.png" for stem in stems for end in ("", "_attention")]
+            image = Image.open(io.BytesIO(archive.read(f"{stems[-1]}.png")))
+        assert (pixels(image) == pixels(answers[chosen[-1]].after)).all()
 
 
-def test_examples_are_of_the_right_side_and_the_own_set_comes_first(small_set):
+@pytest.mark.parametrize("ending", [".JPG", ".jpeg", ".bmp", ".tif", ".gif", ""])
+def test_uploads_may_be_of_any_format_that_is_read(ending):
+    noise(0).save(path := Path(f"photo{ending}"), "JPEG" if ending == "" else None)
+    assert app.translate(opened(save_run()), "AtoB", path, 32, CPU).after.size == (40, 36)
+
+
+def test_examples_are_of_the_right_side_and_of_the_own_set_where_it_is_there(small_set):
     weights = opened(save_run("small"))
     (small_set / "testB" / "0.png").write_bytes(b"no picture")
     save(noise(7), small_set.parent / "another" / "testB" / "7.png", parents=True)
     found = dict(app.find_examples("saved_models/small", weights, "BtoA"))
-    assert list(found) == ["small B 1", "another B 7", *(f"solid2striped B {i}" for i in range(3))]
+    assert list(found) == ["small B 1"]
     assert (pixels(found["small B 1"]) == pixels(Image.open(small_set / "testB" / "1.png"))).all()
+    found = dict(app.find_examples("saved_models/small", weights._replace(dataset="gone"), "BtoA"))
+    assert list(found) == ["another B 7", "small B 1", *(f"solid2striped B {i}" for i in range(3))]
     scene = draw_scene(np.random.default_rng((4, 1, 1, 2)))
     assert (pixels(found["solid2striped B 2"]) == pixels(scene["B"])).all()
 

@@ -82,9 +82,7 @@ def test_generators_are_found_by_run_shipped_name_folder_and_file(monkeypatch):
         assert find_generator(where, direction) == Path(expected)
     with pytest.raises(InputError, match=r"^official/latest_net_G_B.pth: translates the other way"):
         find_generator("official/latest_net_G_B.pth", "AtoB")
-    with pytest.raises(
-        InputError, match=r"no generator for BtoA found.*saved_models/run.*are: run, pretrained/shipped$"
-    ):
+    with pytest.raises(InputError, match=r"no generator for BtoA found.*saved_models/run, .*are: none$"):
         find_generator("run", "BtoA")
 
 
@@ -465,6 +463,14 @@ def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
     assert "guided_D_A, guided_D_B of that checkpoint are not used: this system has none" in capsys.readouterr().out
     assert run(f"{QUICK} --n_epochs 1 --name third --init_from nowhere/checkpoint.pt") == 2
     assert "--init_from nowhere/checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+    for name in ("checkpoint_previous.pt", "checkpoint_fresh.pt"):  # all that a kill has left
+        folder = Path("saved_models", name.partition(".")[0])
+        shutil.copytree("saved_models/first", folder)
+        for path in folder.glob("checkpoint*"):
+            path.rename(folder / name) if path.name == "checkpoint.pt" else path.unlink()
+        for where in (f"{folder.name}/checkpoint.pt", folder.name):
+            assert run(f"{QUICK} --n_residual_blocks 2 --n_epochs 1 --name on --overwrite --init_from {where}") == 0
+            assert re.search(rf"D_A, D_B start from .*{folder.name}/checkpoint.pt", capsys.readouterr().out)
 
 
 def test_init_from_an_official_u_gat_it_file_that_holds_both(small_set):

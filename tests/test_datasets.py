@@ -55,6 +55,10 @@ def test_sides_are_folders_or_else_halves(tmp_path):
     assert find_side(tmp_path, "test", "B") == [Picture(tmp_path / "val" / "pair.png", "right")]
     other = plain(tmp_path / "test" / "other.png", size=(16, 8))
     assert find_side(tmp_path, "test", "A") == [Picture(other, "left")]
+    for side in "AB":
+        save(noise(0), tmp_path / "folders" / "train" / side / "0.png")
+    with pytest.raises(InputError, match=r"folders/train: found folders A and B, expected .*/trainA and .*/trainB"):
+        find_side(tmp_path / "folders", "train", "A")
 
 
 # ----------------------------------------------------------------------------------------------------------

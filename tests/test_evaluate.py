@@ -257,8 +257,11 @@ def test_pictures_that_are_also_in_train_are_counted_and_left_out_on_demand(caps
         shutil.copy(SMALL / f"{source}.png", SMALL / f"{copy}.png")
     store(AtoB=fading(0.5))
     other = save(noise(0), Path("images/net/translated_BtoA/0.png"))  # belongs to no row of these
-    for flag, chosen, n_targets, left in (("", [0, 1, 2, 3], 4, "among them"), (" --dedup", [0, 2], 3, "left out")):
-        sources = f"AtoB: {len(chosen)} pictures of testA (2 that are also in train {left}), "
+    for flag, chosen, n_targets, left in (
+        ("", [0, 1, 2, 3], 4, "of them also in train"),
+        (" --dedup", [0, 2], 3, "left out: also in train"),
+    ):
+        sources = f"AtoB: {len(chosen)} pictures of testA (2 {left}), "
         targets = f"against {n_targets} of testB (1 {left})\ntrain: 2 pictures stand on both sides\n"
         assert sources + targets in printed(capsys, f"net{flag}")
         about = protocol()
@@ -808,6 +811,11 @@ def test_a_file_that_is_no_report_gives_way(small_set, before):
     assert [r["direction"] for r in report()["rows"]] == ["AtoB"]
 
 
+def test_draws_without_features_are_refused(small_set, capsys):
+    store(AtoB=tiny())
+    assert "--floor_draws needs features" in refused(capsys, "net --floor_draws 2")
+
+
 def test_two_processes_do_not_measure_one_checkpoint_at_once(small_set, monkeypatch, capsys):
     store(AtoB=tiny())
     monkeypatch.setattr(utils, "LOCK_SECONDS", 0)
@@ -955,6 +963,7 @@ def test_the_sheet_shows_the_best_the_median_and_the_worst(drawn):
     assert list(columns) == ["input", "output", "attention", "truth", "recovered"]
     assert options["title"] == "best, median and worst by mean absolute error to the true translation"
     assert options["title"].endswith(protocol()["sheet_ordered_by"])
+    assert options["rows"] == ["best"] * 3 + ["median"] * 3 + ["worst"] * 3
 
     inputs, truths, outputs = side("testA"), side("testA_truth"), side("translated_AtoB", Path("images/net"))
     order = (outputs - truths).abs().mean(dim=(1, 2, 3)).argsort()
@@ -980,9 +989,7 @@ def test_what_orders_the_sheet_depends_on_what_there_is(drawn):
         return (images.float() - truths.float()).abs().mean(dim=(1, 2, 3)) / 127.5
 
     store("both", AtoB=tiny(), BtoA=tiny(1))
-    found, reference = judged("both")
-    assert found.rule == "cycle error"
-    assert torch.allclose(found.scores, -errors(found.recovered, reference.inputs), atol=1e-6)
+    assert judged("both")[0].rule == "name"  # nor is a cycle error: a copy has none
 
     blobs("masks/testA", ["0", "2", "3"])
     masks = Path("masks")

@@ -446,9 +446,10 @@ def test_sheets_show_what_a_run_paints_and_every_mask(three_runs, drawn):
             if found.content is not None:
                 ((parts, options),) = others
                 masks, contents = found.attention[0], [*found.content[0], inputs[0]]
-                assert list(parts) == [*map(str, range(1, len(contents))), "background"]
-                for mask, content, pair in zip(masks, contents, parts.values(), strict=True):
-                    torch.testing.assert_close(pair[0], 2 * mask.expand(3, -1, -1) - 1)
+                names = [*map(str, range(1, len(contents))), "background"]
+                for name, mask, content, (head, pair) in zip(names, masks, contents, parts.items(), strict=True):
+                    assert head == f"{name} ≤ {mask.max():.2f}"
+                    torch.testing.assert_close(pair[0], 2 * mask.expand(3, -1, -1) / mask.max() - 1)
                     assert torch.equal(pair[1], content)
                 assert options["rows"] == ["mask", "content"] and sheets["_masks"].height == 18 + 2 + 2 * CELL
                 assert sheets["_masks"].width > len(parts) * CELL
@@ -518,6 +519,14 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(three_runs, drawn
     assert discriminators.keys() == {"D_A", "D_B"} and discriminators["D_A"]["layers.0.weight"].dtype == torch.float16
     assert train.main([*RUNS[0].flags.split(), "--name", "on", "--init_from", "small", "--max_steps", "1"]) == 0
     assert "D_A, D_B start from saved_models/pretrained/small/discriminators.pt" in capsys.readouterr().out
+    for name in ("AtoB.pt", "old.pt"):
+        Path("saved_models/pretrained/small", name).write_bytes(b"of other weights")
+    assert experiments.main(["ship", "two", "small", "--best_size", "20000"]) == 2
+    assert "--best_size 20000: best_size: 20000, expected at most 16384" in capsys.readouterr().err
+    assert Path("saved_models/pretrained/small/AtoB.pt").read_bytes() == b"of other weights"
+    assert experiments.main(["ship", "two", "small"]) == 0
+    shipped = {path.name for path in Path("saved_models/pretrained/small").iterdir()}
+    assert shipped == {"AtoB.pt", "BtoA.pt", "discriminators.pt"}
     assert experiments.main(["ship", "two", "other", "--data_dir", "elsewhere"]) == 2
     assert "elsewhere/solid2striped: found no testA" in capsys.readouterr().err
     Path("bare").mkdir()

@@ -19,7 +19,7 @@ import pictures
 import translate
 from datasets import fixed_noise
 from models import Translation
-from pictures import Picture, find_pictures, normalise, resize, to_tensor
+from pictures import Picture, find_pictures, normalise, resize, resize_and_crop, to_tensor, unaugmented
 from prepare import import_pictures
 
 COLOURS = [1, 2, 3, 40, 50, 60]  # of a palette
@@ -328,6 +328,22 @@ def test_tensor_holds_the_pixels_channels_first(mode):
     expected = np.asarray(image).reshape(36, 40, -1)
     assert tensor.shape == (expected.shape[2], 36, 40)
     assert np.array_equal(tensor.numpy().transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("shape", [(33, 20), (32, 20), (20, 31), (20, 20)])
+def test_the_middle_of_a_longer_side_is_cut_out_as_it_is(shape):
+    image = noise(0, shape)
+    found = np.asarray(resize_and_crop(image, (20, 20), "short_side"))
+    left, top = (shape[0] - 20) // 2, (shape[1] - 20) // 2
+    assert (found == np.asarray(image)[top : top + 20, left : left + 20]).all()
+
+
+def test_a_picture_too_thin_to_keep_its_shape_is_named_before_memory_is_taken(tmp_path):
+    path = plain(tmp_path / "line.png", size=(20_000, 1))
+    with pytest.raises(
+        InputError, match=r"line.png: cannot be read \(20000 x 1 pixels: too thin, would become 5720000"
+    ):
+        unaugmented(Picture(path), (286, 286), how="short_side")
 
 
 def test_normalise_maps_0_to_minus_1_and_255_to_1_and_leaves_noise_alone():

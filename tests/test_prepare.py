@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import below, noise, plain, save
+from common import RED, below, noise, plain, save
 from PIL import Image, ImageFilter
 
 import datasets
@@ -250,7 +250,7 @@ def test_other_numbers_of_pictures_than_expected_are_refused(web, monkeypatch, t
 
 def test_fetching_again_asks_no_server_and_counts_again(web, monkeypatch, tmp_path, capsys):
     publish(web, monkeypatch, ZIPPED, counts={"trainA": 2})
-    for told in ("fetching", "stands already"):
+    for told in ("fetching", "exists already"):
         fetch("apple2orange", tmp_path, web.url)
         printed = capsys.readouterr().out
         assert told in printed and "trainA: 2 pictures\n" in printed and "trainB" not in printed
@@ -631,7 +631,7 @@ def test_what_cannot_be_imported_is_named(own, tmp_path, from_A, from_B, share, 
         import_pictures(Path(from_A), Path(from_B), Path("mine"), test_share=share)
     assert not (tmp_path / "mine").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="mine stands already"):
+    with pytest.raises(InputError, match="mine exists already"):
         import_pictures(*own, tmp_path / "mine")
     assert below(tmp_path / "mine") == {}
 
@@ -652,6 +652,13 @@ def command(capsys):
         return err.strip() if status else out
 
     return run
+
+
+def test_names_as_long_as_disks_take_are_shortened(command, tmp_path):
+    for side in "AB":
+        plain(tmp_path / side / f"{side * 251}.png", colour=RED if side == "A" else "blue")
+    command("--dataset_name", "mine", "--data_dir", tmp_path, "--from_A", tmp_path / "A", "--from_B", tmp_path / "B")
+    assert [path.name for path in (tmp_path / "mine").glob("train?/*")] == ["00000.png"] * 2
 
 
 def test_command_draws_the_built_in_set(command, tmp_path, monkeypatch):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from common import (
+    BOTH_DIRECTIONS,
     ONE,
     SMALL,
     SYSTEM_SETTINGS,
     TEXTBOOK,
-    TWO_WAY,
     build,
     gradients,
     guided_input,
@@ -387,7 +387,7 @@ def test_every_player_trains_and_every_network_is_trained():
         assert set(system.generators.values()) <= set(trained)
 
 
-@pytest.mark.parametrize("name", TWO_WAY)
+@pytest.mark.parametrize("name", BOTH_DIRECTIONS)
 def test_a_sheet_has_both_directions(name):
     system, batch = build(name), make_batch(0)
     columns = system.sheet(batch)

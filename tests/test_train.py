@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from common import QUICK, QUICK_PIX2PIX, TWO_WAY, checkpoint, log, quick, run, same, same_run, script, stop_at
+from common import BOTH_DIRECTIONS, QUICK, QUICK_PIX2PIX, checkpoint, log, quick, run, same, same_run, script, stop_at
 from PIL import Image
 
 import evaluate
@@ -42,7 +42,7 @@ QUICK_DCGAN = (
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", TWO_WAY)
+@pytest.mark.parametrize("system", BOTH_DIRECTIONS)
 def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     assert run(f"{quick(system)} --system {system} --n_epochs 2 --sample_interval 6") == 0
     name = f"small_{system}"
@@ -220,6 +220,8 @@ def test_without_intervals_a_run_still_saves_and_shows_its_end(small_set):
 def test_presets_give_defaults_that_flags_change():
     options = parse_options(["--preset", "small", "--ngf", "16"])
     assert {**SMALL, "ngf": 16}.items() <= vars(options).items()
+    assert parse_options(["--preset", "small", "--n_epochs", "16"]).decay_epoch == 10
+    assert parse_options(["--preset", "small", "--n_epochs", "5"]).decay_epoch == 2  # 10 would be too late
     assert parse_options(["--preset", "small", "--system", "ugatit"]).img_width == 64
     assert parse_options([]).img_width == 256
     options = parse_options(["--system", "dcgan"])  # the paper's
@@ -686,6 +688,18 @@ def drain(descriptor: int) -> bytes:
         return b""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such pipes")
+def test_a_run_that_loses_the_reader_of_its_output_saves_and_leaves(small_set, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as lost, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", lost)
+        assert run(f"{QUICK} --name r") == 128 + signal.SIGHUP
+        assert sys.stdout is lost
+    assert checkpoint("r")["step"] == 1 and not capsys.readouterr().err.strip()
+    assert run("--name r --resume") == 0
+
+
 @pytest.mark.parametrize("flag, restarts", [("--auto_resume", "0"), ("", "1")])
 def test_a_run_killed_after_its_first_evaluation_starts_again(small_set, capsys, monkeypatch, flag, restarts):
     Path("saved_models/r/best").mkdir(parents=True)
@@ -759,6 +773,7 @@ REFUSED = {
         ("--img_height 48", r"--img_height 48: expected a multiple of 32, at least 32"),
         ("--unet_depth 7", r"--unet_depth 7: expected 2 to 6 at 64 x 64, or 0 for the most"),
         ("--lambda_gan 0 --lambda_L1 0", r"nothing to train by"),
+        ("--lambda_gan 0 --gan_loss lsgan", r"--gan_loss lsgan needs an adversarial term"),
         ("--unet_depth 1", r"--unet_depth 1: expected 2 to 6 at 64 x 64"),
         ("--img_height 2", r"--img_height 2, --img_width \d+: expected at least 4"),
         ("--task colorization --channels 1", r"colorization makes colours: --channels 1, expected 3"),
