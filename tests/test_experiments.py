@@ -448,7 +448,7 @@ def test_sheets_show_what_a_run_paints_and_every_mask(three_runs, drawn):
                 masks, contents = found.attention[0], [*found.content[0], inputs[0]]
                 names = [*map(str, range(1, len(contents))), "background"]
                 for name, mask, content, (head, pair) in zip(names, masks, contents, parts.items(), strict=True):
-                    assert head == f"{name} ≤ {mask.max():.2f}"
+                    assert head == f"{name}: to {mask.max():.2f}"
                     torch.testing.assert_close(pair[0], 2 * mask.expand(3, -1, -1) / mask.max() - 1)
                     assert torch.equal(pair[1], content)
                 assert options["rows"] == ["mask", "content"] and sheets["_masks"].height == 18 + 2 + 2 * CELL
