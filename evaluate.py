@@ -633,8 +633,6 @@ def check_entries(entries: Sequence[Entry], exam: Exam, options: argparse.Namesp
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not fit together."""
     metrics.check_extractor(options.extractor, options.inception)
-    if options.extractor == "none" and options.floor_draws != make_parser().get_default("floor_draws"):
-        raise InputError("--floor_draws needs features, expected an --extractor with it")
     if options.spread and len(options.checkpoint) < 2:
         raise InputError("--spread: expected several checkpoints, found one")
     names: dict[str, str] = {}

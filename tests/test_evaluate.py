@@ -811,11 +811,6 @@ def test_a_file_that_is_no_report_gives_way(small_set, before):
     assert [r["direction"] for r in report()["rows"]] == ["AtoB"]
 
 
-def test_draws_without_features_are_refused(small_set, capsys):
-    store(AtoB=tiny())
-    assert "--floor_draws needs features" in refused(capsys, "net --floor_draws 2")
-
-
 def test_two_processes_do_not_measure_one_checkpoint_at_once(small_set, monkeypatch, capsys):
     store(AtoB=tiny())
     monkeypatch.setattr(utils, "LOCK_SECONDS", 0)
