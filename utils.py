@@ -279,8 +279,9 @@ class StopSignals:
         """The number of the signal that asks to stop, None without one."""
         if self._signal is None and self._parent is not None and os.getppid() != self._parent:
             self._signal = signal.SIGTERM
-        if self._signal is None and Outlet.broken:
-            self._signal = getattr(signal, "SIGHUP", signal.SIGTERM)
+        hang_up = getattr(signal, "SIGHUP", None)
+        if self._signal is None and Outlet.broken and hang_up in self._before:  # under nohup the run goes on
+            self._signal = hang_up
         return self._signal
 
     def _note(self, number: int, _frame: object) -> None:
