@@ -549,7 +549,7 @@ def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]
         names = [f"{i}" for i in range(1, len(contents) + 1)] + ["background"] * (len(masks) - len(contents))
         names = [f"{name}: to {mask.max():.2f}" for name, mask in zip(names, masks, strict=True)]
         kept = contents + [parts["input"][0]] * (len(masks) - len(contents))  # what the background mask keeps
-        shown = {name: 2 * mask[None] / mask.max() - 1 for name, mask in zip(names, masks, strict=True)}
+        shown = {name: 2 * mask[None] / mask.max().clamp_min(1e-6) - 1 for name, mask in zip(names, masks, strict=True)}
         sheets["_masks"] = grid({"mask": shown, "content": dict(zip(names, kept, strict=True))})
     return sheets
 
@@ -656,7 +656,7 @@ def read_known(store: Path) -> dict[str, About]:
         return {}
     try:
         known = json.loads(store.read_text())
-        table(result_rows(dict(known)), RESULTS, blank="")  # it must do without what is trained in between
+        table(result_rows(dict(known)), RESULTS, blank="")  # reads all that the table needs
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{store}: not the figures of an earlier experiments.py results ({error!r})") from error
     return known

@@ -383,9 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         name, root = options.dataset_name, options.data_dir / options.dataset_name
         check_name("--dataset_name", name)
-        needed = dict.fromkeys(("test_share", "seed", "copy"), "needs --from_A and --from_B")
-        if options.from_A is not None:
-            needed = {}
+        own = "test_share", "seed", "copy"
+        needed = {} if options.from_A is not None else dict.fromkeys(own, "needs --from_A and --from_B")
         if options.from_A is not None or name == BUILT_IN:
             needed["mirror"] = "goes with fetching a public set"
         for flag in (flag for flag in needed if getattr(options, flag) != parser.get_default(flag)):
