@@ -704,13 +704,14 @@ def ship(options: argparse.Namespace) -> int:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
     DOCS.mkdir(exist_ok=True)
     folder = SAVED_MODELS / "pretrained" / name
-    if checkpoints.find_generator(run, None).parent.resolve() != folder.resolve():
-        for before in folder.glob("*.pt"):  # nothing of other weights stays beside these
-            before.unlink()
+    again = checkpoints.find_generator(run, None).parent.resolve() == folder.resolve()
+    written: set[Path | None] = set()
     for generator, about in opened.values():
-        path = checkpoints.save_generator(generator.half(), about, folder)
+        written.add(path := checkpoints.save_generator(generator.half(), about, folder))
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-    checkpoints.save_discriminators(run, folder)
+    written.add(checkpoints.save_discriminators(run, folder))
+    for path in set() if again else {*folder.glob("*.pt")} - written:
+        path.unlink()  # of the weights that had this name before
     for direction, root in roots.items():
         parts = translate(f"pretrained/{name}", direction, root, 6, "input", "output", "attention", "truth")
         numbered = {part: {f"{i}": picture for i, picture in enumerate(all_, 1)} for part, all_ in parts.items()}

@@ -249,9 +249,10 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     """Bicubic resize to (height, width). "squash" changes the aspect, as the official code does; "short_side" keeps it
     and covers the size, so that one side may come out longer. Raises OSError for a picture that is too thin for it.
     """
-    size = cover((image.height, image.width), size) if how == "short_side" else size
-    if size[0] * size[1] > MOST_PIXELS:
-        raise OSError(f"{image.width} x {image.height} pixels: too thin, would become {size[1]} x {size[0]}")
+    if how == "short_side":
+        size = cover((image.height, image.width), size)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise OSError(f"{image.width} x {image.height} pixels: too thin, would become {size[1]} x {size[0]}")
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 

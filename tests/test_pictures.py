@@ -346,6 +346,11 @@ def test_a_picture_too_thin_to_keep_its_shape_is_named_before_memory_is_taken(tm
         unaugmented(Picture(path), (286, 286), how="short_side")
 
 
+def test_pictures_that_are_squashed_may_become_larger_than_a_file_may_be(monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 15)
+    assert resize(noise(0, (3, 3)), (4, 4), "squash").size == (4, 4)
+
+
 def test_normalise_maps_0_to_minus_1_and_255_to_1_and_leaves_noise_alone():
     values = normalise(torch.tensor([0, 51, 255], dtype=torch.uint8))
     assert values.dtype == torch.float32 and values[0] == -1 and values[2] == 1

@@ -177,6 +177,7 @@ def test_the_time_left_is_told_once_and_counts_to_the_last_step(monkeypatch, cap
     now = 0.0
     monkeypatch.setattr(record.time, "perf_counter", lambda: now)
     log = make_record(total_steps=10**6, interval=10**6, last_step=305)
+    assert log.bar.total == 305
     log.bar.disable = True
     for _ in range(20):
         now += 10

@@ -689,15 +689,15 @@ def drain(descriptor: int) -> bytes:
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_run_that_loses_the_reader_of_its_output_saves_and_leaves(small_set, monkeypatch, capsys, nohup):
+def test_a_run_that_loses_the_reader_of_its_output_saves_and_leaves(small_set, monkeypatch, capsys, request, nohup):
     reader, writer = os.pipe()
     os.close(reader)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     with open(writer, "w", buffering=1) as lost, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", lost)
         assert run(f"{QUICK} --n_epochs 1 --name r") == (0 if nohup else 128 + signal.SIGHUP)
         assert sys.stdout is lost
-    signal.signal(signal.SIGHUP, before)
     assert checkpoint("r")["step"] == (6 if nohup else 1) and not capsys.readouterr().err.strip()
     assert run("--name r --resume") == 0
 
