@@ -29,7 +29,7 @@ from PIL import Image
 
 import checkpoints
 from checkpoints import DIRECTIONS
-from datasets import BUILT_IN, TASKS, as_input, find_side
+from datasets import BUILT_IN, as_input, find_side
 from models import Generator
 from pictures import to_picture, to_tensor
 from prepare import draw_scene
@@ -72,7 +72,7 @@ def open_weights(where: str, device: torch.device, changed: int) -> Weights:
     generators = {name: each.to(device).to(memory_format=layout).eval() for name, (each, _) in opened.items()}
     generator, about = next(iter(opened.values()))
     options = about.get("options", {})
-    task, dataset = options.get("task", TASKS[0]), options.get("dataset_name", "")
+    task, dataset = options.get("task", "translation"), options.get("dataset_name", "")
     abouts = {direction: each for direction, (_, each) in opened.items()}
     return Weights(generators, abouts, task, dataset, generator.settings.get("size"))
 
@@ -128,7 +128,7 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
     tasks = plan([picture], [path.with_suffix(".png")], longest, LARGEST, weights.only_size, failed)
     decoded = decode(tasks[0], generator.settings["channels"], False) if tasks else failed[path]
     if isinstance(decoded, str):
-        reason = decoded.splitlines()[0].replace(str(path), path.name).rstrip(".")
+        reason = decoded.replace(str(path), path.name).rstrip(".")
         raise InputError(f"{path.name} cannot be read as a picture: {reason}.")
 
     def paint(generator: Generator, decoded: Decoded) -> tuple[Painted, Image.Image]:
@@ -138,7 +138,7 @@ def translate(weights: Weights, direction: str, path: Path, longest: int, device
         return painted, to_picture(to_full_size(painted, decoded))
 
     painted, after = paint(generator, decoded)
-    back, other = None, weights.generators.get(DIRECTIONS[DIRECTIONS.index(direction) - 1])
+    back, other = None, weights.generators.get(f"{direction[-1]}to{direction[0]}")
     if other is not None:
         back = paint(other, Decoded(to_tensor(fit(after, tasks[0].size)), to_tensor(after), None))[1]
     (height, width), size = tasks[0].size, after.size

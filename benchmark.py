@@ -432,7 +432,10 @@ def measure_translation(options: argparse.Namespace, device: torch.device, round
         batches = make_batches(tasks, options.batch_size)
         for turn, precision in product(range(rounds + 1), precisions):
             start, autocast = time.perf_counter(), utils.make_autocast(device, precision)
-            translate.translate(generator, batches, device, autocast, failed={})
+            failed: dict[Path, str] = {}
+            translate.translate(generator, batches, device, autocast, failed=failed)
+            if failed:
+                raise InputError(f"{size[0]} x {size[1]}, batch {options.batch_size}: {next(iter(failed.values()))}")
             if turn:  # the first warms up
                 found[precision].append(TRANSLATED / (time.perf_counter() - start))
     return [{"": precision, "pictures/s": rates} for precision, rates in found.items()]

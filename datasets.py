@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from utils import InputError
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -65,7 +64,7 @@ def find_first(root: Path, *names: str) -> list[Picture]:
     return next((find_pictures(root / name) for name in names if (root / name).is_dir()), [])
 
 
-def find_side(root: Path, split: str, side: str, task: str = TASKS[0]) -> list[Picture]:
+def find_side(root: Path, split: str, side: str, task: str = "translation") -> list[Picture]:
     """The pictures of one domain (``side`` "A" or "B") of one split ("train" or "test"); [] where there are none.
 
     A folder ``<split><side>`` comes first; failing that, the left (A) or right (B) halves of ``<split>``
@@ -95,7 +94,7 @@ def find_plain(root: Path, split: str) -> list[Picture]:
     return [p for p in found if p.path.relative_to(root).parts[0] not in aside]
 
 
-def missing(root: Path, side: str, task: str = TASKS[0]) -> str:
+def missing(root: Path, side: str, task: str = "translation") -> str:
     """The error message when a data set, or one side of it, is missing."""
     folder = root if not root.is_dir() else root / ("train" if task == "colorization" else f"train{side}")
     found = f"{folder}: no pictures ({', '.join(EXTENSIONS)}) in it" if folder.is_dir() else f"{folder}: no such folder"
@@ -131,7 +130,7 @@ def match_pairs(root: Path, split: str, sides: dict[str, list[Picture]]) -> dict
 
 
 def true_translations(
-    root: Path, pictures: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+    root: Path, pictures: Sequence[Picture], direction: str, task: str = "translation", paired: bool = False
 ) -> list[Picture] | None:
     """The true translations of test pictures in ``direction``; None where they are not known.
 
@@ -151,14 +150,14 @@ def true_translations(
 
 
 def find_truths(
-    root: Path, tests: Sequence[Picture], direction: str, task: str = TASKS[0], paired: bool = False
+    root: Path, tests: Sequence[Picture], direction: str, task: str = "translation", paired: bool = False
 ) -> list[Picture] | None:
     """``true_translations``; but for pictures of ``testA`` those of ``testA_truth``, where there is such a folder.
 
     Raises InputError where one is missing.
     """
     folder, truths = root / f"test{direction[0]}", root / f"test{direction[0]}_truth"
-    if task != TASKS[0] or not truths.is_dir() or not all(p.path.is_relative_to(folder) for p in tests):
+    if task != "translation" or not truths.is_dir() or not all(p.path.is_relative_to(folder) for p in tests):
         return true_translations(root, tests, direction, task, paired)
     found = named_alike(tests, truths)
     for picture in tests:
@@ -260,7 +259,7 @@ class PictureDataset(Dataset, ABC):
         how: str = "squash",
         seed: int = 0,
         hold_out: bool = False,
-        task: str = TASKS[0],
+        task: str = "translation",
         crop_size: int = 0,
     ):
         self.crop = (crop_size, crop_size) if crop_size else size
@@ -295,7 +294,7 @@ class PictureDataset(Dataset, ABC):
         """The sample of (epoch, index)."""
 
     def check(self, limit: float = 0.0) -> None:
-        """Decode every picture, the test pictures too, and ``load`` those to train on, each of them only once.
+        """Decode every picture, the test pictures too, and ``load`` those to train on.
 
         InputError names pictures that cannot be read, or not be halved.
         """
@@ -328,21 +327,15 @@ class PictureDataset(Dataset, ABC):
             told.append(tell_found(side, len(paths), files))
         return ", ".join(told)
 
-    def names(self) -> list[dict[str, list[str]]]:
-        """The names of all pictures by side, first those that are trained on, then those that are held out."""
-        return [
-            {side: [str(p.path.relative_to(self.root)) for p in pictures] for side, pictures in sides.items()}
-            for sides in (self.sides, self.held_out)
-        ]
+    def names(self) -> list[str]:
+        """The names of all pictures side by side, first those that are trained on, then those that are held out."""
+        sides = (*self.sides.values(), *self.held_out.values())
+        return [str(p.path.relative_to(self.root)) for pictures in sides for p in pictures]
 
     @property
     def halves(self) -> bool:
         """Whether its pictures are halves of files that hold A and B side by side."""
         return any(pictures[0].half is not None for pictures in self.sides.values())
-
-    def digest(self) -> str:
-        """SHA-256 of the ``names``. It changes when the pictures change."""
-        return hashlib.sha256(json.dumps(self.names()).encode()).hexdigest()
 
     def load(self, limit: float) -> bool:
         """Decode and resize all pictures now and keep them in memory, unless that takes more than ``limit`` bytes: then
@@ -526,7 +519,7 @@ def fixed_batch(
     size: tuple[int, int],
     channels: int = 3,
     how: str = "squash",
-    task: str = TASKS[0],
+    task: str = "translation",
     paired: bool = False,
 ) -> dict[str, Tensor]:
     """The first ``n`` test pictures of both sides (training pictures where there are no test folders).

@@ -41,7 +41,7 @@ import checkpoints
 import datasets
 import metrics
 from checkpoints import DIRECTIONS, find_generator, open_generators
-from datasets import TASKS, find_side
+from datasets import find_side
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
 from models import Generator, fixed_size_message
 from pictures import Picture, normalise, quantise, scale, to_picture, unaugmented
@@ -69,7 +69,7 @@ class Reading(NamedTuple):
     size: tuple[int, int]  # height, width
     channels: int
     how: str  # see ``pictures.resize``
-    task: str = TASKS[0]
+    task: str = "translation"
     paired: bool = False  # whether pictures of equal names belong together
 
     def images(self, pictures: Sequence[Picture]) -> Tensor:
@@ -110,7 +110,7 @@ class Exam:
         mask_dir: Path | None = None,
         dedup: bool = False,
         classes: Mapping[str, str | None] | None = None,
-        task: str = TASKS[0],
+        task: str = "translation",
     ):
         self.root, self.extractor, self.mask_dir, self.dedup = root, extractor, mask_dir, dedup
         self.classes = find_classes(root.name, extractor, classes or {})
@@ -355,7 +355,7 @@ def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
     size = options.get("img_height", 256), options.get("img_width", 256)
     system = SYSTEMS.get(options.get("system", ""))
     paired = system is not None and system.system_class.data == "paired"
-    return Reading(size, channels, options.get("resize", "squash"), options.get("task", TASKS[0]), paired)
+    return Reading(size, channels, options.get("resize", "squash"), options.get("task", "translation"), paired)
 
 
 def at_size(entry: Entry, longest: int) -> Entry:

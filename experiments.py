@@ -46,7 +46,7 @@ from checkpoints import CHECKPOINT, DIRECTIONS, SAVED_MODELS, find_file, find_ru
 from datasets import BUILT_IN, find_plain, find_side, fixed_noise
 from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
-from models import NOISE
+from models import NOISE, translate_any_size
 from options import MACHINE, all_options, parse_options, stored_options, unknown_options
 from pictures import Picture, normalise, quantise, scale
 from prepare import draw_built_in
@@ -257,7 +257,7 @@ def train_all(runs: Sequence[Run], jobs: int, data_dir: Path) -> int:
         while running or (waiting and stop.signal is None):
             while waiting and len(running) < jobs and stop.signal is None:
                 name = waiting.pop(0)
-                own = ["--resume", *data] if name in standing else flags[name]
+                own = ["--resume", *data] if name in standing else [*flags[name], "--auto_resume"]
                 command = [sys.executable, str(HERE / "train.py"), *own, "--name", name]
                 pipes: Any = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace")
                 running[name] = subprocess.Popen(command, env=environment, **pipes)
@@ -302,7 +302,7 @@ def differs(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> str | 
     if not changes:
         if options.dataset_name == BUILT_IN:
             draw_built_in(root)
-        if train.build_dataset(options).digest() != found["pictures"]:
+        if train.build_dataset(options).names() != found["picture_names"]:
             changes = [f"pictures of other names than those in {root}"]
     folder = SAVED_MODELS / name
     return f"{folder}: trained with {', '.join(changes)}; remove it to train it anew" if changes else None
@@ -340,7 +340,7 @@ def measure_samples(runs: Sequence[Run], root: Path, extractor: str, n: int = 50
     """
     extract = Extractor(extractor, None, utils.pick_device())
     opened = {run.name: open_generators(run.name, noise=True)[NOISE] for run in runs}
-    reading = find_reading(opened[runs[0].name][1])
+    reading = best_reading(opened[runs[0].name][1])
     real = {split: extract(reading.images(find_plain(root, split))) for split in ("train", "test")}
 
     def kid(images: Features) -> Figures:
@@ -360,7 +360,7 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
     return next((r for r in about["rows"] if (r["direction"], r["weights"]) == (direction, evaluate.LAST)), None)
 
 
-def find_reading(about: Mapping[str, Any]) -> Reading:
+def best_reading(about: Mapping[str, Any]) -> Reading:
     """How a run sees pictures outside training."""
     reading = evaluate.find_reading(about["options"], about["options"]["channels"])
     return reading._replace(size=scale(reading.size, checkpoints.best_size(about)))
@@ -489,17 +489,17 @@ def translate(run: str, direction: str, root: Path, n: int, *wanted: str) -> dic
     generator, about = opened[direction]
     if direction == NOISE:
         return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], about["options"]["seed"]))}
-    reading = find_reading(about)
+    reading = best_reading(about)
     tests, truths = find_tests(root, direction, reading, n)
     inputs = normalise(reading.images(tests))
-    made = generator.eval()(inputs)
+    made: Any = translate_any_size(generator.eval(), inputs)
     back, _ = opened.get(f"{direction[-1]}to{direction[0]}", (None, {}))
     parts = {
         "input": inputs,
         "output": made.image,
         "attention": None if made.foreground is None else 2 * made.foreground - 1,
         "truth": None if truths is None else normalise(reading.images(truths)),
-        "recovered": None if back is None else back.eval()(made.image).image,
+        "recovered": None if back is None else translate_any_size(back.eval(), made.image).image,
         "masks": made.attention,
         "contents": made.content,
         "content": None if made.content is None else painted(made.attention, made.content),
@@ -606,7 +606,7 @@ def compare(options: argparse.Namespace) -> int:
     directions = [d for d in (*DIRECTIONS, NOISE) if all(find_row(each, d) for each in known.values())]
     for direction in directions:
         others, rows = make_rows(runs, known, direction)
-        grey = "mean grey of the training pictures", [measure_grey(root, direction, find_reading(about))]
+        grey = "mean grey of the training pictures", [measure_grey(root, direction, best_reading(about))]
         rows += [row for row in (*reversed(others), grey) if any(row[1])]
         lines += ["", f"**{direction}**", "", *table(rows, COMPARED, blank="–")]
     lines += ["", "**Settings**", "", *(f"- {s}: `{own or 'as above'}`" for s, own in SETTINGS[name].items())]
@@ -700,7 +700,7 @@ def ship(options: argparse.Namespace) -> int:
             except ValueError as error:
                 raise InputError(str(error)) from error
         roots[direction] = root = options.data_dir / about["options"]["dataset_name"]
-        if not find_tests(root, direction, find_reading(about))[0]:
+        if not find_tests(root, direction, best_reading(about))[0]:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
     DOCS.mkdir(exist_ok=True)
     folder = SAVED_MODELS / "pretrained" / name

@@ -37,7 +37,7 @@ PRESETS = ("full", "small")
 class DataOptions:
     dataset_name: str = option("horse2zebra", f"folder below --data_dir; {BUILT_IN} is drawn on first use")
     task: str = option(
-        TASKS[0],
+        "translation",
         "colorization: the pictures of train (or trainB) and test (or testB) are B, their grey versions A",
         choices=TASKS,
     )
@@ -71,7 +71,7 @@ class TrainingOptions:
     # torch takes seeds below 2 ** 64, and ranks add to theirs.
     seed: int = option(0, "seed of weights, shuffling, crops, flips and replay buffers", least=0, most=2**62)
     preset: str = option(
-        PRESETS[0], "small: for an evening on two CPU cores, 64 x 64 pixels and small networks", choices=PRESETS
+        "full", "small: for an evening on two CPU cores, 64 x 64 pixels and small networks", choices=PRESETS
     )
     precision: str = option(
         "auto", "auto: bf16 where the hardware multiplies it, else float32", choices=("auto", "float32", "bf16")
@@ -298,7 +298,7 @@ def check_options(options: argparse.Namespace) -> System:
     if SYSTEMS[options.system].system_class.data == "plain":
         if options.eval_interval:
             raise InputError("--eval_interval measures translations, and pictures from noise are none; expected 0")
-        if options.task != TASKS[0]:
+        if options.task != "translation":
             raise InputError(f"--task {options.task} is for translations, and pictures from noise are none")
         if options.crop_size:
             raise InputError(f"--crop_size {options.crop_size}: {options.system} crops no pictures, expected 0")

@@ -265,8 +265,8 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], how: str) -> Imag
 
 def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
     """A size (height, width) scaled to cover another one just so, its aspect kept."""
-    scale = max(least[0] / size[0], least[1] / size[1])
-    return round(scale * size[0]), round(scale * size[1])
+    factor = max(least[0] / size[0], least[1] / size[1])
+    return round(factor * size[0]), round(factor * size[1])
 
 
 def to_tensor(image: Image.Image) -> Tensor:

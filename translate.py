@@ -13,7 +13,7 @@ inputs, and an input is never overwritten. A file that cannot be read is reporte
 from __future__ import annotations
 
 import utils
-from utils import InputError
+from utils import InputError, first_line
 
 import argparse
 import errno
@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from checkpoints import best_size, open_generator
-from datasets import HALVES, TASKS, as_input, takes_grey
+from datasets import HALVES, as_input, takes_grey
 from models import Generator, translate_any_size
 from pictures import Picture, find_pictures, normalise, quantise, resize, scale, to_picture, to_tensor
 from record import draw_sheet
@@ -180,7 +180,7 @@ def plan(
                 raise ValueError(f"{target.suffix[1:]} has at most {most} pixels a side, expected --max_size {most}")
             tasks.append(Task(picture, only_size or seen, output_size, target))
         except Exception as error:  # decoders raise what they like
-            failed[picture.path] = str(error) or type(error).__name__
+            failed[picture.path] = first_line(error)
     return tasks
 
 
@@ -214,7 +214,7 @@ def decode(task: Task, channels: int, keep_alpha: bool) -> Decoded | str:
         alpha = task.picture.alpha() if keep_alpha else None
         return Decoded(seen, full, None if alpha is None else to_tensor(fit(alpha, task.output_size)))
     except Exception as error:  # decoders raise what they like
-        return str(error) or type(error).__name__
+        return first_line(error)
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -573,7 +573,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         generator, about = open_generator(options.checkpoint, options.direction)
         generator.eval()
         only_size = generator.settings.get("size")
-        task = about.get("options", {}).get("task", TASKS[0])
+        task = about.get("options", {}).get("task", "translation")
         if options.export is not None:
             export(generator, options.export, takes_grey(task, about["direction"]))
             sizes = "height and width" if only_size is None else f"pictures of {only_size[0]} x {only_size[1]}"

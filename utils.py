@@ -240,13 +240,14 @@ class Outlet:
 def outlets() -> Iterator[None]:
     """Within the block ``print`` and progress write to ``Outlet``s, so that a lost reader costs no work."""
     before, Outlet.broken = (sys.stdout, sys.stderr), False
-    sys.stdout, sys.stderr = map(Outlet, before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = (Outlet(stream or nowhere) for stream in before)  # None where it was closed (``>&-``)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            sys.stdout, sys.stderr = before
 
 
 class StopSignals:

@@ -246,6 +246,9 @@ def test_files_are_translated_in_turns_by_precision(capsys, monkeypatch):
     assert "Translation of files, attentiongan" in out and re.search(r"\| bf16 \| [\d.]+ \([\d.]+–[\d.]+\) \|", out)
     assert benchmark.main([*command.split(), "--own"]) == 2
     assert "--own would be ignored by --translate" in capsys.readouterr().err
+    monkeypatch.setattr(translate, "translate", lambda *_, failed: failed.update({Path("0.png"): "out of memory"}))
+    assert benchmark.main(command.split()) == 2
+    assert "16 x 16, batch 8: out of memory" in capsys.readouterr().err
 
 
 def test_loaders_take_turns(capsys, monkeypatch, small_built_in):

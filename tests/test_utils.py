@@ -32,6 +32,18 @@ def test_what_is_wrong_is_told_in_a_line_from_a_loaders_process_too(capsys, n_cp
     assert capsys.readouterr().err == "train.py: error: a.jpg: damaged\n"
 
 
+def test_a_script_runs_where_its_outputs_are_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def work():
+        list(utils.Progress(range(3), "steps", 3))
+        print("told to nobody")
+        raise InputError("nor is this")
+
+    assert utils.run_script("train.py", work) == 2 and sys.stdout is None
+
+
 def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
     cpu = torch.device("cpu")
     for able, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
