@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -404,7 +404,10 @@ def measure_loader(
 def endless_batches(
     options: argparse.Namespace, device: torch.device, n_cpu: int, keep: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Raises InputError where the pictures do not fill a batch, or are to be kept and do not fit into ``cache_gb``."""
+    """Batches of epoch 0, again and again.
+
+    Raises InputError where the pictures do not fill a batch, or are to be kept and do not fit into ``cache_gb``.
+    """
     dataset = train.build_dataset(options)
     if keep and not dataset.load(1e9 * options.cache_gb):
         raise InputError(f"--cache_gb {options.cache_gb}: {options.dataset_name} does not fit")
@@ -412,8 +415,7 @@ def endless_batches(
     loader = make_loader(dataset, sampler, options.batch_size, n_cpu, pin_memory=device.type == "cuda")
     if not len(loader):
         raise InputError(f"--batch_sizes {options.batch_size}: {len(dataset)} samples do not fill one batch")
-    while True:
-        yield from loader
+    return chain.from_iterable(repeat(loader))
 
 
 def measure_translation(options: argparse.Namespace, device: torch.device, rounds: int) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -449,6 +448,8 @@ def draw_sheet(
 
 def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]], path: Path) -> None:
     """One plot for every family of scalars (the part of their names before "_"), for every vector, for validation."""
+    from matplotlib.figure import Figure  # here, because importing it takes long, and most scripts draw no curves
+
     nan = float("nan")
     families: dict[str, list[str]] = defaultdict(list)
     for name, value in history[-1].items():

@@ -23,12 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.manual_seed(0)  # for networks that are parameters of tests, made when these are collected
 
+import record
+
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch, request):
     """Runs are read and written relative to the working directory; scripts are found from anywhere, a GPU is not.
 
-    What a test draws is the same every time.
+    What a test draws from chance is the same every time. Curves take longer than a small run, so they stay blank.
     """
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
@@ -38,6 +40,9 @@ def _in_an_empty_folder(tmp_path, monkeypatch, request):
             # torch.compile, where it is imported later, expects what these functions wrap.
             monkeypatch.setattr(backend, "is_available", wraps(backend.is_available)(lambda: False))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if not any(map(request.node.get_closest_marker, ("browser", "curves"))):
+        blank = Image.new("1", (8, 8))
+        monkeypatch.setattr(record, "draw_curves", lambda history, validations, path: blank.save(path))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 

@@ -67,14 +67,16 @@ def two_settings(monkeypatch):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs without a process for each, whose start takes longer than they do."""
+    """Runs without a process for each, whose start takes longer than they do; the function that would start them."""
 
     def train_all(runs, jobs, data_dir):
         for run in runs:
             assert train.main([*run.flags.split(), "--name", run.name, "--data_dir", str(data_dir)]) == 0
         return 0
 
+    in_processes = experiments.train_all
     monkeypatch.setattr(experiments, "train_all", train_all)
+    return in_processes
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def read_table(text: str) -> tuple[list[str], list[list[str]]]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, drawn, capsys):
+def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, in_this_process, drawn, capsys):
     assert experiments.main(["compare", "systems", "--seeds", "3", "4"]) == 0
     text = two_settings.read_text()
     command = "python experiments.py compare systems --seeds 3 4 --extractor none"
@@ -157,7 +159,7 @@ def test_a_comparison_trains_measures_and_writes_means_over_seeds(two_settings, 
     capsys.readouterr()
     assert find_run("compare_systems_nothing_0") is None
     flags = f"{TINY} {SETTINGS['II']} --seed 3"
-    assert experiments.train_all([Run("II", "compare_systems_ii_3", flags, "")], 1, Path("data")) == 0
+    assert in_this_process([Run("II", "compare_systems_ii_3", flags, "")], 1, Path("data")) == 0
     assert Path("saved_models/compare_systems_ii_3/checkpoint.pt").stat().st_mtime_ns == before
     assert capsys.readouterr().out == ""
 

@@ -306,12 +306,12 @@ class Pictures(Dataset):
         return self.images[index]
 
 
-def by_torch_fidelity(x, y, **settings):
-    """FID, and KID from all pictures of two sets of equal number."""
+def by_torch_fidelity(x, y, fid=True, **settings):
+    """FID (or None), and KID from all pictures of two sets of equal number."""
     found = torch_fidelity.calculate_metrics(
         input1=Pictures(x),
         input2=Pictures(y),
-        fid=True,
+        fid=fid,
         kid=True,
         kid_subsets=1,
         kid_subset_size=len(x),
@@ -321,7 +321,7 @@ def by_torch_fidelity(x, y, **settings):
         save_cpu_ram=True,
         **settings,
     )
-    return found["frechet_inception_distance"], found["kernel_inception_distance_mean"]
+    return found.get("frechet_inception_distance"), found["kernel_inception_distance_mean"]
 
 
 def test_features_do_not_depend_on_the_batch_and_grey_pictures_count_as_rgb():
@@ -377,8 +377,9 @@ def test_torch_fidelitys_own_result_is_reproduced(inception_weights, name, n, se
     assert extractor.suffix == ("" if name == INCEPTION else "-tiny") and extractor.categories == []
     features = [extractor(images).vectors for images in (x, y)]
     assert features[0].shape == (n, 2048 if name == INCEPTION else 12)
-    fid, kid = by_torch_fidelity(x, y, **settings)
-    assert metrics.frechet_distance(*features) == pytest.approx(fid, rel=exact) and fid > 1e-3
+    fid, kid = by_torch_fidelity(x, y, fid=name != INCEPTION, **settings)  # of 2,048 dimensions it takes seconds
+    if fid is not None:
+        assert metrics.frechet_distance(*features) == pytest.approx(fid, rel=exact) and fid > 1e-3
     assert metrics.kernel_distance(*features) == pytest.approx(kid, rel=exact) and kid > 1e-3
 
 

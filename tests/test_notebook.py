@@ -106,20 +106,21 @@ def test_shows_the_weights_of_this_repository_when_there_is_no_run(tmp_path, exe
         execute_here(CHECKPOINT="runn")
 
 
-def test_draws_the_built_in_pictures_on_first_use(execute_here, monkeypatch):
+def test_draws_the_built_in_pictures_on_first_use(tmp_path, execute_here, monkeypatch):
     monkeypatch.setattr(prepare, "draw_built_in", partial(draw_built_in, n_train=1, n_test=2))
+    make_run(tmp_path, AttentionGenerator)
     execute_here(N_PICTURES=1, DATA="elsewhere/solid2striped")
     picture = draw_scene(np.random.default_rng((4, 1, 0, 0)))["A"]
     with Image.open("elsewhere/solid2striped/testA/000.png") as file:
         assert np.array_equal(np.asarray(file), np.asarray(picture))
 
 
-def test_generators_without_masks_and_a_picture_of_ones_own(tmp_path):
+def test_generators_without_masks_and_a_picture_of_ones_own(tmp_path, execute_here):
     make_run(tmp_path, ResNetGenerator)
     noise = np.random.default_rng(0).integers(0, 256, (61, 93), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "own.png")
-    text, pictures = execute(tmp_path, OWN_PICTURE="own.png")
-    assert pictures == 2  # both directions, the own picture
+    text, names = execute_here(OWN_PICTURE="own.png")
+    assert names["n_shown"] == 2  # both directions, the own picture
     assert text.count("ResNetGenerator") == 2
     assert len(re.findall(r"this generator has no .*", text)) == 5
     assert "fusion - output" not in text
@@ -130,10 +131,10 @@ def test_generators_without_masks_and_a_picture_of_ones_own(tmp_path):
     [(SingleMaskGenerator, {}, 2), (AttentionGenerator, {"n_masks": 3, "background": False}, 3)],
     ids=["one mask", "no background"],
 )
-def test_other_ways_to_fuse_masks_and_contents(tmp_path, network, settings, n_masks):
+def test_other_ways_to_fuse_masks_and_contents(tmp_path, execute_here, network, settings, n_masks):
     make_run(tmp_path, network, **settings)
-    text, pictures = execute(tmp_path)
-    assert pictures == 4 and f"4 pictures of data/solid2striped, {n_masks} masks each" in text
+    text, names = execute_here()
+    assert names["n_shown"] == 4 and f"4 pictures of data/solid2striped, {n_masks} masks each" in text
     (difference,) = re.findall(r"max \|fusion - output\| = (\S+)", text)
     assert float(difference) < 1e-5
     assert text.count("has no background mask") == 2 * ("background" in settings)
@@ -141,16 +142,24 @@ def test_other_ways_to_fuse_masks_and_contents(tmp_path, network, settings, n_ma
 
 @pytest.fixture
 def execute_here(monkeypatch, capsys):
-    """Executes ``read_notebook`` in this process, because a kernel takes seconds to start: (text, its variables)."""
+    """Executes ``read_notebook`` in this process, because a kernel takes seconds to start: (text, its variables).
+
+    The variable ``n_shown`` counts the figures.
+    """
 
     def run(**settings):
-        names = {}
+        names = {"n_shown": 0}
+
+        def show():
+            names["n_shown"] += 1
+            plt.close("all")
+
+        monkeypatch.setattr(plt, "show", show)
         for cell in read_notebook(**settings).cells:
             if cell.cell_type == "code":
                 exec(re.sub(r"(?m)^%.*$", "", cell.source), names)  # lines of IPython only
         return capsys.readouterr().out, names
 
-    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     with matplotlib.rc_context({"backend": "agg"}):
         yield run
     plt.close("all")

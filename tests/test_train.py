@@ -42,6 +42,7 @@ QUICK_DCGAN = (
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("system", BOTH_DIRECTIONS)
 def test_a_run_leaves_weights_log_sheets_curves_and_a_page(small_set, system):
     assert run(f"{quick(system)} --system {system} --n_epochs 2 --sample_interval 6") == 0
