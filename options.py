@@ -198,20 +198,9 @@ def parse_options(
     ``extend`` adds a launcher's flags. All values are plain (numbers, strings, booleans, None). Raises InputError for
     flags that cannot be read and values that do not fit together.
     """
-    # First the flags that decide the defaults of all others: system, preset, and the run that is resumed.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("system", "preset", "dataset_name", "name"):
-        first.add_argument(f"--{name}", default=all_options(DEFAULT_SYSTEM)[name].default)
-    for name in ("resume", "auto_resume"):
-        first.add_argument(f"--{name}", action="store_true")
-    first.add_argument("-h", "--help", action="store_true")
-    known = first.parse_known_args(argv)[0]
-    if known.name is None:
-        utils.check_name("--dataset_name", known.dataset_name)
-    name = f"{known.dataset_name}_{known.system}" if known.name is None else known.name
-    utils.check_name("--name", name)
+    known = first_flags(argv)
     own, resumed = {}, None
-    files = checkpoints.CheckpointFiles(SAVED_MODELS / name)
+    files = checkpoints.CheckpointFiles(SAVED_MODELS / known.name)
     restarted = known.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if (known.resume or (restarted and files.exist())) and not known.help:
         resumed = files.load(quiet=True)
@@ -238,17 +227,10 @@ def parse_options(
     for key in ("init_from", "overwrite"):
         if known.resume and given.get(key):
             raise InputError(f"--resume goes on with a run, --{key} starts one; expected one of the two")
-    for key in own.keys() & given.keys():
-        if given[key] != own[key]:
-            if key not in FREE_ON_RESUME:
-                raise InputError(
-                    f"--resume: --{key} {given[key]} differs from the run's {own[key]}; "
-                    f"only {', '.join('--' + k for k in FREE_ON_RESUME)} may change"
-                )
-            print0(f"--{key} was {own[key]}, is now {given[key]}")
+    refuse_changes(own, given)
     if lost := unknown_options(own, defaults):
         raise InputError(f"--resume: the run has {', '.join(lost)}, which this version does not know")
-    options = argparse.Namespace(**{**defaults, **own, **given, "name": name})
+    options = argparse.Namespace(**{**defaults, **own, **given, "name": known.name})
     if options.decay_by == "never" and given.get("decay_epoch"):
         raise InputError("--decay_epoch: --decay_by never keeps the rate, expected epoch or step with it")
     fitting = options.decay_epoch is not None and options.decay_epoch <= options.n_epochs
@@ -257,10 +239,38 @@ def parse_options(
     with torch.device("meta"):  # takes no memory, whatever the options say
         built = check_options(options)
     if resumed is not None:
-        checkpoints.check_networks(f"saved_models/{name}", resumed["networks"], built, built.trained())
+        checkpoints.check_networks(f"saved_models/{known.name}", resumed["networks"], built, built.trained())
     if options.n_epochs < own.get("n_epochs", 1):
         raise InputError(f"--n_epochs {options.n_epochs}: expected at least {own['n_epochs']}")
     return options
+
+
+def first_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags that decide the defaults of all others: system, preset, and the run that is resumed, by its name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("system", "preset", "dataset_name", "name"):
+        parser.add_argument(f"--{name}", default=all_options(DEFAULT_SYSTEM)[name].default)
+    for name in ("resume", "auto_resume"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    known = parser.parse_known_args(argv)[0]
+    if known.name is None:
+        utils.check_name("--dataset_name", known.dataset_name)
+        known.name = f"{known.dataset_name}_{known.system}"
+    utils.check_name("--name", known.name)
+    return known
+
+
+def refuse_changes(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise InputError where a flag differs from the run's own option, which may not change; say which does."""
+    for key in own.keys() & given.keys():
+        if given[key] != own[key]:
+            if key not in FREE_ON_RESUME:
+                raise InputError(
+                    f"--resume: --{key} {given[key]} differs from the run's {own[key]}; "
+                    f"only {', '.join('--' + k for k in FREE_ON_RESUME)} may change"
+                )
+            print0(f"--{key} was {own[key]}, is now {given[key]}")
 
 
 def explain_unknown(flag: str, system: str) -> str:
