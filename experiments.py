@@ -60,12 +60,16 @@ Row = tuple[str, Sequence[Figures]]  # of a table: its title, the figures of its
 
 
 class Run(NamedTuple):
-    """A training: its row in the table, its name, its flags of ``train.py``, and what it is measured together with."""
+    """A training: its row in the table, its name, its flags of ``train.py``, and what it is measured together with.
+
+    ``size``: the side of the pictures that it is measured at, in pixels; 0: that of its training.
+    """
 
     title: str
     name: str
     flags: str
     group: str
+    size: int = 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -178,11 +182,14 @@ PUBLISHED = {
 }
 
 
-def real_run(dataset: str, title: str, name: str, own: str, size: int = 64, schedule: str = "") -> Run:
-    """A run on real pictures. Its group says the size, too, because figures depend on it."""
+def real_run(
+    dataset: str, title: str, name: str, own: str, size: int = 64, schedule: str = "", measured: int = 0
+) -> Run:
+    """A run on real pictures of ``size``, ``measured`` at another one if given. Its group says at which it is."""
     flags = f"--dataset_name {dataset} --img_height {size} --img_width {size} --system {own} {REAL} "
     flags += schedule or REAL_SETS[dataset][-1]
-    return Run(title, f"results_{dataset}_{name}", flags, f"{dataset}, {size} × {size}")
+    at = measured or size
+    return Run(title, f"results_{dataset}_{name}", flags, f"{dataset}, {at} × {at}", at)
 
 
 def finer_run(title: str, name: str, own: str) -> Run:
@@ -198,13 +205,14 @@ def gpu_run(size: int, after: str, before: str, schedule: str) -> Run:
     return real_run("horse2zebra", title, f"{LONG}_{size}", "attentiongan", size, schedule)
 
 
-def crops_run(title: str, name: str, before: str, schedule: str) -> Run:
-    """A stage on crops of 128 from pictures of 256 × 256."""
-    schedule += f" --crop_size 128 --lr 0.0001 --decay_by step --init_from results_horse2zebra_{before}/{CHECKPOINT}"
-    return real_run("horse2zebra", f"AttentionGAN II, the same, {title}", name, "attentiongan", 256, schedule)
+def late_run(title: str, name: str, before: str, size: int, schedule: str) -> Run:
+    """A later stage, at batch 1 on a processor, measured at 256 × 256."""
+    schedule += f" --lr 0.0001 --decay_by step --init_from results_horse2zebra_{before}/{CHECKPOINT}"
+    title = f"AttentionGAN II, the same, {title}"
+    return real_run("horse2zebra", title, f"{LONG}_{name}", "attentiongan", size, schedule, measured=256)
 
 
-LONG = "attentiongan_long"  # the weights that ship, in four stages, and one more
+LONG = "attentiongan_long"  # the weights that ship, in six runs, each from all networks of the one before
 LED = "attentiongan1 --attn_disc none --curriculum_epochs 14"
 HELD_OUT = f"--n_epochs 16 --decay_epoch 10 --eval_interval 4 --extractor {EXTRACTOR} --keep_evaluated"
 RUNS = (
@@ -218,8 +226,9 @@ RUNS = (
     real_run("horse2zebra", "AttentionGAN II, a tenth held out", LONG, "attentiongan", 64, HELD_OUT),
     gpu_run(128, "19,216 pairs at 64 × 64", LONG, "--n_epochs 20 --decay_epoch 10"),
     gpu_run(256, "19,216 at 64 × 64, 26,640 at 128", f"{LONG}_128", "--n_epochs 10 --decay_epoch 5"),
-    crops_run("then on crops", f"{LONG}_crops", f"{LONG}_256", "--n_epochs 4 --decay_epoch 2"),
-    crops_run("and on crops again", f"{LONG}_crops_again", f"{LONG}_crops", "--n_epochs 10 --decay_epoch 6"),
+    late_run("then on crops", "crops", f"{LONG}_256", 256, "--crop_size 128 --n_epochs 4 --decay_epoch 2"),
+    late_run("on crops again", "crops_again", f"{LONG}_crops", 256, "--crop_size 128 --n_epochs 10 --decay_epoch 6"),
+    late_run("and at 128 × 128 again", "whole", f"{LONG}_crops_again", 128, "--n_epochs 4 --decay_epoch 2"),
     *(real_run(dataset, "AttentionGAN II", "attentiongan", "attentiongan") for dataset in [*REAL_SETS][1:]),
 )
 
@@ -227,7 +236,8 @@ STORY = {
     f"results_horse2zebra_{LONG}": "19,216 pairs at 64 x 64",
     f"results_horse2zebra_{LONG}_128": "and 26,640 at 128 x 128",
     f"results_horse2zebra_{LONG}_256": "and 13,320 at 256 x 256",
-    f"results_horse2zebra_{LONG}_crops": "and 5,336 on crops of 128 x 128",
+    f"results_horse2zebra_{LONG}_crops_again": "and 18,676 on crops of 128 x 128",
+    f"results_horse2zebra_{LONG}_whole": "and 5,336 at 128 x 128",
 }
 
 
@@ -319,6 +329,8 @@ def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, About]
     A row has the run's "figures", those of "untranslated" pictures, and those of real ones in their place ("floor").
     """
     arguments = ["--dataset_name", root.name, "--data_dir", str(root.parent), "--extractor", extractor]
+    if runs[0].size:
+        arguments += ["--size", str(runs[0].size)]
     options = evaluate.make_parser().parse_args([*arguments, "--checkpoint", *(run.name for run in runs)])
     evaluate.check_options(options)
     evaluate.evaluate(options)
@@ -360,10 +372,10 @@ def find_row(about: About, direction: str) -> dict[str, Any] | None:
     return next((r for r in about["rows"] if (r["direction"], r["weights"]) == (direction, evaluate.LAST)), None)
 
 
-def best_reading(about: Mapping[str, Any]) -> Reading:
-    """How a run sees pictures outside training."""
+def best_reading(about: Mapping[str, Any], size: int = 0) -> Reading:
+    """How a run sees pictures outside training, their longer side ``size`` pixels; 0: where it does best."""
     reading = evaluate.find_reading(about["options"], about["options"]["channels"])
-    return reading._replace(size=scale(reading.size, checkpoints.best_size(about)))
+    return reading._replace(size=scale(reading.size, size or checkpoints.best_size(about)))
 
 
 def find_tests(
@@ -479,17 +491,17 @@ def make_rows(runs: Sequence[Run], known: Mapping[str, About], direction: str) -
 
 
 @torch.no_grad()
-def translate(run: str, direction: str, root: Path, n: int, *wanted: str) -> dict[str, Tensor]:
+def translate(run: str, direction: str, root: Path, n: int, *wanted: str, size: int = 0) -> dict[str, Tensor]:
     """What a run makes of its first ``n`` test pictures, or 8 samples: those of the ``wanted`` parts that there are.
 
-    All are (n, channels or 1, H, W) in [-1, 1]; but masks (n, n_masks, H, W) and contents (n, n_contents, channels, H,
-    W), as in ``models.Translation``.
+    ``size``: see ``best_reading``. All are (n, channels or 1, H, W) in [-1, 1]; but masks (n, n_masks, H, W) and
+    contents (n, n_contents, channels, H, W), as in ``models.Translation``.
     """
     opened = open_generators(run, noise=direction == NOISE)
     generator, about = opened[direction]
     if direction == NOISE:
         return {"sample": generator.eval()(fixed_noise(8, generator.settings["nz"], about["options"]["seed"]))}
-    reading = best_reading(about)
+    reading = best_reading(about, size)
     tests, truths = find_tests(root, direction, reading, n)
     inputs = normalise(reading.images(tests))
     made: Any = translate_any_size(generator.eval(), inputs)
@@ -534,15 +546,15 @@ def draw_comparison(runs: Sequence[Run], direction: str, root: Path) -> Image.Im
     return grid(rows)
 
 
-def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]:
+def draw_results(run: Run, direction: str, root: Path) -> dict[str, Image.Image]:
     """The sheets of a run, by the ends of their names: what it makes of the first test pictures; its best, median and
     worst translations, the sheet of ``evaluate.py``; every mask, brightened to its maximum, and every content of the
     first picture.
     """
     wanted = "input", "attention", "content", "output", "recovered"
-    parts = translate(run, direction, root, 6, *wanted, "masks", "contents")
+    parts = translate(run.name, direction, root, 6, *wanted, "masks", "contents", size=run.size)
     sheets = {"": record.draw_sheet({name: part for name, part in parts.items() if name in wanted})}
-    with Image.open(record.IMAGES / run / f"evaluation_{direction}.png") as judged:
+    with Image.open(record.IMAGES / run.name / f"evaluation_{direction}.png") as judged:
         sheets["_judged"] = judged.copy()
     if "contents" in parts:
         masks, contents = parts["masks"][0], [*parts["contents"][0]]
@@ -556,7 +568,11 @@ def draw_results(run: str, direction: str, root: Path) -> dict[str, Image.Image]
 
 def draw_story(root: Path) -> Image.Image:
     """The first four test horses, and what the stages of ``STORY`` make of them, enlarged to the size of the last."""
-    parts = {title: translate(stage, "AtoB", root, 4, "input", "output") for stage, title in STORY.items()}
+    sizes = {run.name: run.size for run in RUNS}
+    parts = {
+        title: translate(name, "AtoB", root, 4, "input", "output", size=sizes.get(name, 0))
+        for name, title in STORY.items()
+    }
     last = [*parts.values()][-1]["input"]
     outputs = {title: F.interpolate(part["output"], size=last.shape[2:]) for title, part in parts.items()}
     return record.draw_sheet({"input": last, **outputs})
@@ -631,13 +647,14 @@ def results(options: argparse.Namespace) -> int:
         root = options.data_dir / group.partition(",")[0]
         here = [run for run in RUNS if run.group == group and is_here(run.name)]
         known |= measure(here, root, EXTRACTOR) if here else {}
-        for name in (run.name for run in here):
+        for run in here:
+            name = run.name
             _, about = open_generators(name)["AtoB"]
             batch_size = about["options"]["batch_size"]
             hours = hours_taken(SAVED_MODELS / name / "log.jsonl", batch_size)
             known[name] = {"pairs": about["step"] * batch_size, "hours": hours, **known[name]}
             for direction in DIRECTIONS:
-                for end, picture in draw_results(name, direction, root).items():
+                for end, picture in draw_results(run, direction, root).items():
                     path = DOCS / f"{name}_{direction}{end}.webp"
                     if path.name in page.read_text(encoding="utf-8"):
                         save_sheet(picture, path)

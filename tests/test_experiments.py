@@ -431,7 +431,7 @@ def test_sheets_show_what_a_run_paints_and_every_mask(three_runs, drawn):
     for run in RUNS:
         for direction, back in (("AtoB", "BtoA"), ("BtoA", "AtoB")):
             drawn.clear()
-            sheets = experiments.draw_results(run.name, direction, Path("data/solid2striped"))
+            sheets = experiments.draw_results(run, direction, Path("data/solid2striped"))
             (columns, _), *others = drawn
             inputs = columns.pop("input")
             with torch.no_grad():
@@ -458,6 +458,13 @@ def test_sheets_show_what_a_run_paints_and_every_mask(three_runs, drawn):
                     assert torch.equal(pair[1], content)
                 assert options["rows"] == ["mask", "content"] and sheets["_masks"].height == 18 + 2 + 2 * CELL
                 assert sheets["_masks"].width > len(parts) * CELL
+    larger, root = RUNS[0]._replace(size=32), Path("data/solid2striped")
+    assert {(*row["protocol"]["size"],) for row in experiments.measure([larger], root, "none")["two"]["rows"]} == {
+        (32, 32)
+    }
+    drawn.clear()
+    experiments.draw_results(larger, "AtoB", root)
+    assert drawn[0][0]["output"].shape[2:] == (32, 32)
 
 
 def test_the_stages_of_a_run_stand_beside_each_other_in_one_size(three_runs, drawn, monkeypatch):
