@@ -174,7 +174,10 @@ def find_examples(where: str, weights: Weights, direction: str) -> Iterator[tupl
     docs of shipped weights; or test pictures of all sets in data and drawn ones. What cannot be read is left out.
     """
     side, sheet, own = direction[0], DOCS / f"{Path(where).name}_{direction}.webp", Path("data", weights.dataset)
-    tests = {root: find_side(root, "test", side, weights.task) for root in sorted(Path("data").glob("*/"))}
+    tests = {}
+    for root in sorted(Path("data").glob("*/")):
+        with suppress(InputError, OSError):  # of another layout, or locked
+            tests[root] = find_side(root, "test", side, weights.task)
     if not tests.get(own) and where.startswith("pretrained/") and sheet.exists():
         with Image.open(sheet) as image:  # see record.draw_sheet: six inputs are the first row, right of its name
             step = (image.width - 60) // 6

@@ -26,6 +26,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,12 +165,12 @@ def save_generator(generator: Generator, about: Mapping[str, Any], folder: Path)
     return path
 
 
-def save_discriminators(run: str, folder: Path) -> Path | None:
-    """Write the networks of a run that are no generators, in half precision, for ``init_from``. Returns the path.
+def save_discriminators(run: Path, folder: Path) -> Path | None:
+    """Write the networks that are no generators, of the run in ``run``, in half precision, for ``init_from``.
 
-    None where ``run`` has no checkpoint.
+    Returns the path; None where there is no checkpoint.
     """
-    files = CheckpointFiles(SAVED_MODELS / run)
+    files = CheckpointFiles(run)
     if not files.exist():
         return None
     networks = files.load(resume=False)["networks"]
@@ -471,25 +472,35 @@ def init_from(system: Any, where: str) -> None:
         path = next((place for place in candidate_paths(where) if CheckpointFiles(place.parent).exist()), None)
         if path is None:
             raise InputError(f"--init_from {where}: no such checkpoint")
-        init_networks(system, path, system.trained())
+        try:
+            init_networks(system, path, system.trained())
+        except InputError as error:
+            flags = ""
+            with suppress(InputError):  # where the generators' files are gone
+                source, about = next(iter(open_generators(path.parent, NOISE in system.generators).values()))
+                flags = f"; these flags fit: {fitting_flags(source)}{discriminator_flags(about)}"
+            raise InputError(f"{error}{flags}") from error
         return
     about = init_generators(system, where)
     folder, names = find_generator(where, None).parent, sorted({*system.trained()} - {*system.generators.values()})
-    if not names:  # pix2pix by L1 alone
-        return
     path, why = None, ""
     if (folder / DISCRIMINATORS).exists():
         path = folder / DISCRIMINATORS
     elif CheckpointFiles(folder).exist():
         path = folder / CHECKPOINT
-    path = None if is_file(where) else path
-    if path is not None:
-        try:
-            init_networks(system, path, names)
-            return
-        except InputError as error:
-            why = f". Those beside the generators come from a run with{discriminator_flags(about)}; {error}"
-    print0(f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means{why}")
+    if path is not None and not is_file(where):
+        found, fitting = read_networks(path), []
+        for name in names:
+            try:
+                check_networks(f"--init_from {path}", found, system, [name])
+                fitting.append(name)
+            except InputError as error:
+                why = why or f". Those beside the generators come from a run with{discriminator_flags(about)}; {error}"
+        if fitting:
+            init_networks(system, path, fitting)
+        names = [name for name in names if name not in fitting]
+    if names:
+        print0(f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means{why}")
 
 
 def init_generators(system: Any, where: str) -> dict[str, Any]:
@@ -516,7 +527,7 @@ def init_generators(system: Any, where: str) -> dict[str, Any]:
 def discriminator_flags(about: Mapping[str, Any]) -> str:
     """The flags of the run's discriminators, each after a space, as far as a generator file says."""
     options = about.get("options", {})
-    return "".join(f" --{flag} {options[flag]}" for flag in ("ndf", "n_layers_D") if flag in options)
+    return "".join(f" --{flag} {options[flag]}" for flag in ("ndf", "n_layers_D", "attn_disc") if flag in options)
 
 
 def fitting_flags(generator: Generator) -> str:
@@ -534,12 +545,18 @@ def fitting_flags(generator: Generator) -> str:
     return " ".join(f"--{name} {value}".strip() for name, value in flags.items())
 
 
-def init_networks(system: Any, path: Path, names: Sequence[str]) -> None:
-    """Give these networks the weights of a checkpoint, or of the discriminators that ship. Raises InputError."""
+def read_networks(path: Path) -> dict[str, Any]:
+    """The networks of a checkpoint, or of the discriminators that ship, by name. Raises InputError."""
     whole = path.name == CHECKPOINT
     found = (CheckpointFiles(path.parent).load(resume=False) if whole else read_weights(path)).get("networks")
     if not isinstance(found, dict):
         raise InputError(f"{path}: networks: expected weights by names of networks, found {describe(found)}")
+    return found
+
+
+def init_networks(system: Any, path: Path, names: Sequence[str]) -> None:
+    """Give these networks the weights in ``path``; see ``read_networks``. Raises InputError."""
+    found = read_networks(path)
     check_networks(f"--init_from {path}", found, system, names)
     for name in names:
         system.get_submodule(name).load_state_dict(found[name])

@@ -721,12 +721,15 @@ def ship(options: argparse.Namespace) -> int:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")
     DOCS.mkdir(exist_ok=True)
     folder = SAVED_MODELS / "pretrained" / name
-    again = checkpoints.find_generator(run, None).parent.resolve() == folder.resolve()
+    source = checkpoints.find_generator(run, None).parent
+    again = source.resolve() == folder.resolve()
     written: set[Path | None] = set()
     for generator, about in opened.values():
         written.add(path := checkpoints.save_generator(generator.half(), about, folder))
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-    written.add(checkpoints.save_discriminators(run, folder))
+    written.add(discriminators := checkpoints.save_discriminators(source, folder))
+    if discriminators is None:
+        print(f"no discriminators are written: {source} has no checkpoint")
     for path in set() if again else {*folder.glob("*.pt")} - written:
         path.unlink()  # of the weights that had this name before
     for direction, root in roots.items():

@@ -102,7 +102,10 @@ def open_image(path: Path) -> Image.Image:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
-    if path.suffix.lower() in (".heic", ".heif"):
+    with open(path, "rb") as file:
+        head = file.read(32)
+    is_heic = head[4:8] == b"ftyp" and (b"heic" in head or b"heix" in head)  # phones' exports are often named .jpg
+    if is_heic or path.suffix.lower() in (".heic", ".heif"):
         import_optional("pillow_heif", "a HEIC picture", "pip install pillow-heif").register_heif_opener()
     Image.init()
     image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])

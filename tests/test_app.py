@@ -195,6 +195,8 @@ def test_examples_are_of_the_right_side_and_of_the_own_set_where_it_is_there(sma
     found = dict(app.find_examples("saved_models/small", weights, "BtoA"))
     assert list(found) == ["small B 1"]
     assert (pixels(found["small B 1"]) == pixels(Image.open(small_set / "testB" / "1.png"))).all()
+    for folder in ("train/A", "train/B", "test/A", "test/B"):  # not this layout
+        save(noise(8), small_set.parent / "other_layout" / folder / "8.png", parents=True)
     found = dict(app.find_examples("saved_models/small", weights._replace(dataset="gone"), "BtoA"))
     assert list(found) == ["another B 7", "small B 1", *(f"solid2striped B {i}" for i in range(3))]
     scene = draw_scene(np.random.default_rng((4, 1, 1, 2)))

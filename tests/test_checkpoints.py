@@ -429,7 +429,11 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     why = "--init_from saved_models/first/checkpoint.pt: D_A: layers.0.weight has shape (4, 3, 4, 4), expected (8, 3,"
     out = capsys.readouterr().out
     assert "D_A, D_B start anew: docs/training.md" in out
-    assert re.search(rf"come from a run with --ndf 4 --n_layers_D \d; {re.escape(why)}", out)
+    assert re.search(rf"come from a run with --ndf 4 --n_layers_D \d --attn_disc none; {re.escape(why)}", out)
+    assert run(f"{QUICK} --n_epochs 1 --lr 0 --attn_disc mask --name guided --init_from first") == 0
+    out = capsys.readouterr().out
+    assert "D_A, D_B start from saved_models/first/checkpoint.pt" in out and "guided_D_A, guided_D_B start anew" in out
+    same(checkpoint("first")["networks"]["D_B"], checkpoint("guided")["networks"]["D_B"])
     shutil.copytree("saved_models/first", "bare")
     for path in Path("bare").glob("checkpoint*.pt"):
         path.unlink()
@@ -444,7 +448,8 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from nowhere") == 2
     err = capsys.readouterr().err
     assert "nowhere: no generator for AtoB found" in err
-    assert Path("saved_models/third").exists() and "first, fresh, second, wider" in err  # refused ones are no runs
+    # Refused ones are no runs.
+    assert Path("saved_models/third").exists() and "first, fresh, guided, second, wider" in err
     assert run(f"{QUICK} --n_epochs 1 --name fourth --init_from saved_models/first/AtoB.pt") == 2
     assert "AtoB.pt translates only AtoB, expected a run or folder with a generator for BtoA" in capsys.readouterr().err
     Path("bad").mkdir()
@@ -469,7 +474,10 @@ def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
         ("--n_residual_blocks 1", r"G_AB: .*encoder\.10"),
     ):
         assert run(f"{QUICK} {start} {flags} --name third") == 2
-        assert re.search(rf"--init_from saved_models/first/checkpoint.pt: {message}", capsys.readouterr().err)
+        fitting = "these flags fit: --system attentiongan .*--n_residual_blocks 2 .*--ndf 4"
+        assert re.search(
+            rf"--init_from saved_models/first/checkpoint.pt: {message}.*{fitting}", capsys.readouterr().err
+        )
     assert run(f"{QUICK} --n_epochs 1 --attn_disc mask --name guided") == 0
     assert run(f"{QUICK} --n_epochs 1 --init_from guided/checkpoint.pt --name unguided") == 0
     assert "guided_D_A, guided_D_B of that checkpoint are not used: this system has none" in capsys.readouterr().out

@@ -539,6 +539,8 @@ def test_shipped_weights_are_half_as_large_and_translate_alike(three_runs, drawn
     assert experiments.main(["ship", "two", "small"]) == 0
     shipped = {path.name for path in Path("saved_models/pretrained/small").iterdir()}
     assert shipped == {"AtoB.pt", "BtoA.pt", "discriminators.pt"}
+    assert experiments.main(["ship", "saved_models/two", "small"]) == 0
+    assert {path.name for path in Path("saved_models/pretrained/small").iterdir()} == shipped
     assert experiments.main(["ship", "two", "other", "--data_dir", "elsewhere"]) == 2
     assert "elsewhere/solid2striped: found no testA" in capsys.readouterr().err
     Path("bare").mkdir()
@@ -602,7 +604,8 @@ def test_every_run_has_flags_that_train_takes_and_a_name_of_its_own():
         parse_options(run.flags.split())
     for run, dataset in zip(experiments.RUNS, datasets, strict=True):
         options = parse_options(run.flags.split())
-        assert run.group == f"{dataset}, {options.img_height} × {options.img_width}"
+        assert run.group == f"{dataset}, {run.size} × {run.size}"
+        assert run.size in (options.img_height, 256) and options.img_height == options.img_width
         assert options.dataset_name == dataset
 
 

@@ -272,11 +272,13 @@ def test_what_would_never_end_or_fill_the_memory_is_not_decoded(tmp_path, monkey
 
 def test_heic_pictures_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    (tmp_path / "a.heic").write_bytes(b"no matter what")
-    with pytest.raises(
-        InputError, match=r"a\.heic: cannot be read \(a HEIC picture needs .*: pip install pillow-heif\)"
-    ):
-        Picture(tmp_path / "a.heic").read()
+    # Exports of phones are often named so.
+    for name, content in (("a.heic", b"no matter what"), ("b.jpg", b"\0\0\0\x24ftypheic\0\0\0\0mif1heic")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            InputError, match=rf"{name}: cannot be read \(a HEIC picture needs .*: pip install pillow-heif\)"
+        ):
+            Picture(tmp_path / name).read()
 
 
 def test_other_and_hidden_files_are_passed_over_and_the_order_is_that_of_the_paths(tmp_path):
