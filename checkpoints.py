@@ -245,10 +245,10 @@ class CheckpointFiles:
 
 
 def check_sums(path: Path, only_plain: bool = False) -> None:
-    """Raise OSError where a file of ``torch.save`` has changed since, which torch itself does not check.
+    """Raise OSError or BadZipFile where a file of ``torch.save`` has changed since, which torch itself does not check.
 
-    ``only_plain``: of its plain values, not of its tensors. A compressed file is refused, because it could take any
-    amount of memory.
+    ``only_plain``: look only at its plain values, not at its tensors. A compressed file is refused, because it could
+    take any amount of memory.
     """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
@@ -442,7 +442,7 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]
     if not state.keys() <= set(range(len(parameters))):
-        raise ValueError(f"moments of {len(state)} weights, expected at most {len(parameters)}")
+        raise ValueError(f"moments of weights {some(state)}, expected those of 0 to {len(parameters) - 1}")
     for i, own in state.items():
         check_names(f"state of weight {i}", own, {"step", "exp_avg", "exp_avg_sq"})
         for name, shape in (("step", ()), ("exp_avg", parameters[i].shape), ("exp_avg_sq", parameters[i].shape)):
@@ -472,14 +472,16 @@ def init_from(system: Any, where: str) -> None:
         path = next((place for place in candidate_paths(where) if CheckpointFiles(place.parent).exist()), None)
         if path is None:
             raise InputError(f"--init_from {where}: no such checkpoint")
+        found, names = read_networks(path), system.trained()
         try:
-            init_networks(system, path, system.trained())
+            check_networks(f"--init_from {path}", found, system, names)
         except InputError as error:
             flags = ""
             with suppress(InputError):  # where the generators' files are gone
                 source, about = next(iter(open_generators(path.parent, NOISE in system.generators).values()))
                 flags = f"; these flags fit: {fitting_flags(source)}{discriminator_flags(about)}"
             raise InputError(f"{error}{flags}") from error
+        init_networks(system, path, found, names)
         return
     about = init_generators(system, where)
     folder, names = find_generator(where, None).parent, sorted({*system.trained()} - {*system.generators.values()})
@@ -497,7 +499,7 @@ def init_from(system: Any, where: str) -> None:
             except InputError as error:
                 why = why or f". Those beside the generators come from a run with{discriminator_flags(about)}; {error}"
         if fitting:
-            init_networks(system, path, fitting)
+            init_networks(system, path, found, fitting)
         names = [name for name in names if name not in fitting]
     if names:
         print0(f"{', '.join(names)} start anew: docs/training.md, 'Start from weights', says what that means{why}")
@@ -547,17 +549,18 @@ def fitting_flags(generator: Generator) -> str:
 
 def read_networks(path: Path) -> dict[str, Any]:
     """The networks of a checkpoint, or of the discriminators that ship, by name. Raises InputError."""
-    whole = path.name == CHECKPOINT
-    found = (CheckpointFiles(path.parent).load(resume=False) if whole else read_weights(path)).get("networks")
+    try:
+        whole = path.name == CHECKPOINT
+        found = (CheckpointFiles(path.parent).load(resume=False) if whole else read_weights(path)).get("networks")
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: networks: expected weights by names of networks, found {describe(found)}")
     return found
 
 
-def init_networks(system: Any, path: Path, names: Sequence[str]) -> None:
-    """Give these networks the weights in ``path``; see ``read_networks``. Raises InputError."""
-    found = read_networks(path)
-    check_networks(f"--init_from {path}", found, system, names)
+def init_networks(system: Any, path: Path, found: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Give the networks of these names the weights that were ``found`` in ``path``."""
     for name in names:
         system.get_submodule(name).load_state_dict(found[name])
     print0(f"{', '.join(names)} start from {path}")

@@ -328,7 +328,7 @@ class PictureDataset(Dataset, ABC):
         return ", ".join(told)
 
     def names(self) -> list[str]:
-        """The names of all pictures side by side, first those that are trained on, then those that are held out."""
+        """The names of all pictures, one side after the other, first those to train on, then those held out."""
         sides = (*self.sides.values(), *self.held_out.values())
         return [str(p.path.relative_to(self.root)) for pictures in sides for p in pictures]
 

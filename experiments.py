@@ -4,7 +4,7 @@
     python experiments.py compare horses --seeds 0 1 2 --data_dir data --extractor efficientnet-lite0
     python experiments.py results                          # measure the finished runs on real pictures
     python experiments.py results --train results_horse2zebra_cyclegan
-    python experiments.py ship results_horse2zebra_attentiongan_long_256 horse2zebra_attentiongan --best_size 320
+    python experiments.py ship results_horse2zebra_attentiongan_long_whole horse2zebra_attentiongan --best_size 256
 
 A run is an ordinary one, ``train.py`` with the flags that stand here. A finished run is kept, another one is resumed,
 and a run of other flags is refused. A table goes between the two marks of its name in a page, a sheet beside the page.
@@ -728,7 +728,7 @@ def ship(options: argparse.Namespace) -> int:
         written.add(path := checkpoints.save_generator(generator.half(), about, folder))
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     written.add(discriminators := checkpoints.save_discriminators(source, folder))
-    if discriminators is None:
+    if discriminators is None and not again:
         print(f"no discriminators are written: {source} has no checkpoint")
     for path in set() if again else {*folder.glob("*.pt")} - written:
         path.unlink()  # of the weights that had this name before

@@ -262,7 +262,7 @@ def first_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def refuse_changes(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise InputError where a flag differs from the run's own option, which may not change; say which does."""
+    """Raise InputError for a flag that differs from the run's option and may not change; print those that may."""
     for key in own.keys() & given.keys():
         if given[key] != own[key]:
             if key not in FREE_ON_RESUME:

@@ -393,7 +393,7 @@ def test_moments_that_do_not_fit_the_parameters_are_refused():
     sound = optimizer.state_dict()["state"]
     for change, problem in (
         ({1: {}}, "missing: exp_avg, exp_avg_sq, step"),
-        ({2: sound[1]}, "moments of 3 weights, expected at most 2"),
+        ({2: sound[1]}, "moments of weights 0, 1, 2, expected those of 0 to 1"),
         ({1: sound[0]}, r"exp_avg of shape \(2, 3\), expected \(2,\)"),
         ({1: {**sound[1], "exp_avg_sq": torch.full((2,), torch.inf)}}, "exp_avg_sq is not finite"),
         ({1: {**sound[1], "step": 3}}, "step: expected a tensor"),
@@ -439,6 +439,9 @@ def test_init_from_a_run_and_from_official_weights(small_set, capsys):
         path.unlink()
     assert run(f"{QUICK} --n_epochs 1 --name fresh --init_from bare") == 0
     assert "D_A, D_B start anew: docs/training.md" in capsys.readouterr().out
+    Path("bare/discriminators.pt").write_bytes(b"x")
+    assert run(f"{QUICK} --n_epochs 1 --name third --init_from bare") == 2
+    assert "bare/discriminators.pt: not a readable weights file" in capsys.readouterr().err
     assert run(f"{QUICK} --n_epochs 1 --name third --n_masks 4 --init_from first") == 2
     message = (
         r"first holds another AttentionGenerator for AtoB .*; these flags fit: --system attentiongan .*--n_masks 3 "
