@@ -233,9 +233,9 @@ def parse_options(
     options = argparse.Namespace(**{**defaults, **own, **given, "name": known.name})
     if options.decay_by == "never" and given.get("decay_epoch"):
         raise InputError("--decay_epoch: --decay_by never keeps the rate, expected epoch or step with it")
-    fitting = options.decay_epoch is not None and options.decay_epoch <= options.n_epochs
-    if not fitting and "decay_epoch" not in {**own, **given}:  # that of a preset may lie beyond a shorter run
-        options.decay_epoch = max(1, options.n_epochs // 2)
+    if {**own, **given}.get("decay_epoch") is None:
+        preset = options.decay_epoch  # may lie beyond a shorter run
+        options.decay_epoch = preset if preset and preset <= options.n_epochs else max(1, options.n_epochs // 2)
     with torch.device("meta"):  # takes no memory, whatever the options say
         built = check_options(options)
     if resumed is not None:

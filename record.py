@@ -108,7 +108,7 @@ class Record:
         if not sound:
             raise InputError("--resume: the checkpoint's record: expected names, lengths, sums and count that fit")
         self.names, self.lengths, self.count = names, lengths, count
-        self.sums = None if sums is None else sums.to(device)
+        self.sums = None if sums is None else sums.contiguous().to(device)
 
     def _cut_log(self, step: int) -> None:
         """Drop the lines that a stopped run wrote after its checkpoint."""

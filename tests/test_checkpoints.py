@@ -283,6 +283,9 @@ def test_resuming_what_is_not_there_or_of_another_format(small_set, capsys):
     torch.save({**state, "options": {**state["options"], "gone": 7}}, "saved_models/r/checkpoint.pt")
     assert run("--name r --resume") == 2
     assert "--resume: the run has --gone 7, which this version does not know" in capsys.readouterr().err
+    torch.save({**state, "options": {**state["options"], "decay_epoch": "1"}}, "saved_models/r/checkpoint.pt")
+    assert run("--name r --resume") == 2
+    assert "--decay_epoch 1: expected int" in capsys.readouterr().err
     torch.save({**state, "options": {**state["options"], "gone": 0}}, "saved_models/r/checkpoint.pt")
     assert run("--name r --resume") == 0
     torch.save({**state, "format": 99}, "saved_models/r/checkpoint.pt")
