@@ -490,7 +490,7 @@ def init_from(system: Any, where: str) -> None:
         path = folder / DISCRIMINATORS
     elif CheckpointFiles(folder).exist():
         path = folder / CHECKPOINT
-    if path is not None and not is_file(where):
+    if names and path is not None and not is_file(where):  # pix2pix by L1 alone has none
         found, fitting = read_networks(path), []
         for name in names:
             try:

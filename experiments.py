@@ -329,7 +329,7 @@ def measure(runs: Sequence[Run], root: Path, extractor: str) -> dict[str, About]
     A row has the run's "figures", those of "untranslated" pictures, and those of real ones in their place ("floor").
     """
     arguments = ["--dataset_name", root.name, "--data_dir", str(root.parent), "--extractor", extractor]
-    if runs[0].size:
+    if runs[0].size:  # of all in a group
         arguments += ["--size", str(runs[0].size)]
     options = evaluate.make_parser().parse_args([*arguments, "--checkpoint", *(run.name for run in runs)])
     evaluate.check_options(options)
