@@ -51,10 +51,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import record
 import train
 import translate
-from datasets import BUILT_IN, EpochSampler, make_loader
+from datasets import EpochSampler, make_loader
 from options import build_system, parse_options
 from pictures import Picture, normalise
-from prepare import draw_built_in, draw_scene
+from prepare import draw_scene
 from systems import SYSTEMS, System, TwoWay
 from translate import Task, make_batches
 
@@ -380,8 +380,6 @@ def measure_loader(
     options: argparse.Namespace, device: torch.device, rounds: int, duration: float = 2.0
 ) -> list[dict[str, Any]]:
     """Training samples per second, by number of loader processes, decoded each time or kept in memory."""
-    if options.dataset_name == BUILT_IN:
-        draw_built_in(Path(options.data_dir) / BUILT_IN)
     loaders = {}
     for n_cpu in sorted({0, options.n_cpu}):
         loaders[f"decoded each time, --n_cpu {n_cpu}"] = endless_batches(options, device, n_cpu)
@@ -593,7 +591,9 @@ def benchmark(own: argparse.Namespace, others: Sequence[str], command: str) -> N
                 for another_turn in (True, False):
                     worker.ask(another_turn)
                 rows.append({"size": f"{size} × {size}", "batch": n, **worker.figures})
-            show(f"Peak memory of a training step, {' '.join([system, *others])}", rows)
+            sizes, numbers = (", ".join(map(str, each)) for each in (own.sizes, own.batch_sizes))
+            name = f"{' '.join([system, *others])}, sizes {sizes}, batches {numbers}"
+            show(f"Peak memory of a training step, {name}", rows)
         return
     for (system, size, n), (options, variants) in plans.items():
         name = f"{' '.join([system, *others])}, {size} × {size}, batch {n}"

@@ -340,7 +340,7 @@ class RunState:
         self.folder, self.options, self.leave_out = folder, dict(options), set(leave_out)
         self.system, self.optimizers, self.device = system, optimizers, device
         self.steps_per_epoch, self.halves, self.picture_names = steps_per_epoch, dataset.halves, dataset.names()
-        self.networks = [name for name, child in system.named_children() if any(True for _ in child.parameters())]
+        self.networks = system.trained()
         self.files = CheckpointFiles(folder)
         self.saved_at = time.monotonic()
         self.best = float("inf")  # the smallest mean of an evaluation so far
@@ -396,21 +396,20 @@ class RunState:
         Keeps nothing of the file, which Windows could not replace then. Raises InputError where it does not fit.
         """
         state = self.files.load()
-        for what, found in (("processes", utils.world_size()), ("steps per epoch", self.steps_per_epoch)):
-            expected = len(state["ranks"]) if what == "processes" else state["steps_per_epoch"]
-            if found != expected:
-                raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
         if state["picture_names"] != self.picture_names:
             root = Path(self.options["data_dir"]) / self.options["dataset_name"]
             before, now = set(state["picture_names"]), set(self.picture_names)
             lost, new = sorted(before - now), sorted(now - before)
             told = "; ".join(f"{what} {some(names)}" for what, names in (("missing:", lost), ("new:", new)) if names)
             raise InputError(f"--resume: {root} has other pictures than the run's, expected the same. {told}".rstrip())
+        for what, found in (("processes", utils.world_size()), ("steps per epoch", self.steps_per_epoch)):
+            expected = len(state["ranks"]) if what == "processes" else state["steps_per_epoch"]
+            if found != expected:
+                raise InputError(f"--resume: the run had {expected} {what}, this one has {found}")
         path = self.files.loaded
-        networks = {name: self.system.get_submodule(name) for name in self.networks}
         check_networks(f"{path}", state["networks"], self.system, self.networks)
-        for name, network in networks.items():
-            network.load_state_dict(state["networks"][name])
+        for name in self.networks:
+            self.system.get_submodule(name).load_state_dict(state["networks"][name])
         own = state["ranks"][utils.rank()]
         try:
             for player, optimizer in self.optimizers.items():
@@ -437,18 +436,18 @@ class RunState:
 def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Restore the state of Adam from its ``state_dict``; its settings are those of the run's options.
 
-    A parameter that never had a gradient has no moments. Raises ValueError for those that do not fit the parameters.
+    A parameter that never had a gradient has no moments. Raises InputError for those that do not fit the parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]
     if not state.keys() <= set(range(len(parameters))):
-        raise ValueError(f"moments of weights {some(state)}, expected those of 0 to {len(parameters) - 1}")
+        raise InputError(f"moments of weights {some(state)}, expected those of 0 to {len(parameters) - 1}")
     for i, own in state.items():
         check_names(f"state of weight {i}", own, {"step", "exp_avg", "exp_avg_sq"})
         for name, shape in (("step", ()), ("exp_avg", parameters[i].shape), ("exp_avg_sq", parameters[i].shape)):
             check_tensor(name, own[name])
             if own[name].shape != shape:
-                raise ValueError(f"{name} of shape {tuple(own[name].shape)}, expected {tuple(shape)}")
+                raise InputError(f"{name} of shape {tuple(own[name].shape)}, expected {tuple(shape)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     # The moments keep the memory layout of the file, which differs between CUDA and the CPU, and fused Adam would pair
     # the wrong elements.
@@ -529,7 +528,10 @@ def init_generators(system: Any, where: str) -> dict[str, Any]:
 def discriminator_flags(about: Mapping[str, Any]) -> str:
     """The flags of the run's discriminators, each after a space, as far as a generator file says."""
     options = about.get("options", {})
-    return "".join(f" --{flag} {options[flag]}" for flag in ("ndf", "n_layers_D", "attn_disc") if flag in options)
+    flags = ["ndf", "n_layers_D", "attn_disc"]
+    flags += ["img_height", "img_width"] * bool(options.get("light"))  # U-GAT-IT's have as many layers as these allow
+    flags += ["lambda_gan"] * (options.get("lambda_gan") == 0)  # pix2pix by L1 alone has none
+    return "".join(f" --{flag} {options[flag]}" for flag in flags if flag in options)
 
 
 def fitting_flags(generator: Generator) -> str:
@@ -549,11 +551,8 @@ def fitting_flags(generator: Generator) -> str:
 
 def read_networks(path: Path) -> dict[str, Any]:
     """The networks of a checkpoint, or of the discriminators that ship, by name. Raises InputError."""
-    try:
-        whole = path.name == CHECKPOINT
-        found = (CheckpointFiles(path.parent).load(resume=False) if whole else read_weights(path)).get("networks")
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    whole = path.name == CHECKPOINT
+    found = (CheckpointFiles(path.parent).load(resume=False) if whole else read_weights(path)).get("networks")
     if not isinstance(found, dict):
         raise InputError(f"{path}: networks: expected weights by names of networks, found {describe(found)}")
     return found
@@ -578,11 +577,11 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
 
     ``direction`` says which of two generators is meant, where a file holds both. Returns the generator in float32 on
     the CPU, and what the file says of itself: direction, options, step. Most official files say nothing; "directions"
-    where it holds both. Raises FileNotFoundError, or ValueError that names the field when the file holds no generator.
+    where it holds both. Raises FileNotFoundError, or InputError that names the field when the file holds no generator.
     """
     content = read_weights(path)
     if "networks" in content:
-        raise ValueError(f"{path}: networks of a training, expected a generator's file, such as AtoB.pt beside it")
+        raise InputError(f"{path}: networks of a training, expected a generator's file, such as AtoB.pt beside it")
     if "generator" not in content:
         generator = load_official(path, direction, content)
         about: dict[str, Any] = {}
@@ -594,7 +593,7 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
     kind = content["generator"]
     settings: Any = content.get("settings")
     if not isinstance(kind, str) or kind not in GENERATORS:
-        raise ValueError(f"{path}: generator: {describe(kind)}, expected one of {sorted(GENERATORS)}")
+        raise InputError(f"{path}: generator: {describe(kind)}, expected one of {sorted(GENERATORS)}")
     make = GENERATORS[kind]
     check_settings(path, make, settings)
     about = {k: v for k, v in content.items() if k not in ("generator", "settings", "weights")}
@@ -608,16 +607,16 @@ def load_generator(path: str | Path, direction: str | None = None) -> tuple[Gene
 
 
 def check_settings(path: str | Path, make: type[Generator], settings: Any) -> None:
-    """Raise ValueError where the settings in a file are not arguments of the network, or beyond all reason."""
+    """Raise InputError where the settings in a file are not arguments of the network, or beyond all reason."""
     known = inspect.signature(make).parameters
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ValueError(f"{path}: settings: expected arguments of {make.__name__}, found {describe(settings)}")
+        raise InputError(f"{path}: settings: expected arguments of {make.__name__}, found {describe(settings)}")
     bounds: dict[str, dict[str, Any]] = {"n_residual_blocks": dict(least=0, most=256), "depth": dict(least=1, most=12)}
     bounds |= {"upsample": dict(choices=("transposed", "nearest")), "size": dict(choices=DCGANGenerator.sizes)}
     for key, value in settings.items():
         where = f"{path}: settings.{key}: {describe(value)}"
         if key not in known:
-            raise ValueError(f"{where}, which {make.__name__} does not know")
+            raise InputError(f"{where}, which {make.__name__} does not know")
         kind = type(known[key].default)
         wanted = Option(kind, 0, "", **bounds.get(key, dict(least=1, most=4096) if kind is int else {})).expected(value)
         if key == "size" and kind is not int:  # U-GAT-IT's
@@ -625,7 +624,7 @@ def check_settings(path: str | Path, make: type[Generator], settings: Any) -> No
             fits = value is None or (len(sides) == 2 and all(type(n) is int and 8 <= n <= 4096 for n in sides))
             wanted = None if fits else "None or (height, width)"
         if wanted is not None:
-            raise ValueError(f"{where}, expected {wanted}")
+            raise InputError(f"{where}, expected {wanted}")
 
 
 COUNT = partial(Option, int, 0, "")
@@ -648,14 +647,14 @@ SAID = {  # of themselves, by generator files; what is not here is not read
 
 
 def check_about(path: str | Path, about: Mapping[str, Any]) -> None:
-    """Raise ValueError where what a generator file says of itself is not of the kind that its readers expect."""
+    """Raise InputError where what a generator file says of itself is not of the kind that its readers expect."""
     options = about.get("options", {})
     if not isinstance(options, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in options.items()):
-        raise ValueError(f"{path}: options: expected numbers, strings and booleans by their names")
+        raise InputError(f"{path}: options: expected numbers, strings and booleans by their names")
     said = {"direction": None, **about, **{f"options.{key}": value for key, value in options.items()}}
     for key, option in SAID.items():
         if key in said and (wanted := option.expected(said[key])) is not None:
-            raise ValueError(f"{path}: {key}: {describe(said[key])}, expected {wanted}")
+            raise InputError(f"{path}: {key}: {describe(said[key])}, expected {wanted}")
 
 
 def check_networks(where: str, found: Mapping[str, Any], system: Any, names: Iterable[str]) -> None:
@@ -663,43 +662,40 @@ def check_networks(where: str, found: Mapping[str, Any], system: Any, names: Ite
     for name in names:
         if name not in found:
             raise InputError(f"{where}: no network {name}, found {some(found)}")
-        try:
-            check_weights(f"{where}: {name}", found[name], system.get_submodule(name).state_dict())
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        check_weights(f"{where}: {name}", found[name], system.get_submodule(name).state_dict())
 
 
 def check_weights(where: str, weights: Any, expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the key, where weights are not those of ``expected`` (which may be on the meta device).
+    """Raise InputError, naming the key, where weights are not those of ``expected`` (which may be on the meta device).
 
     Names, shapes and types are compared, and every value must be stored and finite.
     """
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{where}: expected weights by their names, found {describe(weights)}")
+        raise InputError(f"{where}: expected weights by their names, found {describe(weights)}")
     check_names(where, weights, expected.keys())
     for key, wanted in expected.items():
         check_tensor(f"{where}: {key}", weights[key], floats=wanted.is_floating_point())
         if weights[key].shape != wanted.shape:
-            raise ValueError(f"{where}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(wanted.shape)}")
+            raise InputError(f"{where}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(wanted.shape)}")
 
 
 def check_names(where: str, weights: Mapping[str, Any], expected: Set[str]) -> None:
     if weights.keys() != expected:
         missing, unknown = some(expected - weights.keys()), some(weights.keys() - expected)
-        raise ValueError(f"{where}: expected but missing: {missing}; found but not expected: {unknown}")
+        raise InputError(f"{where}: expected but missing: {missing}; found but not expected: {unknown}")
 
 
 def check_tensor(where: str, value: Any, floats: bool = True) -> None:
-    """Raise ValueError where a value is no tensor of this kind, not stored in full (a stride of 0), or not finite."""
+    """Raise InputError where a value is no tensor of this kind, not stored in full (a stride of 0), or not finite."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        raise ValueError(f"{where}: expected a tensor, found {describe(value)}")
+        raise InputError(f"{where}: expected a tensor, found {describe(value)}")
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64) if floats else (torch.int64,)
     if value.dtype not in kinds:
-        raise ValueError(f"{where} is of {value.dtype}, expected {kinds[0]}")
+        raise InputError(f"{where} is of {value.dtype}, expected {kinds[0]}")
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-        raise ValueError(f"{where} is not stored in full, expected a value for each weight")
+        raise InputError(f"{where} is not stored in full, expected a value for each weight")
     if floats and not value.isfinite().all():
-        raise ValueError(f"{where} is not finite: these weights come from a run that has diverged")
+        raise InputError(f"{where} is not finite: these weights come from a run that has diverged")
 
 
 def open_generator(where: str | Path, direction: str | None = None) -> tuple[Generator, dict[str, Any]]:
@@ -710,10 +706,7 @@ def open_generator(where: str | Path, direction: str | None = None) -> tuple[Gen
     """
     path = find_generator(where, direction)
     translates = None if direction == NOISE else direction
-    try:
-        generator, about = load_generator(path, translates)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    generator, about = load_generator(path, translates)
     if "direction" not in about:  # official files have it only in their names
         about["direction"] = "BtoA" if path.stem.endswith("_B") else translates or "AtoB"
     if about["direction"] == NOISE != direction:
@@ -744,7 +737,7 @@ def open_generators(where: str | Path, noise: bool = False) -> dict[str, tuple[G
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a file of ``torch.save``. Raises FileNotFoundError, or ValueError where it holds none."""
+    """The dictionary in a file of ``torch.save``. Raises FileNotFoundError, or InputError where it holds none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the weights of a generator")
     try:
@@ -756,11 +749,11 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds other Python objects than weights, as a whole pickled model does"
-        raise ValueError(f"{path}: not a readable weights file ({reason}; expected its state_dict)") from error
+        raise InputError(f"{path}: not a readable weights file ({reason}; expected its state_dict)") from error
     except Exception as error:  # the unpickler raises anything: EOFError, RuntimeError, ...
-        raise ValueError(f"{path}: not a readable weights file ({first_line(error)})") from error
+        raise InputError(f"{path}: not a readable weights file ({first_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
+        raise InputError(f"{path}: expected a dictionary of weights by their names, found {type(content).__name__}")
     return content
 
 
@@ -793,15 +786,18 @@ def load_official(path: str | Path, direction: str | None, content: Mapping[str,
     are dropped, so the network computes the same function. Where these biases are missing, the generator was trained
     without InstanceNorm (``--norm none``), and is refused.
 
-    In float32 on the CPU. Raises ValueError that names the keys that were expected and those that were found.
+    In float32 on the CPU. Raises InputError that names the keys that were expected and those that were found.
     """
     inner = content.get(UGATIT_NAMES[direction or "AtoB"], content)
     if not isinstance(inner, dict) or not all(isinstance(key, str) for key in inner):
-        raise ValueError(f"{path}: expected weights by their names, found {describe(inner)}")
+        raise InputError(f"{path}: expected weights by their names, found {describe(inner)}")
     weights = {k.removeprefix("module."): v for k, v in inner.items() if not k.endswith(NORM_STATISTICS)}
     for key, value in weights.items():
         check_tensor(f"{path}: {key}", value)
-    generator, layers = recognise(path, weights)
+    try:
+        generator, layers = recognise(path, weights)
+    except (IndexError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: its first layers have no shapes of an official generator ({error})") from error
     own = generator.state_dict()
     renamed: dict[str, str] = {}
     cancelled: set[str] = set()
@@ -818,7 +814,7 @@ def load_official(path: str | Path, direction: str | None, content: Mapping[str,
 
 
 def recognise(path: str | Path, weights: Mapping[str, Tensor]) -> tuple[Generator, dict[str, str]]:
-    """A new generator of the right kind and sizes, and official names of layers to ours. Raises ValueError."""
+    """A new generator of the right kind and sizes, and official names of layers to ours. Raises InputError."""
     encoder = {0: "encoder.0", 1: "encoder.3", 2: "encoder.6"}  # our three convolutions before the blocks
 
     def blocks(official: str, numbers: Sequence[int], first: int, n: int) -> Iterator[tuple[str, str]]:
@@ -846,7 +842,8 @@ def recognise(path: str | Path, weights: Mapping[str, Tensor]) -> tuple[Generato
         return ResNetGenerator(stem.shape[1], stem.shape[0], n), layers
     if "DownBlock.1.weight" in weights and "FC.0.weight" in weights:
         n = sum(k.startswith("UpBlock1_") and k.endswith(".conv1.weight") for k in weights)
-        stem, (dim, inputs) = weights["DownBlock.1.weight"], weights["FC.0.weight"].shape
+        stem, mlp = weights["DownBlock.1.weight"], weights["FC.0.weight"].shape
+        dim, inputs = mlp[0], mlp[-1]
         side = 4 * math.isqrt(inputs // dim)  # pictures were square; the light network's MLP reads a single place
         layers = {f"DownBlock.{4 * i + 1}": ours for i, ours in encoder.items()}
         layers |= dict(blocks("DownBlock.{}.conv_block.", (1, 5), 12, n))
@@ -858,13 +855,13 @@ def recognise(path: str | Path, weights: Mapping[str, Tensor]) -> tuple[Generato
         up = {2: 1, 3: 2, 7: 5, 8: 6, 11: 8}  # convolution, ILN, convolution, ILN, last convolution
         layers |= {f"UpBlock2.{official}": f"decoder.{ours}" for official, ours in up.items()}
         return UGATITGenerator(stem.shape[1], stem.shape[0], n, None if inputs == dim else (side, side)), layers
-    raise ValueError(
+    raise InputError(
         f"{path}: not an official generator. Expected AttentionGAN's keys (conv1.weight … deconv3_attention.bias), "
         "CycleGAN's (model.1.weight … model.26.bias of resnet_9blocks) or U-GAT-IT's (genA2B and genB2A, each "
         f"DownBlock.1.weight … UpBlock2.11.weight); found {some(weights)}"
     )
 
 
-def some(keys: Iterable[str], most: int = 6) -> str:
+def some(keys: Iterable[str]) -> str:
     names = sorted(map(str, keys))
-    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "") if names else "nothing"
+    return ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "") if names else "nothing"

@@ -244,7 +244,7 @@ class PictureDataset(Dataset, ABC):
     """
 
     # Width / height of a pair side by side: pairs of squares have 2, of 9:16 portraits 1.125; single squares and
-    # portraits have at most 1. Training on the halves of single photographs would else go unnoticed.
+    # portraits have at most 1. Otherwise nobody would notice a training on the halves of single photographs.
     LEAST_ASPECT = 1.1
     NAMED = 10  # unreadable pictures in one error
 
@@ -544,8 +544,8 @@ def fixed_batch(
 class EpochSampler(Sampler):
     """Yields (epoch, index), shuffled by (seed, epoch), every rank its own share.
 
-    Set ``epoch``, and ``start`` (samples of this rank to leave out, for resuming amid an epoch), before iterating. Rank
-    r of n takes every n-th index, so n ranks at batch b see in each step what one process sees at batch n·b.
+    Set ``epoch``, and ``start`` (samples of this rank to leave out, for resuming within an epoch), before iterating.
+    Rank r of n takes every n-th index, so n ranks at batch b see in each step what one process sees at batch n·b.
     """
 
     def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1):

@@ -18,7 +18,6 @@ import utils
 from utils import InputError
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -43,8 +42,9 @@ import metrics
 from checkpoints import DIRECTIONS, find_generator, open_generators
 from datasets import find_side
 from metrics import EFFICIENTNET, INCEPTION, Extractor, Features, Figure, RealFeatures, Reference, figure
-from models import Generator, fixed_size_message
+from models import Generator, fixed_size_message, translate_any_size
 from pictures import Picture, normalise, quantise, scale, to_picture, unaugmented
+from prepare import digest
 from record import IMAGES, draw_sheet, update_links
 from systems import SYSTEMS
 
@@ -120,7 +120,7 @@ class Exam:
         self.sides: dict[tuple[str, Reading], tuple[Tensor, Features | None]] = {}
         self.references: dict[tuple[str, Reading], Reference] = {}
         self.train, test = (
-            {side: {p: sha256(p.path) for p in find_side(root, split, side, task)} for side in "AB"}
+            {side: {p: digest(p.path) for p in find_side(root, split, side, task)} for side in "AB"}
             for split in ("train", "test")
         )
         if not any(test.values()):
@@ -238,11 +238,6 @@ def find_classes(dataset: str, extractor: Extractor | None, given: Mapping[str, 
     return classes
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ----------------------------------------------------------------------------------------------------------
 #  Figures
 # ----------------------------------------------------------------------------------------------------------
@@ -287,7 +282,7 @@ def translate_all(generator: Generator, images: Tensor, device: torch.device) ->
     outputs, foregrounds = [], []
     with torch.inference_mode(), utils.Progress(total=len(images), desc="translating", leave=False) as bar:
         for batch in images.split(8):
-            translation = generator(normalise(batch.to(device)))
+            translation = translate_any_size(generator, normalise(batch.to(device)))
             outputs.append(quantise(translation.image).cpu())
             if translation.foreground is not None:
                 foregrounds.append(translation.foreground.cpu())
@@ -361,14 +356,11 @@ def find_reading(options: Mapping[str, Any], channels: int) -> Reading:
 def at_size(entry: Entry, longest: int) -> Entry:
     """An entry whose pictures are read with ``longest`` pixels on their longer side, in the shape of training.
 
-    Raises InputError where its generator does not take such pictures.
+    Raises InputError where its generator takes only another size.
     """
     generator, (height, width) = entry.generator, scale(entry.reading.size, longest)
     if generator.settings.get("size") not in (None, (height, width)):
         raise InputError(f"--size {longest}: {fixed_size_message(generator.settings['size'])}")
-    if height % generator.size_multiple or width % generator.size_multiple or min(height, width) < generator.min_size:
-        multiple = f"multiples of {generator.size_multiple}, at least {generator.min_size}"
-        raise InputError(f"--size {longest}: {height} x {width} pixels, expected {multiple}")
     return entry._replace(reading=entry.reading._replace(size=(height, width)))
 
 
@@ -470,16 +462,17 @@ def save_pictures(entry: Entry, judged: Judged, reference: Reference) -> None:
     labels: dict[int, str] = {}
     for word, start in zip(words, (0, (n - k) // 2, n - k), strict=True):
         labels = {**dict.fromkeys(order[start : start + k], word), **labels}
-    labels = {i: labels[i] for i in order if i in labels}
+    rows = [i for i in order if i in labels]
     columns = {
-        "input": normalise(reference.inputs),
-        "output": normalise(judged.images),
-        "attention": None if judged.foreground is None else 2 * judged.foreground - 1,
-        "truth": None if reference.truths is None else normalise(reference.truths),
-        "recovered": None if judged.recovered is None else normalise(judged.recovered),
+        "input": normalise(reference.inputs[rows]),
+        "output": normalise(judged.images[rows]),
+        "attention": None if judged.foreground is None else 2 * judged.foreground[rows] - 1,
+        "truth": None if reference.truths is None else normalise(reference.truths[rows]),
+        "recovered": None if judged.recovered is None else normalise(judged.recovered[rows]),
     }
-    shown = {name: column[[*labels]] for name, column in columns.items() if column is not None}
-    sheet = draw_sheet(shown, title=f"{words[0]}, {words[1]} and {words[2]} by {judged.rule}", rows=[*labels.values()])
+    shown = {name: column for name, column in columns.items() if column is not None}
+    title = f"{words[0]}, {words[1]} and {words[2]} by {judged.rule}"
+    sheet = draw_sheet(shown, title=title, rows=[labels[i] for i in rows])
     path = IMAGES / entry.name / f"evaluation_{slug}.png"
     with utils.name_file(path):
         sheet.save(path)
@@ -563,6 +556,7 @@ def measure(entries: Sequence[Entry], exam: Exam, options: argparse.Namespace, d
         floor, deviation = exam.floor(direction, reading, options.floor_draws)
         copy = untranslated(reference)
         at = "" if len({e.reading for e in entries}) == 1 else f" at {reading.size[0]} x {reading.size[1]}"
+        at += f", {reading.how}" if len({e.reading.how for e in entries}) > 1 else ""
         at += ", pairs" if at and reading.paired else ""
         rows.append(Row(f"real training pictures{at}", direction, floor, deviation))
         rows.append(Row(f"untranslated{at}", direction, copy, {}))
@@ -610,7 +604,7 @@ def protocol(exam: Exam, direction: str, reading: Reading, options: argparse.Nam
         "on_both_sides_of_train": exam.n_on_both_sides,
         "dedup": options.dedup,
         "floor_draws": options.floor_draws,
-        "inception_sha256": options.inception and sha256(options.inception),
+        "inception_sha256": options.inception and digest(options.inception),
         "versions": versions(),
         "date": date.today().isoformat(),
     }

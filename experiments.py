@@ -43,13 +43,12 @@ import evaluate
 import record
 import train
 from checkpoints import CHECKPOINT, DIRECTIONS, SAVED_MODELS, find_file, find_run, open_generators
-from datasets import BUILT_IN, find_plain, find_side, fixed_noise
+from datasets import find_plain, find_side, fixed_noise
 from evaluate import Reading
 from metrics import EFFICIENTNET, Extractor, Features, Figure, figure, kernel_distance
 from models import NOISE, translate_any_size
 from options import MACHINE, all_options, parse_options, stored_options, unknown_options
 from pictures import Picture, normalise, quantise, scale
-from prepare import draw_built_in
 from record import find_block, write_block
 from systems import SYSTEMS
 
@@ -309,11 +308,8 @@ def differs(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> str | 
         changes += [f"{lost} (which this version does not know)" for lost in unknown_options(known, wanted)]
     else:
         changes = [f"--system {known['system']} (expected {options.system})"]
-    if not changes:
-        if options.dataset_name == BUILT_IN:
-            draw_built_in(root)
-        if train.build_dataset(options).names() != found["picture_names"]:
-            changes = [f"pictures of other names than those in {root}"]
+    if not changes and train.build_dataset(options).names() != found["picture_names"]:
+        changes = [f"pictures of other names than those in {root}"]
     folder = SAVED_MODELS / name
     return f"{folder}: trained with {', '.join(changes)}; remove it to train it anew" if changes else None
 
@@ -712,10 +708,7 @@ def ship(options: argparse.Namespace) -> int:
             raise InputError(f"{run}: says nothing of its data set, expected a run of train.py")
         if options.best_size:
             about["best_size"] = options.best_size[0 if direction == "AtoB" else -1]
-            try:
-                checkpoints.check_about(f"--best_size {about['best_size']}", about)
-            except ValueError as error:
-                raise InputError(str(error)) from error
+            checkpoints.check_about(f"--best_size {about['best_size']}", about)
         roots[direction] = root = options.data_dir / about["options"]["dataset_name"]
         if not find_tests(root, direction, best_reading(about))[0]:
             raise InputError(f"{root}: found no test{direction[0]}, expected pictures to show what ships (--data_dir)")

@@ -123,13 +123,12 @@ def change_map(images: Tensor, inputs: Tensor) -> Tensor:
     return change / change.amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(change.dtype).tiny)
 
 
-def intersection_over_union(attention: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
+def intersection_over_union(attention: Tensor, masks: Tensor) -> Tensor:
     """How well attention covers the objects: (B,) values in [0, 1], one for each picture.
 
-    attention: (B, 1, H, W) in [0, 1], foreground = above ``threshold``. masks: (B, 1, H, W), object = above 1/2.
-    Two empty regions agree: 1.
+    Both are (B, 1, H, W) in [0, 1]; foreground, and object, is what is above 1/2. Two empty regions agree: 1.
     """
-    found, true = attention > threshold, masks > 0.5
+    found, true = attention > 0.5, masks > 0.5
     union = (found | true).sum(dim=(1, 2, 3))
     shared = (found & true).sum(dim=(1, 2, 3))
     return torch.where(union > 0, shared / union.clamp(min=1), 1.0)

@@ -94,7 +94,7 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         return super().forward(x)
 
 
-def varies(variance: Tensor, eps: float = 1e-5) -> Tensor:
+def varies(variance: Tensor, eps: float) -> Tensor:
     """Where a channel is more than rounding noise: bool, of the shape of its variances.
 
     A norm divides by √(variance + ε). In a channel of one value (a black frame, a blank scan) that makes noise and
@@ -126,7 +126,7 @@ class ResidualBlock(nn.Module):
         return x + self.norm(self.conv2(F.relu(self.norm(self.conv1(x)), inplace=True)))
 
 
-def norm_relu(dim: int, norm: type[nn.Module] = InstanceNorm2d) -> list[nn.Module]:
+def norm_relu(dim: int, norm: type[nn.Module]) -> list[nn.Module]:
     return [norm(dim), nn.ReLU(inplace=True)]
 
 
@@ -159,16 +159,16 @@ def enlarge(dim: int, upsample: str) -> list[nn.Module]:
     return [nn.Upsample(scale_factor=2), ReflectionConv2d(dim, dim // 2, 3, bias=False)]
 
 
-def init_weights(network: nn.Module, std: float = 0.02) -> None:
-    """Draw every convolution and linear layer from N(0, std), biases zero, in place (CycleGAN, Appendix 7.1).
+def init_weights(network: nn.Module) -> None:
+    """Draw every convolution and linear layer from N(0, 0.02), biases zero, in place (CycleGAN, Appendix 7.1).
 
-    The factors of affine norms come from N(1, std), as in the official codes of pix2pix and DCGAN.
+    The factors of affine norms come from N(1, 0.02), as in the official codes of pix2pix and DCGAN.
     """
     for module in network.modules():
         is_norm = isinstance(module, (InstanceNorm2d, nn.BatchNorm2d))
         if is_norm or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             if isinstance(module.weight, Tensor):  # norms without factors have none
-                nn.init.normal_(module.weight, float(is_norm), std)
+                nn.init.normal_(module.weight, float(is_norm), 0.02)
             if isinstance(module.bias, Tensor):
                 nn.init.zeros_(module.bias)
 

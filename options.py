@@ -146,11 +146,6 @@ FOREIGN = {
     **dict.fromkeys(("--num_workers", "--num_threads"), "here --n_cpu"),
     "--checkpoints_dir": "runs are in saved_models/NAME (--name)",
 }
-EPILOG = """\
-The defaults are CycleGAN's schedule, which the official AttentionGAN options share: batch 1, 200 epochs, the
-rate falling to zero from epoch 100. The official AttentionGAN script for horse2zebra trains instead with
-  --batch_size 4 --n_epochs 60 --decay_epoch 60 --lambda_id 5
-"""
 
 
 def option_groups(system: str, preset: str = "full") -> dict[str, dict[str, Option]]:
@@ -184,9 +179,12 @@ def stored_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_parser(system: str = DEFAULT_SYSTEM, preset: str = "full") -> utils.Parser:
     """All flags with these defaults; the names are those of PyTorch-GAN where it has the flag."""
-    parser = utils.Parser(f"Train {system}.", EPILOG)
+    parser = utils.Parser(f"Train {system}.")
     for title, group in option_groups(system, preset).items():
         utils.add_options(parser, title, group)
+    for name in ("compile", "cuda_graph"):
+        told = f"go on without the --{name} of the run, where it cannot be had"
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false", default=False, help=told)
     return parser
 
 

@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 # Formats that Pillow decodes in this process: it judges a file by its content, and would start Ghostscript for an EPS
@@ -33,6 +33,9 @@ Image.MAX_IMAGE_PIXELS = MOST_PIXELS
 MOST_SCANS = 200  # of a progressive JPEG, whose decoding takes as many passes; cameras and editors write about 10
 PASSED_OVER = ("@eaDir", "#recycle", "__MACOSX")  # folders of thumbnails and of deleted files
 MODES = {1: "L", 3: "RGB"}  # number of channels to Pillow's mode
+T = Image.Transpose
+TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
+TURNS |= {6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
 RESIZE = ("squash", "short_side")
 
 
@@ -53,7 +56,7 @@ class Picture(NamedTuple):
         Pillow raises what it likes for a damaged file.
         """
         with open_image(self.path) as file:
-            image = to_mode(ImageOps.exif_transpose(file), "L" if self.grey else MODES[channels])
+            image = to_mode(upright(file), "L" if self.grey else MODES[channels])
         if self.grey:
             image = image.convert(MODES[channels])
         return self.crop(image)
@@ -61,7 +64,7 @@ class Picture(NamedTuple):
     def alpha(self) -> Image.Image | None:
         """The opacity, 8-bit grey, upright, of a picture that has transparency. Raises as ``open``."""
         with open_image(self.path) as file:
-            image = ImageOps.exif_transpose(file)
+            image = upright(file)
             if "A" not in image.getbands() and "transparency" not in image.info:
                 return None
             return self.crop(image.convert("RGBA").getchannel("A"))
@@ -80,10 +83,22 @@ class Picture(NamedTuple):
         """(height, width) of the whole file, upright, from the head of the file only; OSError when it is damaged."""
         with open_image(self.path) as file:
             if file.format == "TIFF":  # some versions of Pillow turn it when it is decoded
-                file = ImageOps.exif_transpose(file)
-                return file.height, file.width
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return file.size if turned else file.size[::-1]
+                file.load()
+            return file.size if orientation(file) in (5, 6, 7, 8) else file.size[::-1]
+
+
+def orientation(file: Image.Image) -> int:
+    """That of its EXIF, 1 where this is damaged."""
+    with suppress(Exception):  # Pillow raises what it likes
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """Turned by EXIF. Not ImageOps.exif_transpose, which fails where it cannot write the other entries again."""
+    file.load()
+    turn = TURNS.get(orientation(file))
+    return file if turn is None else file.transpose(turn)
 
 
 @contextmanager

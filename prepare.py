@@ -194,11 +194,8 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
             if isinstance(error, HTTPError):
                 error.close()  # it is the server's answer, too
             raise InputError(f"{url}: could not be fetched ({error}). docs/data.md lists other places.") from error
-        if sha256 is not None:
-            with open(file, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != sha256:
-                raise InputError(f"{url}: another archive, or cut short (sha256 {found}, expected {sha256})")
+        if sha256 is not None and (found := digest(file)) != sha256:
+            raise InputError(f"{url}: another archive, or cut short (sha256 {found}, expected {sha256})")
         unpack(file, partial / "unpacked")
         folder = partial / "unpacked" / name
         if not folder.is_dir():
@@ -210,6 +207,12 @@ def fetch(name: str, data_dir: Path, mirror: str = MIRROR, timeout: float = 60.0
             raise InputError(f"{url}: {error}") from error
         if not target.exists():  # another process may have been faster
             folder.rename(target)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url: str, path: Path, timeout: float) -> None:
@@ -322,24 +325,27 @@ def import_pictures(
     if not 0 <= test_share < 1:
         raise InputError(f"--test_share {test_share}: expected a share from 0 to below 1")
     sides: dict[str, list[Path]] = {"A": [], "B": []}
-    first: dict[bytes, Path] = {}
-    for side, source in (("A", from_A), ("B", from_B)):
+    first: dict[str, Path] = {}
+    sources, wanted = {"A": from_A, "B": from_B}, f"expected a folder of {', '.join(EXTENSIONS)}"
+    for side, source in sources.items():
+        if not source.is_dir():
+            raise InputError(
+                f"--from_{side} {source}: {'is a file' if source.exists() else 'no such folder'}, {wanted}"
+            )
+    for side, source in sources.items():
         pictures = find_pictures(source)
-        if source.is_dir():
-            print(tell_found(str(source), len(pictures), find_files(source)))
+        print(tell_found(str(source), len(pictures), find_files(source)))
         if not pictures:
-            found = "no pictures in it" if source.is_dir() else "no such folder"
-            raise InputError(f"--from_{side} {source}: {found}, expected a folder of {', '.join(EXTENSIONS)}")
+            raise InputError(f"--from_{side} {source}: no pictures in it, {wanted}")
         bad = unreadable(pictures)
         for path, reason in bad.items():
             print(f"left out, unreadable: {path} ({reason})")
         for picture in pictures:
             if picture.path not in bad:
-                digest = hashlib.sha256(picture.path.read_bytes()).digest()
-                if digest in first:
-                    print(f"left out, duplicate:  {picture.path} (the same bytes as {first[digest]})")
+                if (found := digest(picture.path)) in first:
+                    print(f"left out, duplicate:  {picture.path} (the same bytes as {first[found]})")
                 else:
-                    first[digest] = picture.path
+                    first[found] = picture.path
                     sides[side].append(picture.path)
         if not sides[side]:
             why = "can be read" if len(bad) == len(pictures) else "is left: all are unreadable or duplicates"

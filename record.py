@@ -274,7 +274,7 @@ class Record:
                 if (self.folder / "curves.png").exists()
                 else "<p>The curves come with the first line of the log (--log_interval).",
                 "links": links(self.folder),
-                "changed": tabulate(changed) if changed else "<p>All are the defaults.",
+                "changed": tabulate(changed),
                 "settings": tabulate(self.settings),
             }
             with replacing(page) as path:
@@ -454,9 +454,8 @@ def draw_curves(history: list[dict[str, Any]], validations: list[dict[str, Any]]
     families: dict[str, list[str]] = defaultdict(list)
     for name, value in history[-1].items():
         if name not in ("step", "epoch"):
-            families[name if isinstance(value, list) or name in ("lr", "images_per_s") else name.split("_")[0]].append(
-                name
-            )
+            alone = isinstance(value, list) or name == "images_per_s"
+            families[name if alone else name.split("_")[0]].append(name)
     plots = {family: [(name, history) for name in names] for family, names in families.items()}
     if validations:
         flat = [{"step": entry["step"], **entry["validation"]} for entry in validations]

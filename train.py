@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import utils
-from utils import InputError, print0
+from utils import InputError, first_line, print0
 
 import argparse
 import inspect
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 import checkpoints
 import record
@@ -53,13 +54,23 @@ def set_up(
     """What ``training_step`` takes: the system on its device, each player's optimizer, a maker of autocast contexts.
 
     Seeds PyTorch, and sets for the whole process what makes it faster. Raises InputError for ``cuda_graph`` where a
-    step cannot be captured.
+    step cannot be captured, and for ``compile`` where torch cannot.
     """
     if options.cuda_graph:
-        if device.type != "cuda" or options.compile or utils.world_size() > 1:
-            found = f"--device {device}, {utils.world_size()} process(es){', --compile' if options.compile else ''}"
-            raise InputError(f"--cuda_graph: expected one process on CUDA without --compile, found {found}")
+        if device.type != "cuda" or options.compile or dist.is_initialized():
+            found = f"--device {device}{', --compile' if options.compile else ''}"
+            found += ", train_dist.py" if dist.is_initialized() else ""
+            wanted = "expected train.py on CUDA without --compile (--no_cuda_graph goes on with a run without it)"
+            raise InputError(f"--cuda_graph: {wanted}, found {found}")
         torch.cuda.set_device(device)  # where new streams are made
+    if options.compile:
+        try:
+            probe = nn.ReLU()
+            probe.compile(dynamic=False)
+            probe(torch.zeros(1, device=device))
+        except Exception as error:  # it needs a compiler of the system, and raises what it likes
+            wanted = "expected what torch.compile needs (--no_compile goes on with a run without it)"
+            raise InputError(f"--compile: {wanted}, found {first_line(error)}") from error
     if device.type == "cpu":
         utils.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
@@ -79,6 +90,9 @@ def set_up(
 
 
 def build_dataset(options: argparse.Namespace) -> PictureDataset:
+    """The training data; the built-in set is drawn where it is first needed."""
+    if options.dataset_name == BUILT_IN:
+        draw_built_in(data_folder(options))
     make = KINDS[SYSTEMS[options.system].system_class.data]
     given = {**vars(options), "root": data_folder(options), "size": (options.img_height, options.img_width)}
     given |= {"how": options.resize, "hold_out": options.eval_interval > 0}
@@ -94,12 +108,10 @@ def trained_parameters(system: System, networks: Sequence[str]) -> list[Tensor]:
 
 
 def prepare_run(options: argparse.Namespace, limit: float = 0.0) -> PictureDataset:
-    """What one process does before any training: draw the built-in set, check name and pictures.
+    """What one process does before any training: check name and pictures.
 
     Returns the data set, with its pictures in memory where they take at most ``limit`` bytes. Raises InputError.
     """
-    if options.dataset_name == BUILT_IN:
-        draw_built_in(data_folder(options))
     if not (options.resume or options.overwrite):
         refuse_existing_run(options)
     dataset = build_dataset(options)
@@ -303,8 +315,7 @@ def train(
     if log.step == total:
         print0(f"done: see {log.folder}/index.html; weights in {folder}")
         return 0
-    how = "--resume without --max_steps" if enough else "the same command with --resume"
-    print0(f"stopped after step {log.step} of {total}, saved; {how} goes on")
+    print0(f"stopped after step {log.step} of {total}, saved; --name {options.name} --resume goes on")
     return 0 if enough else stop.signal or signal.SIGTERM  # another rank's signal
 
 

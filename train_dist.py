@@ -76,7 +76,7 @@ def distribute(system: System) -> System:
     """
     twin = copy.copy(system)
     twin._modules = dict(system._modules)  # the copy would share this table, and wrap the networks of both
-    for name in (name for turn in system.turns for name in turn.networks):
+    for name in system.trained():
         network = system.get_submodule(name)
         device = next(network.parameters()).device
         for buffer in network.buffers():  # torch 2.11 does not synchronise them

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from checkpoints import best_size, open_generator
 from datasets import HALVES, as_input, takes_grey
-from models import Generator, translate_any_size
+from models import Generator, fixed_size_message, translate_any_size
 from pictures import Picture, find_pictures, normalise, quantise, resize, scale, to_picture, to_tensor
 from record import draw_sheet
 
@@ -320,7 +320,9 @@ def write(task: Task, decoded: Decoded, painted: Painted, with_masks: bool, show
     if painted.foreground is not None:
         pictures["attention"] = fit(to_picture(painted.foreground), task.output_size)
     thumbnails = {name: ImageOps.pad(image, THUMBNAIL, color="white") for name, image in pictures.items() if shown}
-    if decoded.alpha is not None:
+    if decoded.alpha is not None:  # what was laid on white is taken off it again, else edges would be whitened twice
+        colours = 255 - (255 - to_tensor(output)) * (255 / decoded.alpha.clamp(min=1))
+        output = to_picture(colours.round().clamp(0, 255).to(torch.uint8))
         output.putalpha(to_picture(decoded.alpha))
     task.target.parent.mkdir(parents=True, exist_ok=True)
     save(output, task.target)
@@ -573,6 +575,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         generator, about = open_generator(options.checkpoint, options.direction)
         generator.eval()
         only_size = generator.settings.get("size")
+        if only_size and options.size not in (None, max(only_size)):
+            raise InputError(f"--size: {fixed_size_message(only_size)}")
         task = about.get("options", {}).get("task", "translation")
         if options.export is not None:
             export(generator, options.export, takes_grey(task, about["direction"]))

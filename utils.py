@@ -255,7 +255,7 @@ class StopSignals:
 
     SIGUSR1, with which batch systems announce the end of the time, does the same, as does an ``Outlet`` that has lost
     its reader. A second Ctrl-C interrupts at once. A signal that was ignored before (nohup) stays ignored. ``message``
-    is printed at once. ``parent``: the end of this process, which has started this one, is a request to stop too.
+    is printed at once. ``parent``: the id of the process that started this one; its end is a request to stop too.
     """
 
     def __init__(self, message: str = "", parent: int | None = None) -> None:
@@ -392,8 +392,8 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and keeps the lines of the epilog."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         hidden = action.default is None or action.default is False or "(default" in (action.help or "")

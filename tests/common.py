@@ -1,11 +1,15 @@
 """Shared by the tests: small data, systems and runs, the textbook step, weights in the official layouts."""
 
+import hashlib
+import io
 import json
 import re
 import signal
 import socket
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from checkpoints import pack_generator
 from metrics import Extractor
 from models import AttentionGenerator, UNetGenerator
 from pictures import Picture
+from prepare import PUBLIC_SETS, PublicSet
 from systems import SYSTEMS
 
 # ----------------------------------------------------------------------------------------------------------
@@ -183,6 +188,26 @@ def make_set(root, nA=3, nB=2, size=(40, 36), tests=0):
         for i in range(tests):
             save(noise(i + 200 + 100 * (side == "B"), size), root / f"test{side}" / f"{i}.png")
     return root
+
+
+def publish(web, monkeypatch, members, name="apple2orange", checksum=False, counts=None):
+    """Put an archive of ``members`` where ``name`` is fetched from; no checksum is expected unless asked for."""
+    archive = PUBLIC_SETS[name].archive
+    path = web.folder / archive
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for member, content in members.items():
+                file.writestr(member, content)
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            for member, content in members.items():
+                entry = tarfile.TarInfo(member) if isinstance(member, str) else member
+                entry.size = len(content)
+                file.addfile(entry, io.BytesIO(content))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if checksum else None
+    monkeypatch.setitem(PUBLIC_SETS, name, PublicSet(archive, sha256, counts or {}))
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------

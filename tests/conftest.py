@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -129,3 +131,50 @@ def pairs(tmp_path) -> Path:
         for i in range(n):
             Image.fromarray(rng.integers(0, 256, (18, 40, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
     return root
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder. ``server.send`` makes the pieces that are sent of a file's content.
+
+    ``server.length`` says how their end is told: by its "Content-Length", "chunked", or only by hanging up ("").
+    """
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        path, how = Path(self.translate_path(self.path)), self.server.length
+        if not path.is_file():
+            return self.send_error(404)
+        self.send_response(200)
+        if how:
+            size = str(path.stat().st_size)
+            self.send_header(*(("Transfer-Encoding", how) if how == "chunked" else (how, size)))
+        self.end_headers()
+        for piece in self.server.send(path.read_bytes()):  # a cut shows as a missing last chunk
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if how == "chunked" else piece)
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):  # a client that hangs up early is none of the tests' business
+        pass
+
+
+@pytest.fixture
+def web(tmp_path_factory, monkeypatch):
+    """A server on the loopback interface, of the files in its ``folder``."""
+    monkeypatch.setenv("no_proxy", "*")
+    folder = tmp_path_factory.mktemp("web")
+    server = Server(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.send, server.length = [], lambda content: [content], "Content-Length"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

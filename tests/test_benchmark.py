@@ -31,7 +31,7 @@ def options(flags=""):
 
 @pytest.fixture
 def small_built_in(monkeypatch):
-    monkeypatch.setattr(benchmark, "draw_built_in", partial(draw_built_in, n_train=4, n_test=1))
+    monkeypatch.setattr(benchmark.train, "draw_built_in", partial(draw_built_in, n_train=4, n_test=1))
 
 
 @pytest.mark.parametrize("name", ["attentiongan", "cyclegan"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     QUICK,
+    QUICK_PIX2PIX,
     checkpoint,
     convolve,
     norm_relu,
@@ -419,7 +420,7 @@ def test_a_parameter_that_never_had_a_gradient_does_not_hinder_resuming():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_init_from_a_run_and_from_official_weights(small_set, capsys):
+def test_init_from_takes_generators_and_the_discriminators_that_fit(small_set, capsys):
     assert run(f"{QUICK} --n_epochs 1 --name first") == 0
     assert run(f"{QUICK} --n_epochs 1 --lr 0 --name second --seed 5 --init_from first") == 0
     for network in ("G_AB", "G_BA", "D_A", "D_B"):
@@ -497,6 +498,25 @@ def test_init_from_a_checkpoint_takes_all_networks_along(small_set, capsys):
         for where in (f"{folder.name}/checkpoint.pt", folder.name):
             assert run(f"{QUICK} --n_residual_blocks 2 --n_epochs 1 --name on --overwrite --init_from {where}") == 0
             assert re.search(rf"D_A, D_B start from .*{folder.name}/checkpoint.pt", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "command, own, other",
+    [
+        (
+            f"{quick('ugatit')} --system ugatit --light",
+            "--img_height 16 --img_width 16",
+            "--img_height 64 --img_width 64",
+        ),
+        (QUICK_PIX2PIX, "--lambda_gan 0", ""),
+    ],
+)
+def test_flags_that_fit_a_checkpoint_are_named(small_set, pairs, capsys, command, own, other):
+    command += " --n_epochs 1 --max_steps 1"
+    assert run(f"{command} {own} --name first") == 0
+    assert run(f"{command} {other} --name second --init_from first/checkpoint.pt") == 2
+    assert re.search(rf"these flags fit: --system .*{own}", capsys.readouterr().err)
+    assert run(f"{command} {own} --name second --init_from first/checkpoint.pt") == 0
 
 
 def test_init_from_an_official_u_gat_it_file_that_holds_both(small_set):

@@ -173,8 +173,8 @@ def all_flags():
     return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
 
 
-# Of the official code, of an earlier commit (as the page says), of Docker, and those that train.py explains.
-OF_OTHERS = {"--norm", "--lambda_warmup", "--shm-size", "--time", *options.FOREIGN}
+# Of the official code, of Docker, and those that train.py explains.
+OF_OTHERS = {"--norm", "--shm-size", "--time", *options.FOREIGN}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

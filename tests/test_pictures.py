@@ -222,6 +222,27 @@ def test_a_picture_and_its_size_come_out_upright(tmp_path, ending, orientation, 
     assert red[0] > 240 and red[2] < 15 and blue[2] > 240 and blue[0] < 15
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    "exif, turned",
+    [
+        (b"Exif\0\0garbage!", False),
+        (b"Exif\0\0MM", False),
+        # Orientation 6, and after it a resolution that is text, with which a picture cannot be written again.
+        (
+            b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\x01\x1a\0\x02\0\0\0\x0372\0" + bytes(5),
+            True,
+        ),
+    ],
+    ids=["garbage", "short", "resolution"],
+)
+def test_a_picture_of_faulty_exif_is_read(tmp_path, ending, exif, turned):
+    path = save(Image.new("RGB", (32, 16), RED), tmp_path / f"a.{ending}", exif=exif, dpi=(72, 72))
+    opened = Picture(path).open()
+    assert Picture(path).size() == (opened.height, opened.width) == ((32, 16) if turned else (16, 32))
+    assert Picture(path).alpha() is None and opened.getpixel((8, 8))[0] > 240
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "a.tif", "A.PNG", "a.Bmp"])
 def test_lossless_formats_keep_every_pixel(tmp_path, name):
     path = save(noise(1), tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))

@@ -16,19 +16,19 @@ import tarfile
 import threading
 import time
 import zipfile
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from common import RED, below, noise, plain, save
+from common import RED, below, noise, plain, publish, save
+from conftest import Handler, Server
 from PIL import Image, ImageFilter
 
 import datasets
 import prepare
 from datasets import BUILT_IN, UnpairedDataset, find_side
 from pictures import find_pictures
-from prepare import PUBLIC_SETS, PublicSet, atomic_folder, draw_built_in, fetch, import_pictures, unpack
+from prepare import PUBLIC_SETS, atomic_folder, draw_built_in, fetch, import_pictures, unpack
 
 # ----------------------------------------------------------------------------------------------------------
 #  The built-in set
@@ -131,55 +131,10 @@ def test_leftovers_of_a_killed_process_are_removed_after_a_day(tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder. ``server.send`` makes the pieces that are sent of a file's content.
-
-    ``server.length`` says how their end is told: by its "Content-Length", "chunked", or only by hanging up ("").
-    """
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        path, how = Path(self.translate_path(self.path)), self.server.length
-        if not path.is_file():
-            return self.send_error(404)
-        self.send_response(200)
-        if how:
-            size = str(path.stat().st_size)
-            self.send_header(*(("Transfer-Encoding", how) if how == "chunked" else (how, size)))
-        self.end_headers()
-        for piece in self.server.send(path.read_bytes()):  # a cut shows as a missing last chunk
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if how == "chunked" else piece)
-        return None
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):  # a client that hangs up early is none of the tests' business
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _past_any_proxy(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "*")
-
-
-@pytest.fixture
-def web(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("web")
-    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
-    server.asked, server.send, server.length = [], lambda content: [content], "Content-Length"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def png_bytes(seed, size=(16, 8)):
@@ -191,26 +146,6 @@ def png_bytes(seed, size=(16, 8)):
 ZIPPED = {f"apple2orange/{f}/{i}.png": png_bytes(i) for f in ("trainA", "trainB", "testA") for i in range(2)}
 TARRED = {f"facades/{f}/{i}.png": png_bytes(i) for f in ("train", "val") for i in range(2)}
 BOTH = pytest.mark.parametrize("name, members", [("apple2orange", ZIPPED), ("facades", TARRED)], ids=["zip", "tar"])
-
-
-def publish(web, monkeypatch, members, name="apple2orange", checksum=False, counts=None):
-    """Put an archive of ``members`` where ``name`` is fetched from; no checksum is expected unless asked for."""
-    archive = PUBLIC_SETS[name].archive
-    path = web.folder / archive
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for member, content in members.items():
-                file.writestr(member, content)
-    else:
-        with tarfile.open(path, "w:gz") as file:
-            for member, content in members.items():
-                entry = tarfile.TarInfo(member) if isinstance(member, str) else member
-                entry.size = len(content)
-                file.addfile(entry, io.BytesIO(content))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if checksum else None
-    monkeypatch.setitem(PUBLIC_SETS, name, PublicSet(archive, sha256, counts or {}))
-    return path
 
 
 def inside(data, name):
@@ -614,7 +549,7 @@ def test_duplicates_damaged_and_other_files_are_named_and_left_out(own, tmp_path
     "from_A, from_B, share, message",
     [
         ("none", "zebras", 0.1, "--from_A none: no such folder"),
-        ("bad/a.png", "zebras", 0.1, "--from_A bad/a.png: no such folder"),
+        ("bad/a.png", "zebras", 0.1, "--from_A bad/a.png: is a file, expected a folder"),
         ("horses", "void", 0.1, "--from_B void: no pictures in it"),
         ("horses", "bad", 0.1, "--from_B bad: none of its 1 pictures can be read"),
         ("horses", "horses", 0.1, "--from_B horses: none of its 10 pictures is left: all are unreadable or duplicates"),

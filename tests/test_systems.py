@@ -671,10 +671,12 @@ def test_a_captured_step_replays_the_plain_one(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, flags, processes", [("cpu", "", 1), ("mps", "", 1), ("cuda", "--compile", 1), ("cuda", "", 2)]
+    "device, flags, distributed",
+    [("cpu", "", False), ("mps", "", False), ("cuda", "--compile", False), ("cuda", "", True)],
 )
-def test_a_step_that_cannot_be_captured_is_refused(device, flags, processes, monkeypatch):
-    monkeypatch.setattr(train.utils, "world_size", lambda: processes)
+def test_a_step_that_cannot_be_captured_is_refused(device, flags, distributed, monkeypatch):
     options = parse_options(f"--cuda_graph {flags}".split())
-    with pytest.raises(train.InputError, match=f"--cuda_graph: .* {device}, {processes} process.*{flags}"):
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: distributed)
+    found = f"{device}.*{flags}.*{'train_dist.py' * distributed}"
+    with pytest.raises(train.InputError, match=f"--cuda_graph: expected train.py on CUDA .* found --device {found}"):
         train.set_up(options, torch.device(device))

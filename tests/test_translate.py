@@ -271,6 +271,19 @@ def test_transparency_is_kept_where_asked(net, capsys):
     assert message in refused(capsys, "--input in --output out --keep_alpha --format jpg")
 
 
+def test_a_transparent_picture_of_which_all_is_kept_keeps_its_colours():
+    generator, picture = tiny(), noise(0, (24, 16))
+    generator.attention_head[-1].bias.data[-1] = 1000  # the background mask holds all
+    save_generators(AtoB=generator)
+    picture.putalpha(noise(1, (24, 16)).convert("L"))
+    save(picture, Path("clear.png"))
+    assert run("--input clear.png --output out --keep_alpha") == 0
+    with Image.open("out/clear.png") as made:
+        seen = tensor(picture)[3] >= 64  # below, 8 bits of colour on white do not tell the colour
+        assert 0 < seen.sum() < seen.numel()
+        assert (tensor(made) - tensor(picture)).abs()[:, seen].max() <= 2
+
+
 @pytest.mark.parametrize(
     "size, halves, flags, taken",
     [
@@ -438,8 +451,9 @@ def test_the_full_u_gat_it_sees_every_picture_in_its_size(capsys):
     for i, size in enumerate(sizes):
         save(noise(i, size), Path(f"in/{i}.png"))
     told = "the generator saw them at 16 x 24, its only size; outputs have the size of their inputs\n"
-    out = printed(capsys, "--input in --output out --masks")
+    out = printed(capsys, "--input in --output out --masks", native=False)
     assert out == "3 of 3 pictures translated (AtoB) into out\n" + told
+    assert "--size: the full U-GAT-IT takes only" in refused(capsys, "--input in --output out --size 32")
     assert_shows("out/0.png", by_hand(generator, Path("in/0.png")))
     for i, size in enumerate(sizes[1:], 1):  # what it keeps is not known, so its whole answer is enlarged
         small = by_hand(generator, resize(noise(i, size), (16, 24), "squash"))[None]
