@@ -447,7 +447,7 @@ class UNetGenerator(Generator):
     (ReLU), each of which but the innermost also sees the output of its mirror image. InstanceNorm with factors and
     biases stands where the paper has BatchNorm, and computes what that computes at the paper's batch of 1: not in the
     first, the innermost and the last. Dropout is in the decoder's blocks of equal width but the innermost: three at
-    depth 8, two at 7, none below 6; see ``NoiseDropout``. H and W are multiples of 2 ** depth.
+    depth 8, two at 7, one at 6, none below; see ``NoiseDropout``. H and W are multiples of 2 ** depth.
     """
 
     def __init__(self, channels: int = 3, ngf: int = 64, depth: int = 8):
