@@ -4,7 +4,7 @@
     python experiments.py compare horses --seeds 0 1 2 --data_dir data --extractor efficientnet-lite0
     python experiments.py results                          # measure the finished runs on real pictures
     python experiments.py results --train results_horse2zebra_cyclegan
-    python experiments.py ship results_horse2zebra_attentiongan_long_whole_again horse2zebra_attentiongan --best_size 256
+    python experiments.py ship results_apple2orange_attentiongan apple2orange_attentiongan
 
 A run is an ordinary one, ``train.py`` with the flags that stand here. A finished run is kept, another one is resumed,
 and a run of other flags is refused. A table goes between the two marks of its name in a page, a sheet beside the page.
