@@ -165,9 +165,14 @@ class Server(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def web(tmp_path_factory, monkeypatch):
+def past_any_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+
+
+@pytest.fixture
+def web(tmp_path_factory, past_any_proxy):
     """A server on the loopback interface, of the files in its ``folder``."""
-    monkeypatch.setenv("no_proxy", "*")
     folder = tmp_path_factory.mktemp("web")
     server = Server(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"

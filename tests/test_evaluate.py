@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -27,7 +28,7 @@ import metrics
 from datasets import load_masks
 from evaluate import Exam, find_entries, judge
 from metrics import EFFICIENTNET, INCEPTION, Extractor
-from models import ResNetGenerator, Translation, UGATITGenerator
+from models import ResNetGenerator, Translation, UGATITGenerator, translate_any_size
 from pictures import Picture, unaugmented
 from prepare import draw_built_in
 
@@ -688,6 +689,8 @@ def test_pictures_are_read_at_the_size_that_was_asked_for(small_set, capsys):
     store("odd", size=(16, 32), AtoB=tiny(0))
     assert run("odd --size 66") == 0  # padded where the network takes only multiples
     assert protocol(name="odd")["size"] == [33, 66]
+    padded = partial(translate_any_size, tiny(0))
+    assert figures(name="odd")["change"] == changed(padded, side("testA", size=(33, 66)))
     store("full", AtoB=tiny(0, UGATITGenerator, size=(32, 32)))
     message = "--size 64: the full U-GAT-IT takes only pictures of its training size, 32 x 32"
     assert message in refused(capsys, "full --size 64")

@@ -131,10 +131,7 @@ def test_leftovers_of_a_killed_process_are_removed_after_a_day(tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _past_any_proxy(monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "*")
+pytestmark = pytest.mark.usefixtures("past_any_proxy")
 
 
 def png_bytes(seed, size=(16, 8)):
